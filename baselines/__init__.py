@@ -1,0 +1,1 @@
+"""Baselines beside COUNTDOWN; they import only the method contract."""

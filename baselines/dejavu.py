@@ -1,0 +1,20 @@
+"""Deja Vu as COUNTDOWN's reference code re-defines it for gated MLPs: neurons ranked by signed W_gate x."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from suite.methods.base import Activations, Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class DejaVu(Method):
+    """Score ``g``, signed (Liu et al. 2023 rank ReLU units); large negative g, which SiLU does not map to 0, is lost."""
+
+    name: ClassVar[str] = "dejavu"
+    needs_predictor: ClassVar[bool] = True
+
+    def score(self, activations: Activations) -> Tensor:
+        """``g``."""
+        return activations.gate

@@ -1,0 +1,30 @@
+"""COUNTDOWN-suite: benchmark and reproducibility suite for COUNTDOWN (arXiv 2505.17701) and its baselines."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Lazy, so that importing the package has no effect and loads no torch.
+_PUBLIC = {
+    "get_method": "suite.registry",
+    "load_model": "suite.modeling.loading",
+    "attach": "suite.modeling.attach",
+    "fit": "suite.fitting.thresholds",
+    "evaluate": "suite.evaluation.lm_eval",
+    "benchmark": "suite.speed.cases",
+    "load_results": "suite.report.load",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'suite' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

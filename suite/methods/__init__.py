@@ -1,0 +1,1 @@
+"""Sparsification methods: one frozen dataclass and one file each."""

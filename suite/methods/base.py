@@ -1,0 +1,125 @@
+"""The method contract: a method scores neurons; selection, masking, counting and fitting are done once, here and outside."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from suite.errors import InputError
+
+Mode = Literal["none", "ideal", "practical"]
+Projection = Literal["gate", "up"]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Activations of one gated MLP for the tokens in scope.
+
+    Notation of the paper: ``g = W_gate x``, ``a = act(g)``, ``u = W_up x``, ``v = a * u``, ``y = W_down v``.
+
+    Parameters
+    ----------
+    gate, act, up : Tensor, shape (n_tokens, d_ff), the model's dtype
+        ``g``, ``a`` and ``u``.
+    down_norm2 : Tensor, shape (d_ff,), fp32
+        Squared L2 norms of the columns of ``W_down``.
+    layer : int
+        Index of the layer, from 0.
+    documents, positions : Tensor, shape (n_tokens,), int64
+        Which document and which position in it each token is; noise is keyed by them so that batching cannot change it.
+    """
+
+    gate: Tensor
+    act: Tensor
+    up: Tensor
+    down_norm2: Tensor
+    layer: int
+    documents: Tensor
+    positions: Tensor
+
+    @cached_property
+    def product(self) -> Tensor:
+        """``v = act(g) * u``, shape (n_tokens, d_ff), in the model's dtype."""
+        return self.act * self.up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A sparsification method of a gated MLP; its fields are its parameters.
+
+    Class attributes
+    ----------------
+    name : registry name.
+    modes : modes that exist for it (``none`` for methods without a ranking).
+    first_projection : the projection computed densely before ranking (what a threshold is set on), or None.
+    needs_predictor : True if the practical mode needs a trained predictor of the kept set.
+    """
+
+    sparsity: float = 0.0
+
+    name: ClassVar[str]
+    modes: ClassVar[tuple[Mode, ...]] = ("ideal", "practical")
+    first_projection: ClassVar[Projection | None] = None
+    needs_predictor: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sparsity, (int, float)) or isinstance(self.sparsity, bool) or not 0 <= self.sparsity < 1:
+            raise InputError(f"sparsity {self.sparsity!r} of method {self.name}: must be a number in [0, 1)")
+
+    @abstractmethod
+    def score(self, activations: Activations) -> Tensor:
+        """Rank of every neuron, larger is kept: shape (n_tokens, d_ff), any float dtype (compared in fp32)."""
+
+    def parameters(self) -> dict[str, Any]:
+        """Fields by name: what identifies this method in a cell's key."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def kept_count(d_ff: int, sparsity: float) -> int:
+    """Neurons kept: ``k = d_ff - floor(sparsity * d_ff)``, at least 1; exact for decimal sparsities such as .29."""
+    return max(1, d_ff - math.floor(Fraction(str(sparsity)) * d_ff))
+
+
+def select_top_k(score: Tensor, k: int) -> Tensor:
+    """Exactly k neurons a token: all above the kth value, then those equal to it, lowest index first.
+
+    Parameters
+    ----------
+    score : Tensor, shape (n_tokens, d_ff), any float dtype
+        Compared in fp32. NaN ranks above everything, so that it reaches the output.
+    k : int, 1 <= k <= d_ff
+
+    Returns
+    -------
+    Tensor, shape (n_tokens, d_ff), bool
+    """
+    d_ff = score.shape[-1]
+    if not 1 <= k <= d_ff:
+        raise InputError(f"cannot keep k={k} of d_ff={d_ff} neurons")
+    if k == d_ff:
+        return torch.ones_like(score, dtype=torch.bool)
+    score = score.float()
+    if score.isnan().any():
+        # inf and NaN must not tie: finite and infinite scores keep their order below NaN
+        score = torch.where(score.isnan(), torch.inf, score.clamp(max=torch.finfo(torch.float32).max))
+    kth = torch.topk(score, k, dim=-1, sorted=True).values[:, -1:]
+    keep = score >= kth
+    surplus = (keep.sum(-1) > k).nonzero().flatten()  # bf16 scores tie often; fp32 hardly ever
+    if len(surplus):
+        rows, limit = score[surplus], kth[surplus]
+        above, equal = rows > limit, rows == limit
+        room = k - above.sum(-1, keepdim=True)
+        keep[surplus] = above | (equal & (equal.cumsum(-1) <= room))
+    return keep
+
+
+def select_threshold(score: Tensor, threshold: float | Tensor) -> Tensor:
+    """Neurons of the practical mode: kept unless ``score < threshold``; so NaN is kept, and -inf keeps all."""
+    return ~(score.float() < threshold)

@@ -1,0 +1,20 @@
+"""D-COUNTDOWN: neurons ranked by the direct coefficient abs(act(g) * u)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from suite.methods.base import Activations, Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCountdown(Method):
+    """Score ``abs(v)``, the coefficient of W_down's column; found ahead of time by a predictor (arXiv 2505.17701)."""
+
+    name: ClassVar[str] = "d-countdown"
+    needs_predictor: ClassVar[bool] = True
+
+    def score(self, activations: Activations) -> Tensor:
+        """``abs(v)``, the product rounded to the model's dtype as the model itself rounds it."""
+        return activations.product.abs()

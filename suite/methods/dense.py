@@ -1,0 +1,27 @@
+"""The dense model: the ceiling of every table."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from suite.errors import InputError
+from suite.methods.base import Activations, Method, Mode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(Method):
+    """Keeps every neuron."""
+
+    name: ClassVar[str] = "dense"
+    modes: ClassVar[tuple[Mode, ...]] = ("none",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sparsity != 0:
+            raise InputError(f"sparsity {self.sparsity} of method dense: dense keeps every neuron; leave it out or 0")
+
+    def score(self, activations: Activations) -> Tensor:
+        """All equal."""
+        return torch.zeros_like(activations.up)

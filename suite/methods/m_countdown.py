@@ -1,0 +1,20 @@
+"""M-COUNTDOWN: neurons ranked by the indirect coefficient abs(W_up x)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from suite.methods.base import Activations, Method, Projection
+
+
+@dataclass(frozen=True, kw_only=True)
+class MCountdown(Method):
+    """Score ``abs(u)``; W_up is computed densely, W_gate and W_down only for the kept neurons (arXiv 2505.17701)."""
+
+    name: ClassVar[str] = "m-countdown"
+    first_projection: ClassVar[Projection | None] = "up"
+
+    def score(self, activations: Activations) -> Tensor:
+        """``abs(u)``."""
+        return activations.up.abs()

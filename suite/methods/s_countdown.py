@@ -1,0 +1,20 @@
+"""S-COUNTDOWN: neurons ranked by the saliency of what they add to the output."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from suite.methods.base import Activations, Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class SCountdown(Method):
+    """Score ``0.5 v_i^2 ||W_down[:, i]||^2``: the squared norm of neuron i's share of y (optimal brain damage)."""
+
+    name: ClassVar[str] = "s-countdown"
+    needs_predictor: ClassVar[bool] = True
+
+    def score(self, activations: Activations) -> Tensor:
+        """Saliency in fp32."""
+        return 0.5 * activations.product.float().square() * activations.down_norm2
