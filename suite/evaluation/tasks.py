@@ -1,0 +1,260 @@
+"""Where a task's data comes from; resolves names, checks files and fingerprints data without importing torch or lm-eval."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from suite.errors import InputError
+from suite.registry import did_you_mean
+
+Source = Literal["pack", "data_dir", "hub", "include", "text"]
+PACK_DIR = Path(__file__).parent / "pack"
+PACK_TASKS = ("pack_grammar", "pack_knowledge", "pack_last_word", "pack_generation")
+DECODE_PERPLEXITY = "decode_perplexity"
+WINDOW, SPLIT = 2048, 0.5  # tokens of a window, and its dense unscored share (PROTOCOL: first half)
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """A built-in lm-eval task that runs from a folder of JSON Lines: its folder there, its files by split."""
+
+    folder: str
+    files: Mapping[str, str]
+    lm_eval_folder: str
+
+
+def _splits(folder: str, lm_eval_folder: str, *splits: str) -> LocalTask:
+    return LocalTask(folder, {split: f"{folder}/{split}.jsonl" for split in splits}, lm_eval_folder)
+
+
+LOCAL_TASKS: dict[str, LocalTask] = {
+    "arc_easy": _splits("arc_easy", "arc", "train", "validation", "test"),
+    "arc_challenge": _splits("arc_challenge", "arc", "train", "validation", "test"),
+    "winogrande": _splits("winogrande", "winogrande", "train", "validation"),
+    "piqa": _splits("piqa", "piqa", "train", "validation"),
+    "openbookqa": _splits("openbookqa", "openbookqa", "train", "validation", "test"),
+    "hellaswag": _splits("hellaswag", "hellaswag", "validation"),
+    "truthfulqa_mc1": _splits("truthfulqa_mc1", "truthfulqa", "validation"),
+    "lambada_openai": _splits("lambada_openai", "lambada", "test"),
+    "wikitext": _splits("wikitext", "wikitext", "validation", "test"),
+    "gsm8k_cot": _splits("gsm8k", "gsm8k", "train", "test"),
+}
+# Texts of decode_perplexity in a data folder: task name -> file, field. The scored split, never the calibration one.
+LOCAL_TEXTS: dict[str, tuple[str, str]] = {
+    f"{DECODE_PERPLEXITY}_wikitext": ("wikitext/test.jsonl", "page"),
+    f"{DECODE_PERPLEXITY}_gutenberg": ("calibration/gutenberg.jsonl", "text"),
+}
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task with the place of its data.
+
+    ``files`` are the data files by split (data_dir), the text (text), or the YAML folders (include); ``options`` are
+    window, split and field of decode_perplexity.
+    """
+
+    name: str
+    source: Source
+    num_fewshot: int | None = None
+    limit: int | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_text(self) -> bool:
+        """True for decode_perplexity, which is the suite's own task."""
+        return self.name.startswith(DECODE_PERPLEXITY)
+
+
+def known_tasks() -> list[str]:
+    """Names that ``ls`` shows; any other lm-eval task works by its name too."""
+    return [*PACK_TASKS, DECODE_PERPLEXITY, *LOCAL_TEXTS, *LOCAL_TASKS]
+
+
+def lm_eval_tasks_dir() -> Path:
+    """Folder of lm-eval's built-in task YAMLs."""
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or spec.origin is None:
+        raise InputError("lm-eval is not installed: pip install lm-eval")
+    return Path(spec.origin).parent / "tasks"
+
+
+def resolve_task(
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> TaskSpec:
+    """Find a task's data: embedded pack, local data folder, the user's own YAMLs, or the hub, in this order.
+
+    Parameters
+    ----------
+    name : str
+        ``pack_*``, ``decode_perplexity`` (of the pack's passages, or of ``options["text"]``: a .txt or .jsonl file),
+        ``decode_perplexity_<text>`` of a data folder, or any lm-eval task.
+    data_dir : folder laid out as ``<task>/<split>.jsonl`` in the hub data set's schema; used for the tasks it holds.
+    include_path : folder of the user's own lm-eval task YAMLs.
+    num_fewshot, limit : few-shot examples (None: the task's own), documents (None: all).
+    options : ``window`` (tokens), ``split`` (dense share), ``text``, ``field`` of decode_perplexity.
+
+    Raises
+    ------
+    InputError
+        Unknown task or option, missing or unreadable file.
+    """
+    options = dict(options or {})
+    common: dict[str, Any] = {"name": name, "num_fewshot": num_fewshot, "limit": limit}
+    if limit is not None and limit < 1:
+        raise InputError(f"limit {limit} of task {name}: must be at least 1, or none for all documents")
+    if name.startswith(DECODE_PERPLEXITY):
+        return _resolve_text(name, data_dir, options, limit)
+    if options:
+        raise InputError(f"task {name} takes no options, got {', '.join(options)}; only {DECODE_PERPLEXITY} does")
+    if name in PACK_TASKS:
+        return TaskSpec(**common, source="pack", files={"test": PACK_DIR / f"{name.removeprefix('pack_')}.jsonl"})
+    if include_path is not None and (found := _included(Path(include_path), name)):
+        return TaskSpec(**common, source="include", files={"yaml": found})
+    if data_dir is not None and name in LOCAL_TASKS:
+        return TaskSpec(**common, source="data_dir", files=_local_files(Path(data_dir), name))
+    if name not in LOCAL_TASKS and not _builtin(name):
+        raise InputError(f"unknown task {name!r}{did_you_mean(name, known_tasks())}")
+    return TaskSpec(**common, source="hub")
+
+
+def _resolve_text(name: str, data_dir: str | Path | None, options: dict[str, Any], limit: int | None) -> TaskSpec:
+    for option in options:
+        if option not in ("window", "split", "text", "field"):
+            known = ["window", "split", "text", "field"]
+            raise InputError(f"task {name} has no option {option!r}{did_you_mean(option, known)}")
+    window, split = options.setdefault("window", WINDOW), options.setdefault("split", SPLIT)
+    if not isinstance(window, int) or window < 4:
+        raise InputError(f"option window {window!r} of task {name}: must be a whole number of tokens, at least 4")
+    if not isinstance(split, (int, float)) or not 0 < split < 1:
+        raise InputError(f"option split {split!r} of task {name}: must be in (0, 1), the dense unscored share")
+    text, text_field = options.pop("text", None), options.get("field", "text")
+    if text is not None:
+        path = Path(text)
+    elif name == DECODE_PERPLEXITY:
+        path = PACK_DIR / "passages.jsonl"
+    elif name in LOCAL_TEXTS:
+        if data_dir is None:
+            raise InputError(f"task {name} needs a data folder: give --data-dir, or option text of {DECODE_PERPLEXITY}")
+        relative, text_field = LOCAL_TEXTS[name]
+        path = Path(data_dir) / relative
+    else:
+        raise InputError(f"unknown task {name!r}{did_you_mean(name, known_tasks())}")
+    if not path.is_file():
+        raise InputError(f"text {path} of task {name}: no such file")
+    options["field"] = text_field
+    source: Source = "pack" if path.parent == PACK_DIR else "text"
+    return TaskSpec(name=name, source=source, limit=limit, files={"test": path}, options=options)
+
+
+def _local_files(data_dir: Path, name: str) -> dict[str, Path]:
+    if not data_dir.is_dir():
+        raise InputError(f"data folder {data_dir}: no such folder")
+    files = {split: data_dir / file for split, file in LOCAL_TASKS[name].files.items()}
+    scored = "test" if "test" in files else "validation"
+    if not files[scored].is_file():
+        raise InputError(f"task {name}: {files[scored]} is missing; the folder must hold <task>/<split>.jsonl")
+    return {split: path for split, path in files.items() if path.is_file()}
+
+
+def _included(folder: Path, name: str) -> Path | None:
+    if not folder.is_dir():
+        raise InputError(f"include_path {folder}: no such folder")
+    import yaml
+
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            # !function and !include tags are lm-eval's business; only the task name is read here
+            config = yaml.load(path.read_text(encoding="utf-8"), Loader=_tolerant_loader())  # noqa: S506
+        except yaml.YAMLError as error:
+            raise InputError(f"task file {path} is no YAML: {str(error).splitlines()[0]}") from error
+        if isinstance(config, dict) and config.get("task") == name:
+            return path
+    return None
+
+
+def _tolerant_loader() -> type:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """SafeLoader that reads an unknown tag as None."""
+
+    Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
+    return Loader
+
+
+def _builtin(name: str) -> bool:
+    """Whether a YAML below lm-eval's task folder defines ``name`` (a text search: 40 ms against TaskManager's 10 s)."""
+    wanted = {f"task: {name}", f'task: "{name}"', f"task: '{name}'"}
+    for path in lm_eval_tasks_dir().rglob("*.yaml"):
+        if wanted.intersection(line.rstrip() for line in path.read_text(encoding="utf-8", errors="ignore").splitlines()):
+            return True
+    return False
+
+
+def read_documents(path: Path, text_field: str = "text") -> list[dict[str, Any]]:
+    """Rows of a .jsonl or .jsonl.gz file; a .txt file is split at blank lines into ``{"text": paragraph}``.
+
+    Raises
+    ------
+    InputError
+        Unreadable or empty file, broken JSON (with its line number), missing text field.
+    """
+    try:
+        raw = gzip.open(path, "rb").read() if path.suffix == ".gz" else path.read_bytes()
+        text = raw.decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not text.strip():
+        raise InputError(f"{path} is empty: it must hold at least one document")
+    if ".jsonl" not in path.suffixes:
+        return [{text_field: part.strip()} for part in text.split("\n\n") if part.strip()]
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} line {number} is broken JSON: {error.msg} at column {error.colno}") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path} line {number}: must be a JSON object, got {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def data_fingerprint(spec: TaskSpec) -> str:
+    """First 16 hex digits of the SHA-256 over the files that decide the task; ``hub:<task>`` for data of the hub.
+
+    Reads every row, so that a broken line is found before a model is loaded.
+    """
+    if spec.source == "hub":
+        return f"hub:{spec.name}"
+    digest = hashlib.sha256()
+    files = dict(spec.files)
+    if spec.source == "pack":
+        files["yaml"] = PACK_DIR / f"{spec.name}.yaml"
+    if spec.source == "include":
+        folder = spec.files["yaml"].parent
+        files |= {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file() and "__pycache__" not in p.parts}
+    for name, path in sorted(files.items()):
+        if not path.is_file():
+            continue
+        if ".jsonl" in path.suffixes:
+            read_documents(path)
+        digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
