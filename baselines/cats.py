@@ -1,11 +1,14 @@
 """CATS: neurons ranked by abs(act(W_gate x)) (Lee et al. 2024, arXiv 2404.08763)."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from suite.methods.base import Activations, Method, Projection
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

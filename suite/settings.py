@@ -22,7 +22,7 @@ def cache_dir() -> Path:
 
 
 def results_dir() -> Path:
-    """Folder of cells, fits and runs: ``COUNTDOWN_RESULTS``, else ``results`` in the working folder. Not created here."""
+    """Folder of cells, fits and runs: ``COUNTDOWN_RESULTS``, else ``results`` where one stands; not made here."""
     return _folder("COUNTDOWN_RESULTS", Path.cwd() / "results")
 
 

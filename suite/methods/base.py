@@ -7,12 +7,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from suite.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Mode = Literal["none", "ideal", "practical"]
 Projection = Literal["gate", "up"]
@@ -100,6 +100,8 @@ def select_top_k(score: Tensor, k: int) -> Tensor:
     -------
     Tensor, shape (n_tokens, d_ff), bool
     """
+    import torch  # late: listing the methods must not load it
+
     d_ff = score.shape[-1]
     if not 1 <= k <= d_ff:
         raise InputError(f"cannot keep k={k} of d_ff={d_ff} neurons")

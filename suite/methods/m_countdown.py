@@ -1,11 +1,14 @@
 """M-COUNTDOWN: neurons ranked by the indirect coefficient abs(W_up x)."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from suite.methods.base import Activations, Method, Projection
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,14 @@
 """Random neurons: the floor of every table."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from suite.methods.base import Activations, Method, Mode
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _signed(value: int) -> int:
@@ -38,6 +40,8 @@ class Random(Method):
 
     def score(self, activations: Activations) -> Tensor:
         """Uniform in [0, 1) with 24 bits, shape (n_tokens, d_ff), fp32."""
+        import torch  # late: listing the methods must not load it
+
         up = activations.up
         start = torch.tensor(_signed((self.seed * 0x9E3779B97F4A7C15) & (1 << 64) - 1), device=up.device)
         token = _mix(start + activations.layer)
