@@ -13,7 +13,7 @@ _PUBLIC = {
     "load_model": "suite.modeling.loading",
     "attach": "suite.modeling.attach",
     "fit": "suite.fitting.thresholds",
-    "evaluate": "suite.evaluation.lm_eval",
+    "evaluate": "suite.evaluation.evaluator",
     "benchmark": "suite.speed.cases",
     "load_results": "suite.report.load",
 }

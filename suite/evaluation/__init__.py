@@ -1,0 +1,1 @@
+"""Accuracy: tasks, scopes, scoring; lm-eval's tasks over sparse models."""

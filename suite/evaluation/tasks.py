@@ -179,7 +179,7 @@ def _included(folder: Path, name: str) -> Path | None:
     for path in sorted(folder.rglob("*.yaml")):
         try:
             # !function and !include tags are lm-eval's business; only the task name is read here
-            config = yaml.load(path.read_text(encoding="utf-8"), Loader=_tolerant_loader())  # noqa: S506
+            config = yaml.load(path.read_text(encoding="utf-8"), Loader=_tolerant_loader())
         except yaml.YAMLError as error:
             raise InputError(f"task file {path} is no YAML: {str(error).splitlines()[0]}") from error
         if isinstance(config, dict) and config.get("task") == name:
@@ -201,7 +201,9 @@ def _builtin(name: str) -> bool:
     """Whether a YAML below lm-eval's task folder defines ``name`` (a text search: 40 ms against TaskManager's 10 s)."""
     wanted = {f"task: {name}", f'task: "{name}"', f"task: '{name}'"}
     for path in lm_eval_tasks_dir().rglob("*.yaml"):
-        if wanted.intersection(line.rstrip() for line in path.read_text(encoding="utf-8", errors="ignore").splitlines()):
+        if wanted.intersection(
+            line.rstrip() for line in path.read_text(encoding="utf-8", errors="ignore").splitlines()
+        ):
             return True
     return False
 
@@ -215,8 +217,8 @@ def read_documents(path: Path, text_field: str = "text") -> list[dict[str, Any]]
         Unreadable or empty file, broken JSON (with its line number), missing text field.
     """
     try:
-        raw = gzip.open(path, "rb").read() if path.suffix == ".gz" else path.read_bytes()
-        text = raw.decode("utf-8")
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     if not text.strip():
@@ -250,7 +252,11 @@ def data_fingerprint(spec: TaskSpec) -> str:
         files["yaml"] = PACK_DIR / f"{spec.name}.yaml"
     if spec.source == "include":
         folder = spec.files["yaml"].parent
-        files |= {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file() and "__pycache__" not in p.parts}
+        files |= {
+            str(p.relative_to(folder)): p
+            for p in sorted(folder.rglob("*"))
+            if p.is_file() and "__pycache__" not in p.parts
+        }
     for name, path in sorted(files.items()):
         if not path.is_file():
             continue

@@ -1,0 +1,1 @@
+"""Fitting the practical modes: thresholds, calibration text, artifacts."""

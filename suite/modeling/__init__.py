@@ -1,0 +1,1 @@
+"""Models: loading, the uniform view of a gated MLP, attaching a method."""

@@ -1,0 +1,1 @@
+"""Report: tables, figures, claims and the page, from files alone."""

@@ -1,0 +1,1 @@
+"""Runs: cells, the cell store, provenance, the runner."""

@@ -1,0 +1,1 @@
+"""Speed: cases, timing, checks against fp64."""

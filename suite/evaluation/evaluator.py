@@ -1,0 +1,168 @@
+"""One loaded model, many settings: runs a task under a method and returns values, samples and realised sparsity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from suite.errors import CellError, InputError
+from suite.evaluation.engine import Scope
+from suite.evaluation.lm_eval import BuiltTask, SuiteLM, sample_indices, samples_of
+from suite.evaluation.perplexity import BuiltText
+from suite.evaluation.results import Metric, TaskResult
+from suite.evaluation.tasks import TaskSpec, resolve_task
+from suite.fitting.artifacts import Fit
+from suite.methods.base import Method, Mode
+from suite.modeling.attach import LayerSparsity, attach
+from suite.modeling.loading import LoadedModel
+from suite.statistics import resampling_group, standard_error, statistic
+
+SCOPES: tuple[Scope, ...] = ("scored", "paper", "all")
+LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "kl_dense")
+
+
+class Evaluator:
+    """Runs tasks with one model; each task is built and tokenised once for all settings.
+
+    Parameters
+    ----------
+    loaded : model and tokenizer
+    batch_size : most sequences in a batch
+    seed : shuffles the documents that a limit picks, and few-shot examples
+    """
+
+    def __init__(self, loaded: LoadedModel, *, batch_size: int = 16, seed: int = 0) -> None:
+        self.loaded = loaded
+        self.seed = seed
+        self.lm = SuiteLM(loaded, batch_size)
+        self._built: dict[str, BuiltTask | BuiltText] = {}
+
+    def run(
+        self, task: TaskSpec, method: Method, *, mode: Mode, state: Fit | None = None, scope: Scope = "scored"
+    ) -> tuple[TaskResult, list[LayerSparsity]]:
+        """Run one task under one setting; ``method`` dense ignores the scope.
+
+        Raises
+        ------
+        InputError
+            The task cannot be loaded, or the method's mode is not possible.
+        CellError
+            A log-likelihood or metric is not finite.
+        """
+        if scope not in SCOPES:
+            raise InputError(f"scope {scope!r}: must be one of {', '.join(SCOPES)}")
+        built = self._build(task)
+        dense = mode == "none"
+        if isinstance(built, BuiltText) and built.reference is None:
+            built.reference = self.lm.scorer.dense_hidden(built.requests)
+        with nullcontext() if dense else attach(self.loaded.model, method, state, mode=mode, scope=scope) as attached:
+            if isinstance(built, BuiltText):
+                scores = self.lm.scorer.score(built.requests, attached, scope, reference=built.reference)
+                values = built.values(scores)
+                scored, sparse = sum(s.n_scored for s in scores), sum(s.n_sparse for s in scores)
+            else:
+                self.lm.bind(attached, scope, built.documents)
+                values = built.run(self.lm)
+                scored, sparse = self.lm.scored, self.lm.sparse
+            layers = [] if attached is None else attached.sparsity()
+        return _result(task, built, values, sparse / scored if scored else None), layers
+
+    def _build(self, task: TaskSpec) -> BuiltTask | BuiltText:
+        key = repr(task)
+        if key not in self._built:
+            self._built[key] = self._build_text(task) if task.is_text else BuiltTask(task, self.seed)
+        return self._built[key]
+
+    def _build_text(self, task: TaskSpec) -> BuiltText:
+        bare = self.lm.tok_encode("a", add_special_tokens=False)
+        full = self.lm.tok_encode("a")
+        return BuiltText(
+            task,
+            encode=lambda text: self.lm.tok_encode(text, add_special_tokens=False),
+            prefix=full[: len(full) - len(bare)],
+            max_length=self.lm.max_length,
+            documents=lambda n: sample_indices(n, task.limit, self.seed),
+        )
+
+
+def _result(
+    task: TaskSpec,
+    built: BuiltTask | BuiltText,
+    values: Mapping[tuple[str, str], Sequence[tuple[str, float, float | None]]],
+    sparse_share: float | None,
+) -> TaskResult:
+    metrics, samples = [], []
+    for (name, filter_name), rows in values.items():
+        numbers = [value for _, value, _ in rows]
+        weights = [1.0 if weight is None else weight for _, _, weight in rows]
+        groups = [resampling_group(doc_id) for doc_id, _, _ in rows]
+        value = statistic(numbers, weights, name)
+        if not math.isfinite(value):
+            raise CellError(f"metric {name} of task {task.name} is {value}: no number is stored for it")
+        metrics.append(
+            Metric(
+                name=name,
+                filter=filter_name,
+                higher_is_better=not name.endswith(LOWER_IS_BETTER),
+                value=value,
+                stderr=standard_error(numbers, weights, name, groups),
+                chance=built.chance(name) if isinstance(built, BuiltTask) else None,
+            )
+        )
+        samples += samples_of(name, rows)
+    n_samples = max(len(rows) for rows in values.values())
+    return TaskResult(task.name, built.version, built.num_fewshot, n_samples, sparse_share, metrics, samples)
+
+
+def evaluate(
+    loaded: LoadedModel,
+    tasks: Sequence[str],
+    method: Method,
+    *,
+    mode: Mode | None = None,
+    state: Fit | None = None,
+    scope: Scope = "scored",
+    limit: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    data_dir: str | Path | None = None,
+    include_path: str | Path | None = None,
+) -> dict[str, TaskResult]:
+    """Evaluate a method on tasks; always on the masked backend, the truth.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+        From ``load_model``.
+    tasks : names
+        ``pack_*``, ``decode_perplexity``, or any lm-eval task.
+    method : Method
+        From ``get_method``.
+    mode : ``none``, ``ideal`` or ``practical``; by default practical where ``state`` is given, else ideal.
+    state : Fit of the practical mode
+    scope : which positions are sparse: ``scored``, ``paper`` or ``all``
+    limit : documents of each task (a seeded shuffle picks them), None for all
+    data_dir, include_path : where tasks may be found, see ``resolve_task``
+
+    Returns
+    -------
+    dict of task name to TaskResult
+
+    Examples
+    --------
+    >>> result = evaluate(load_model("embedded"), ["decode_perplexity"], get_method("d-countdown", sparsity=0.8))
+    """
+    if mode is None:
+        mode = "none" if method.modes == ("none",) else "practical" if state is not None else "ideal"
+    evaluator = Evaluator(loaded, batch_size=batch_size, seed=seed)
+    results: dict[str, Any] = {}
+    for name in tasks:
+        spec = resolve_task(name, data_dir=data_dir, include_path=include_path, limit=limit)
+        with torch.inference_mode():
+            results[name], _ = evaluator.run(spec, method, mode=mode, state=state, scope=scope)
+    return results

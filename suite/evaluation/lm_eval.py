@@ -1,0 +1,277 @@
+"""lm-eval's tasks, prompts and metrics over the suite's scorer; the only importer of lm_eval."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval import utils as lm_eval_utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import Task
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+
+from suite.errors import CellError, InputError
+from suite.evaluation.engine import Request, Scope, Score, Scorer
+from suite.evaluation.results import WEIGHT
+from suite.evaluation.tasks import LOCAL_TASKS, PACK_DIR, TaskSpec, lm_eval_tasks_dir
+from suite.modeling.attach import Attached
+from suite.modeling.loading import LoadedModel
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+class SuiteLM(HFLM):
+    """lm-eval's Hugging Face model with its tokenisation and truncation, scored through ``Scorer`` in a sparse scope.
+
+    ``bind`` sets what the next requests run with; ``scored`` and ``sparse`` count positions since then.
+    """
+
+    def __init__(self, loaded: LoadedModel, batch_size: int) -> None:
+        super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+        self.scorer = Scorer(loaded.model, batch_size=batch_size)
+        self._encoded: dict[tuple[str, bool | None], list[int]] = {}
+        self.bind(None, "all", [])
+
+    def bind(self, attached: Attached | None, scope: Scope, documents: Sequence[int]) -> None:
+        """Use ``attached`` in ``scope``; ``documents[doc_id]`` is the index of a document in its split."""
+        self.attached, self.scope, self.documents = attached, scope, documents
+        self.scored = self.sparse = 0
+        self._order: list[int] = []
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, *args: Any, **kwargs: Any) -> list[int]:
+        """HFLM's encoding, each string once for all settings of a model."""
+        if args or kwargs:
+            return super().tok_encode(string, add_special_tokens, *args, **kwargs)
+        key = (string, add_special_tokens)
+        if key not in self._encoded:
+            self._encoded[key] = super().tok_encode(string, add_special_tokens)
+        return self._encoded[key]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation, and whether it is the greedy one."""
+        self._order = [self.documents[request.doc_id] for request in requests]
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        scorable = []
+        for document, (_, context, continuation) in zip(self._order, requests, strict=True):
+            if len(continuation) > self.max_length:
+                raise CellError(
+                    f"continuation of document {document} has {len(continuation)} tokens, over {self.max_length}"
+                )
+            tokens = (*context, *continuation)[-(self.max_length + 1) :]
+            scorable.append(Request(tokens[:-1], tuple(continuation), document))
+        return [(score.loglikelihood, score.greedy) for score in self._score(scorable, self.scope)]
+
+    def _score(self, requests: Sequence[Request], scope: Scope) -> list[Score]:
+        scores = self.scorer.score(requests, self.attached, scope)
+        self.scored += sum(score.n_scored for score in scores)
+        self.sparse += sum(score.n_sparse for score in scores)
+        return scores
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Log-likelihood of whole documents over disjoint windows; every position is in scope (PROTOCOL section 3)."""
+        scorable, owners = [], []
+        for owner, request in enumerate(requests):
+            offset = 0
+            for window in lm_eval_utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            ):
+                context, continuation = lm_eval_utils.make_disjoint_window(window)
+                tokens = (*context, *continuation)
+                scorable.append(Request(tokens[:-1], tuple(continuation), self.documents[request.doc_id], offset))
+                owners.append(owner)
+                offset += len(continuation)
+        totals = [0.0] * len(requests)
+        for owner, score in zip(owners, self._score(scorable, "all"), strict=True):
+            totals[owner] += score.loglikelihood
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Greedy generation; the scope rules of ``attach`` decide which positions are sparse."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            groups[repr(request.args[1])].append(i)
+        texts: dict[int, str] = {}
+        for group in groups.values():
+            group.sort(key=lambda i: (-len(self.tok_encode(requests[i].args[0])), requests[i].args[0]))
+            for start in range(0, len(group), self.batch_size):
+                batch = group[start : start + self.batch_size]
+                texts |= zip(batch, self._generate([requests[i] for i in batch]), strict=True)
+        return [texts[i] for i in range(len(requests))]
+
+    def _generate(self, requests: Sequence[Instance]) -> list[str]:
+        options = normalize_gen_kwargs(requests[0].args[1], self.max_gen_toks)
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        until = handle_stop_sequences(options.pop("until", None), eos=eos)
+        n_new = options.pop("max_gen_toks")
+        if n_new >= self.max_length:
+            raise CellError(
+                f"max_gen_toks {n_new} leaves no room for a prompt: the model's context is {self.max_length}"
+            )
+        ids, mask = self.tok_batch_encode([r.args[0] for r in requests], left_truncate_len=self.max_length - n_new)
+        if self.attached is not None:
+            self.attached.documents = torch.tensor([self.documents[r.doc_id] for r in requests])
+        try:
+            with torch.inference_mode():
+                output = self._model_generate(
+                    context=ids.to(self.device),
+                    attention_mask=mask.to(self.device),
+                    stop=until,
+                    max_length=ids.shape[1] + n_new,
+                    **options,
+                )
+        finally:
+            if self.attached is not None:
+                self.attached.documents = None
+        answers = output[:, ids.shape[1] :].tolist()
+        self._count_generated(answers)
+        decoded = (self.tok_decode(answer) for answer in answers)
+        return [postprocess_generated_text(generation=text, stop=until, think_end_token=None) for text in decoded]
+
+    def _count_generated(self, answers: list[list[int]]) -> None:
+        """Count generated tokens; with scope ``paper`` the first of each comes from the dense prefill."""
+        for answer in answers:
+            n_tokens = len(answer)
+            while n_tokens > 1 and answer[n_tokens - 1] == self.tokenizer.pad_token_id:
+                n_tokens -= 1
+            self.scored += n_tokens
+            self.sparse += 0 if self.attached is None else n_tokens - (self.scope == "paper")
+
+
+def build_task(spec: TaskSpec, seed: int) -> Task:
+    """Load one lm-eval task with its data from where ``spec`` says; prompt and metrics stay the task's own.
+
+    Raises
+    ------
+    InputError
+        The task or its data cannot be loaded.
+    """
+    override: dict[str, Any] = {"task": spec.name}
+    include: Any = None
+    if spec.source == "pack":
+        include = PACK_DIR
+        override |= {
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {s: str(p) for s, p in spec.files.items()}},
+        }
+    elif spec.source == "include":
+        include = spec.files["yaml"].parent
+    elif spec.name in LOCAL_TASKS:
+        include = lm_eval_tasks_dir() / LOCAL_TASKS[spec.name].lm_eval_folder
+    if spec.source == "data_dir":
+        files = {split: str(path) for split, path in spec.files.items()}
+        override |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+        for split in ("training", "validation", "test"):
+            if split.removesuffix("ing") not in files:
+                override[f"{split}_split"] = None
+    # all of lm-eval's task folder takes 10 s to index; one folder takes none
+    manager = TaskManager(include_path=include, include_defaults=include is None)
+    with quiet():
+        try:
+            loaded = manager.load([{"group": "suite", "task": [override]}] if len(override) > 1 else [spec.name])
+        except (OSError, ValueError, KeyError, RuntimeError, ConnectionError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(
+                f"task {spec.name} cannot be loaded ({spec.source}): {reason}; offline? give --data-dir"
+            ) from error
+    task: Task = loaded["tasks"][spec.name]
+    if spec.num_fewshot is not None:
+        task.set_config("num_fewshot", spec.num_fewshot)
+    task.set_fewshot_seed(seed)
+    return task
+
+
+def sample_indices(n_documents: int, limit: int | None, seed: int) -> list[int]:
+    """First ``limit`` documents of a seeded shuffle, in the order of the split; all where limit is None."""
+    if limit is None or limit >= n_documents:
+        return list(range(n_documents))
+    return sorted(np.random.default_rng(seed).permutation(n_documents)[:limit].tolist())
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hide the progress bars that lm-eval and datasets write to stderr, one for each task and split."""
+    with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):  # noqa: PTH123
+        yield
+
+
+class BuiltTask:
+    """An lm-eval task with its requests built and its documents picked, run once for each setting."""
+
+    def __init__(self, spec: TaskSpec, seed: int) -> None:
+        self.spec = spec
+        self.task = build_task(spec, seed)
+        self.documents = sample_indices(len(self.task.eval_docs), spec.limit, seed)
+        with quiet():
+            self.task.build_all_requests(samples=self.documents)
+        self.version = str(self.task.VERSION)
+        self.num_fewshot = int(self.task.config.num_fewshot or 0)
+
+    def run(self, lm: SuiteLM) -> dict[tuple[str, str], list[tuple[str, float, float | None]]]:
+        """Answer all requests; per (metric, filter) the documents' (doc_id, value, weight).
+
+        As ``lm_eval.evaluator.evaluate`` does it, which would build and tokenise the requests anew for each setting.
+        """
+        by_kind: dict[str, list[Instance]] = defaultdict(list)
+        for instance in self.task.instances:
+            instance.resps, instance.filtered_resps = [], {}
+            by_kind[instance.request_type].extend([instance] * (instance.repeats or 1))
+        for kind, instances in by_kind.items():
+            for response, instance in zip(getattr(lm, kind)(instances), instances, strict=True):
+                instance.resps.append(response)
+        self.task.apply_filters()
+        by_document: dict[int, list[Instance]] = defaultdict(list)
+        for instance in self.task.instances:
+            by_document[instance.doc_id].append(instance)
+        values: dict[tuple[str, str], list[tuple[str, float, float | None]]] = defaultdict(list)
+        for filter_name in self.task.instances[0].filtered_resps:
+            for doc_id, instances in by_document.items():
+                document = instances[0].doc
+                answers = [i.filtered_resps[filter_name] for i in sorted(instances, key=lambda i: i.idx)]
+                for metric, value in self.task.process_results(document, answers).items():
+                    label = self._label(doc_id, document)
+                    values[metric, filter_name].append((label, *_sample(metric, value)))
+        return values
+
+    def _label(self, doc_id: int, document: Any) -> str:
+        template = document.get("template") if isinstance(document, dict) else None
+        index = str(self.documents[doc_id])
+        return f"{template}/{index}" if template else index
+
+    def chance(self, metric: str) -> float | None:
+        """Expected value of blind guessing: mean of 1 / number of choices; 0 for other accuracies and exact matches."""
+        if metric not in ("acc", "acc_norm", "exact_match"):
+            return None
+        if self.task.OUTPUT_TYPE != "multiple_choice":
+            return 0.0
+        documents = [i.doc for i in {i.doc_id: i for i in self.task.instances}.values()]
+        return float(np.mean([1 / len(self.task.doc_to_choice(d)) for d in documents]))
+
+
+def _sample(metric: str, value: Any) -> tuple[float, float | None]:
+    """One document's (value, weight) in the sample convention: negative log-likelihood for what is a perplexity."""
+    if isinstance(value, tuple):
+        return -float(value[0]), float(value[1])
+    if metric.endswith("perplexity"):
+        return -float(value), None
+    return float(value), None
+
+
+def samples_of(metric: str, values: Sequence[tuple[str, float, float | None]]) -> list[tuple[str, str, float]]:
+    """Rows (doc_id, metric, value) of samples.csv, weights as rows of ``<metric>.weight``."""
+    rows = [(doc_id, metric, value) for doc_id, value, _ in values]
+    return rows + [(doc_id, metric + WEIGHT, weight) for doc_id, _, weight in values if weight is not None]
