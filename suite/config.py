@@ -1,0 +1,288 @@
+"""The matrix of a run as data: pydantic models of the YAML, its reading, and overrides from the command line.
+
+Paths in the YAML (data_dir, include_path, a model's folder or file, ``file:PATH`` of a calibration) are relative to the
+working folder, as on the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from suite.errors import InputError
+from suite.registry import did_you_mean
+
+PROFILES = ("embedded", "small", "paper")
+
+Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, strict=True)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Scope = Literal["paper", "scored", "all"]
+Estimator = Literal["calibrated", "mean-kth", "pooled-quantile"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Section(BaseModel):
+    """A part of the YAML: frozen, and an unknown key is an error that names the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            for key in data:
+                if key not in cls.model_fields:
+                    hint = did_you_mean(str(key), cls.model_fields)
+                    raise PydanticCustomError("unknown_key", "unknown key '{key}'{hint}", {"key": key, "hint": hint})
+        return data
+
+
+class ModelConfig(Section):
+    """A model: ``embedded``, a hub id, a folder or a .gguf file; ``dtype`` it is loaded in."""
+
+    id: str = Field(min_length=1)
+    dtype: Dtype = "float32"
+
+
+class MethodConfig(Section):
+    """A method by registry name or ``module:Class``, with parameters besides its sparsity."""
+
+    name: str = Field(min_length=1)
+    params: dict[str, Any] = {}
+
+    @field_validator("params")
+    @classmethod
+    def _no_sparsity(cls, params: dict[str, Any]) -> dict[str, Any]:
+        if "sparsity" in params:
+            raise PydanticCustomError("sparsity_param", "sparsity is set by the block's sparsities, not by params")
+        return params
+
+
+class TaskConfig(Section):
+    """A task; ``limit`` None runs all documents, ``num_fewshot`` None the task's own; options of decode_perplexity."""
+
+    name: str = Field(min_length=1)
+    source: Literal["auto", "pack", "data_dir", "hub", "include", "text"] = "auto"
+    limit: Count | None = None
+    num_fewshot: Annotated[int, Field(ge=0, strict=True)] | None = None
+    options: dict[str, Any] = {}
+
+
+class CalibrationConfig(Section):
+    """Text that thresholds are fitted on (``pydoc`` or ``file:PATH``), at most ``max_tokens``, and the estimators."""
+
+    source: str = "pydoc"
+    max_tokens: Count = 4096
+    estimators: list[Estimator] = Field(["calibrated"], min_length=1)
+
+
+def _named(items: Any) -> Any:
+    """Let a list of sections be written as bare names."""
+    return [{"name": item} if isinstance(item, str) else item for item in items] if isinstance(items, list) else items
+
+
+class AccuracyBlock(Section):
+    """Cells of quality: methods x modes x sparsities x scopes x tasks; dense runs once per model and task."""
+
+    methods: list[MethodConfig] = Field(min_length=1)
+    modes: list[Literal["ideal", "practical"]] = Field(["ideal"], min_length=1)
+    sparsities: list[Sparsity] = Field(min_length=1)
+    scopes: list[Scope] = Field(["scored"], min_length=1)
+    tasks: list[TaskConfig] = Field(min_length=1)
+
+    @field_validator("methods", "tasks", mode="before")
+    @classmethod
+    def _bare_names(cls, items: Any) -> Any:
+        return _named(items)
+
+
+class SpeedBlock(Section):
+    """Cells of speed: shapes x methods x sparsities x dtypes x backends x batch sizes x threads."""
+
+    level: Literal["op", "layer", "decode"] = "layer"
+    shapes: list[str] = Field(min_length=1)
+    methods: list[str] = Field(min_length=1)
+    sparsities: list[Sparsity] = Field(min_length=1)
+    dtypes: list[Dtype] = Field(["float32"], min_length=1)
+    backends: list[Literal["torch", "numba-cpu", "numba-cuda"]] = Field(["torch", "numba-cpu"], min_length=1)
+    batch_sizes: list[Count] = Field([1], min_length=1)
+    threads: list[Count | Literal["all"]] = Field(["all"], min_length=1)
+    variants: list[Literal["eager", "graph", "compile", "generate", "deterministic"]] = Field(["eager"], min_length=1)
+    clocks: list[Literal["wall", "event", "graph"]] = Field(["wall"], min_length=1)
+
+
+class MatrixConfig(Section):
+    """A whole matrix: what a run measures."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    title: str = ""
+    models: list[ModelConfig] = []
+    device: Device = "auto"
+    seeds: list[Annotated[int, Field(ge=0, strict=True)]] = Field([0], min_length=1)
+    batch_size: Count = 8
+    data_dir: str | None = None
+    include_path: str | None = None
+    calibration: CalibrationConfig = CalibrationConfig()
+    accuracy: list[AccuracyBlock] = []
+    speed: list[SpeedBlock] = []
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> MatrixConfig:
+        if not self.accuracy and not self.speed:
+            raise PydanticCustomError("empty", "empty matrix: give at least one block under accuracy or speed")
+        if self.accuracy and not self.models:
+            raise PydanticCustomError("empty", "accuracy blocks need at least one model under models")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice instead of dropping the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            if isinstance(key, Hashable) and key != "<<":
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def profile_path(name: str) -> Path:
+    """File of a profile that ships with the package.
+
+    Raises
+    ------
+    InputError
+        Unknown profile.
+    """
+    if name not in PROFILES:
+        raise InputError(f"unknown profile {name!r}{did_you_mean(name, PROFILES)}")
+    return Path(str(resources.files("suite") / "configs" / f"{name}.yaml"))
+
+
+def read_yaml(path: Path) -> Any:
+    """Content of a YAML file.
+
+    Raises
+    ------
+    InputError
+        No such file, unreadable, or no YAML (with line and column).
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is no UTF-8 text"
+        raise InputError(f"matrix file {path}: {reason}; give the path of a YAML file, or a profile") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1} column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"matrix file {path}{place}: broken YAML: {problem}") from error
+
+
+def load_config(source: str | Path) -> MatrixConfig:
+    """Matrix of a YAML file, or of a profile by its name.
+
+    Raises
+    ------
+    InputError
+        One line with file, key path, value and remedy.
+    """
+    path = profile_path(str(source)) if str(source) in PROFILES else Path(source)
+    if not path.exists() and not path.suffix:
+        raise InputError(f"no matrix file and no profile {str(source)!r}{did_you_mean(str(source), PROFILES)}")
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise InputError(
+            f"matrix file {path}: must be a mapping of keys such as name, models, accuracy; it is "
+            f"{'empty' if data is None else type(data).__name__}"
+        )
+    return build_config(data, str(path))
+
+
+def build_config(data: Mapping[str, Any], place: str) -> MatrixConfig:
+    """Check a mapping; ``place`` (file or "command line") starts the message of an InputError."""
+    try:
+        return MatrixConfig.model_validate(data)
+    except ValidationError as error:
+        raise InputError(f"{place}: {_one_line(error.errors())}") from error
+
+
+def _one_line(errors: list[ErrorDetails]) -> str:
+    first = errors[0]
+    message = first["msg"].replace("Input should be", "must be").replace("\n", " ")
+    value = ""
+    if first["type"] == "missing":
+        message = "is missing"
+    elif first["type"] == "too_short":
+        message = "must not be empty"
+    elif first["type"] == "string_pattern_mismatch":
+        message = "must be letters, digits, '.', '_' or '-', starting with a letter or digit"
+    if not isinstance(first["input"], (dict, list, MatrixConfig)):
+        value = f", got {first['input']!r}"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    path = ".".join(str(part) for part in first["loc"] if part != "constrained-int")
+    return f"{path + ': ' if path else ''}{message}{value}{more}"
+
+
+def override(
+    config: MatrixConfig,
+    *,
+    models: list[str] | None = None,
+    only: str | None = None,
+    limit: str | None = None,
+    **values: Any,
+) -> MatrixConfig:
+    """Change a matrix from the command line.
+
+    Parameters
+    ----------
+    models : replace the matrix' models; ``ID`` or ``ID=DTYPE`` each.
+    only : ``accuracy`` or ``speed``.
+    limit : documents a task, a whole number, or ``none`` for all.
+    values : ``data_dir``, ``include_path``, ``device``, ``seeds``, ``batch_size``; None leaves the matrix' own.
+
+    Raises
+    ------
+    InputError
+        A value that the matrix does not take.
+    """
+    data = config.model_dump()
+    data.update({key: value for key, value in values.items() if value is not None})
+    if models:
+        dtype = config.models[0].dtype if config.models else "float32"
+        data["models"] = [_model_of(spec, dtype) for spec in models]
+    if only is not None:
+        if only not in ("accuracy", "speed"):
+            raise InputError(f"--only {only!r}: must be accuracy or speed")
+        other = "speed" if only == "accuracy" else "accuracy"
+        data[other] = []
+        if not data[only]:
+            raise InputError(f"--only {only}: matrix {config.name!r} has no {only} block")
+    if limit is not None:
+        for block in data["accuracy"]:
+            for task in block["tasks"]:
+                task["limit"] = _limit(limit)
+    return build_config(data, "command line")
+
+
+def _model_of(spec: str, dtype: str) -> dict[str, str]:
+    name, equals, given = spec.rpartition("=")
+    return {"id": name, "dtype": given} if equals else {"id": spec, "dtype": dtype}
+
+
+def _limit(text: str) -> int | None:
+    if text.lower() == "none":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"--limit {text!r}: must be a whole number of documents, at least 1, or none for all")
+    return int(text)
