@@ -80,7 +80,7 @@ class CalibrationConfig(Section):
 
     source: str = "pydoc"
     max_tokens: Count = 4096
-    estimators: list[Estimator] = Field(["calibrated"], min_length=1)
+    estimators: list[Estimator] = Field(default=["calibrated"], min_length=1)
 
 
 def _named(items: Any) -> Any:
@@ -92,9 +92,9 @@ class AccuracyBlock(Section):
     """Cells of quality: methods x modes x sparsities x scopes x tasks; dense runs once per model and task."""
 
     methods: list[MethodConfig] = Field(min_length=1)
-    modes: list[Literal["ideal", "practical"]] = Field(["ideal"], min_length=1)
+    modes: list[Literal["ideal", "practical"]] = Field(default=["ideal"], min_length=1)
     sparsities: list[Sparsity] = Field(min_length=1)
-    scopes: list[Scope] = Field(["scored"], min_length=1)
+    scopes: list[Scope] = Field(default=["scored"], min_length=1)
     tasks: list[TaskConfig] = Field(min_length=1)
 
     @field_validator("methods", "tasks", mode="before")
@@ -110,12 +110,14 @@ class SpeedBlock(Section):
     shapes: list[str] = Field(min_length=1)
     methods: list[str] = Field(min_length=1)
     sparsities: list[Sparsity] = Field(min_length=1)
-    dtypes: list[Dtype] = Field(["float32"], min_length=1)
-    backends: list[Literal["torch", "numba-cpu", "numba-cuda"]] = Field(["torch", "numba-cpu"], min_length=1)
-    batch_sizes: list[Count] = Field([1], min_length=1)
-    threads: list[Count | Literal["all"]] = Field(["all"], min_length=1)
-    variants: list[Literal["eager", "graph", "compile", "generate", "deterministic"]] = Field(["eager"], min_length=1)
-    clocks: list[Literal["wall", "event", "graph"]] = Field(["wall"], min_length=1)
+    dtypes: list[Dtype] = Field(default=["float32"], min_length=1)
+    backends: list[Literal["torch", "numba-cpu", "numba-cuda"]] = Field(default=["torch", "numba-cpu"], min_length=1)
+    batch_sizes: list[Count] = Field(default=[1], min_length=1)
+    threads: list[Count | Literal["all"]] = Field(default=["all"], min_length=1)
+    variants: list[Literal["eager", "graph", "compile", "generate", "deterministic"]] = Field(
+        default=["eager"], min_length=1
+    )
+    clocks: list[Literal["wall", "event", "graph"]] = Field(default=["wall"], min_length=1)
 
 
 class MatrixConfig(Section):
@@ -125,7 +127,7 @@ class MatrixConfig(Section):
     title: str = ""
     models: list[ModelConfig] = []
     device: Device = "auto"
-    seeds: list[Annotated[int, Field(ge=0, strict=True)]] = Field([0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, strict=True)]] = Field(default=[0], min_length=1)
     batch_size: Count = 8
     data_dir: str | None = None
     include_path: str | None = None
