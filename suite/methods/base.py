@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cached_property
@@ -28,8 +29,8 @@ class Activations:
     ----------
     gate, act, up : Tensor, shape (n_tokens, d_ff), the model's dtype
         ``g``, ``a`` and ``u``.
-    down_norm2 : Tensor, shape (d_ff,), fp32
-        Squared L2 norms of the columns of ``W_down``.
+    down_norms : callable
+        Makes `down_norm2`, once, if a method asks for it.
     layer : int
         Index of the layer, from 0.
     documents, positions : Tensor, shape (n_tokens,), int64
@@ -39,7 +40,7 @@ class Activations:
     gate: Tensor
     act: Tensor
     up: Tensor
-    down_norm2: Tensor
+    down_norms: Callable[[], Tensor]
     layer: int
     documents: Tensor
     positions: Tensor
@@ -48,6 +49,11 @@ class Activations:
     def product(self) -> Tensor:
         """``v = act(g) * u``, shape (n_tokens, d_ff), in the model's dtype."""
         return self.act * self.up
+
+    @property
+    def down_norm2(self) -> Tensor:
+        """Squared L2 norms of the columns of ``W_down``, shape (d_ff,), fp32."""
+        return self.down_norms()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,26 +106,36 @@ def select_top_k(score: Tensor, k: int) -> Tensor:
     -------
     Tensor, shape (n_tokens, d_ff), bool
     """
-    import torch  # late: listing the methods must not load it
+    import numpy as np  # late: listing the methods must load neither
+    import torch
 
     d_ff = score.shape[-1]
     if not 1 <= k <= d_ff:
         raise InputError(f"cannot keep k={k} of d_ff={d_ff} neurons")
     if k == d_ff:
         return torch.ones_like(score, dtype=torch.bool)
-    score = score.float()
-    if score.isnan().any():
-        # inf and NaN must not tie: finite and infinite scores keep their order below NaN
-        score = torch.where(score.isnan(), torch.inf, score.clamp(max=torch.finfo(torch.float32).max))
-    kth = torch.topk(score, k, dim=-1, sorted=True).values[:, -1:]
-    keep = score >= kth
+    score = score.detach().float()
+    if score.device.type != "cpu":  # looking for ties first would make the host wait for the device
+        return _break_ties(score, torch.topk(score, k, dim=-1, sorted=True).values[:, -1:], k)
+    # numpy's vectorised partition takes 1.6 ms for 512 x 1536 scores, torch.topk 4.4 to 10
+    kth = torch.from_numpy(np.partition(score.numpy(), d_ff - k, axis=-1)[:, d_ff - k, None])
+    keep = ~(score < kth)  # NaN, which numpy and torch sort above everything, is kept
     surplus = (keep.sum(-1) > k).nonzero().flatten()  # bf16 scores tie often; fp32 hardly ever
     if len(surplus):
-        rows, limit = score[surplus], kth[surplus]
-        above, equal = rows > limit, rows == limit
-        room = k - above.sum(-1, keepdim=True)
-        keep[surplus] = above | (equal & (equal.cumsum(-1) <= room))
+        keep[surplus] = _break_ties(score[surplus], kth[surplus], k)
     return keep
+
+
+def _break_ties(score: Tensor, kth: Tensor, k: int) -> Tensor:
+    """Of the scores equal to the kth, keep those of lowest index until there are k."""
+    import torch  # late: listing the methods must not load it
+
+    # inf and NaN must not tie: finite and infinite scores keep their order below NaN
+    largest = torch.finfo(torch.float32).max
+    score, kth = (torch.where(x.isnan(), torch.inf, x.clamp(max=largest)) for x in (score, kth))
+    above, equal = score > kth, score == kth
+    room = k - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
 
 
 def select_threshold(score: Tensor, threshold: float | Tensor) -> Tensor:

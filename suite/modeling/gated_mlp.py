@@ -1,0 +1,151 @@
+"""One view of the gated MLPs of Hugging Face models, with split or fused gate and up projections."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
+
+from suite.errors import InputError
+
+Activation = Literal["silu", "gelu_tanh"]
+
+_IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """One gated MLP ``y = W_down (act(W_gate x) * W_up x)`` of a model.
+
+    Every step runs the model's own submodules on the whole tensor, so that a recomposed forward pass is bit-equal to
+    the model's.
+
+    Parameters
+    ----------
+    layer : int
+        Index of the decoder layer, from 0.
+    module_name : str
+        Path of the module in the model.
+    module : nn.Module
+        The MLP itself.
+    d_model, d_ff : int
+    activation : {"silu", "gelu_tanh"}
+    fused : bool
+        True if gate and up are one matrix ``gate_up_proj``, gate first (Phi-3, Phi-4).
+    """
+
+    layer: int
+    module_name: str
+    module: nn.Module
+    d_model: int
+    d_ff: int
+    activation: Activation
+    fused: bool
+
+    def gate_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``g`` and ``u`` of shape (..., d_ff) from x of shape (..., d_model); views of one tensor where fused."""
+        if self.fused:
+            gate, up = self.module.get_submodule("gate_up_proj")(x).chunk(2, dim=-1)
+            return gate, up
+        return self.module.get_submodule("gate_proj")(x), self.module.get_submodule("up_proj")(x)
+
+    def act(self, gate: Tensor) -> Tensor:
+        """``a = act(g)``, shape (..., d_ff)."""
+        return self.module.get_submodule("activation_fn" if self.fused else "act_fn")(gate)
+
+    def down(self, product: Tensor) -> Tensor:
+        """``y = W_down v``, shape (..., d_model), from v of shape (..., d_ff)."""
+        return self.module.get_submodule("down_proj")(product)
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``W_gate``, ``W_up`` (d_ff, d_model) and ``W_down`` (d_model, d_ff): the parameters, or views where fused."""
+        down = self.module.get_parameter("down_proj.weight")
+        if self.fused:
+            gate, up = self.module.get_parameter("gate_up_proj.weight").chunk(2, dim=0)
+            return gate, up, down
+        return self.module.get_parameter("gate_proj.weight"), self.module.get_parameter("up_proj.weight"), down
+
+    def has_bias(self) -> bool:
+        """Whether any of the projections adds a bias."""
+        return any(name.endswith(".bias") for name, _ in self.module.named_parameters())
+
+    def down_norm2(self) -> Tensor:
+        """Squared L2 norms of the columns of ``W_down``, shape (d_ff,), fp32."""
+        return self.weights()[2].detach().float().square().sum(0)
+
+
+def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
+    """Gated MLPs of a causal language model, in the order of its layers.
+
+    Raises
+    ------
+    InputError
+        A model without gated MLPs, with only some layers gated, or with an activation that is neither SiLU nor
+        GELU-tanh.
+    """
+    name = type(model).__name__
+    found: dict[int, GatedMLP] = {}
+    for path, module in model.named_modules():
+        match = _IN_LAYER.search(path)
+        if match and (mlp := _view(int(match[1]), path, module)):
+            found[mlp.layer] = mlp
+    n_layers = _layer_count(model)
+    if not found:
+        raise InputError(f"model {name} has no gated MLP (gate_proj, up_proj, down_proj or gate_up_proj, down_proj)")
+    if sorted(found) != list(range(n_layers)):
+        raise InputError(f"model {name} has gated MLPs in {len(found)} of {n_layers} layers; all must have one")
+    mlps = [found[layer] for layer in range(n_layers)]
+    _check_formula(name, mlps[0])
+    return mlps
+
+
+def _layer_count(model: nn.Module) -> int:
+    """Decoder layers the model says it has."""
+    config = getattr(model, "config", None)
+    if config is None:
+        raise InputError(f"model {type(model).__name__} is no Hugging Face model: it has no config")
+    return int(getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0))
+
+
+def _view(layer: int, path: str, module: nn.Module) -> GatedMLP | None:
+    """View of a module that has the projections of a gated MLP, else None."""
+    children = dict(module.named_children())
+    down = children.get("down_proj")
+    split = {"gate_proj", "up_proj", "act_fn"} <= children.keys()
+    fused = {"gate_up_proj", "activation_fn"} <= children.keys()
+    weight = getattr(down, "weight", None)
+    if not (split or fused) or not isinstance(weight, Tensor):
+        return None
+    d_model, d_ff = weight.shape
+    activation = _activation(path, children["activation_fn" if fused else "act_fn"])
+    return GatedMLP(layer, path, module, int(d_model), int(d_ff), activation, fused)
+
+
+def _activation(path: str, function: nn.Module) -> Activation:
+    """Which activation it is, by its values: one function has many class names in transformers."""
+    x = torch.linspace(-6, 6, 97, dtype=torch.float64)
+    with torch.no_grad():
+        y = function(x)
+    # GELU by erf differs from GELU-tanh by up to 5e-4
+    if torch.allclose(y, silu(x), rtol=0, atol=1e-6):
+        return "silu"
+    if torch.allclose(y, gelu(x, approximate="tanh"), rtol=0, atol=1e-6):
+        return "gelu_tanh"
+    raise InputError(f"activation {type(function).__name__} of {path} is not supported: only SiLU and GELU-tanh are")
+
+
+def _check_formula(name: str, mlp: GatedMLP) -> None:
+    """Refuse an MLP whose parts look right but whose forward pass does something else."""
+    weight = mlp.weights()[2]
+    if weight.is_meta:
+        return
+    x = torch.linspace(-1, 1, mlp.d_model, dtype=weight.dtype, device=weight.device)[None]
+    with torch.no_grad():
+        gate, up = mlp.gate_up(x)
+        same = torch.equal(mlp.down(mlp.act(gate) * up), mlp.module(x))
+    if not same:
+        raise InputError(f"model {name}: {type(mlp.module).__name__} does not compute W_down (act(W_gate x) * W_up x)")
