@@ -131,14 +131,16 @@ class CellStore:
         except FileNotFoundError:
             return None
         except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
-            return self._damaged(path, str(error) or type(error).__name__)
+            self._tell_damaged(path, str(error) or type(error).__name__)
+            return None
         except OSError as error:
             raise InputError(f"cannot read cell {path}: {error.strerror}") from error
         return self._checked(record, key, path)
 
     def _checked(self, record: Any, key: str, path: Path) -> Record | None:
         if not isinstance(record, dict):
-            return self._damaged(path, "no JSON object")
+            self._tell_damaged(path, "no JSON object")
+            return None
         version = record.get("schema_version")
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise InputError(
@@ -147,10 +149,11 @@ class CellStore:
             )
         body = {name: value for name, value in record.items() if name != "sha256"}
         if record.get("key") != key or record.get("sha256") != sha256_of(body):
-            return self._damaged(path, "its hash does not match")
+            self._tell_damaged(path, "its hash does not match")
+            return None
         return record
 
-    def _damaged(self, path: Path, why: str) -> None:
+    def _tell_damaged(self, path: Path, why: str) -> None:
         if self._say is not None and path.name not in self._told:
             self._told.add(path.name)
             self._say(f"damaged cell {path.name} ({why}): treated as missing and computed again")

@@ -1,0 +1,230 @@
+"""Writes a run folder, a view of the store: CSVs with rows sorted by what they are, and paired differences to dense."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from suite import schema
+from suite.evaluation.results import WEIGHT
+from suite.registry import method_class
+from suite.runs.cells import AccuracyCell
+from suite.runs.provenance import Scrubber
+from suite.runs.speed_cells import TimedCell
+from suite.runs.store import Record
+from suite.statistics import paired_delta, resampling_group
+
+Row = dict[str, Any]
+_NOT_RUN = {"status": "missing", "reason": "not run yet: run the same command again"}
+
+
+def cell_text(value: Any) -> str:
+    """Text of a CSV cell: empty for None, 10 significant digits for floats, the same on every machine."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return format(value, ".10g") if isinstance(value, float) else str(value)
+
+
+def csv_bytes(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, exact: str = "") -> bytes:
+    """CSV file with a header; ``exact`` names a float column written with all its digits (``repr``)."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow(
+            [repr(float(row[c])) if c == exact and row.get(c) is not None else cell_text(row.get(c)) for c in columns]
+        )
+    return text.getvalue().encode()
+
+
+def gzip_bytes(data: bytes) -> bytes:
+    """Compressed without a time, so that equal content gives equal files."""
+    return gzip.compress(data, 6, mtime=0)
+
+
+class Assembly:
+    """CSV files of a run from its cells and their records.
+
+    Parameters
+    ----------
+    run_id : str
+    accuracy, speed : cells of the matrix
+    records : record or None by key
+    scrub : takes the paths of this machine out of reasons
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        accuracy: Sequence[AccuracyCell],
+        speed: Sequence[TimedCell],
+        records: Mapping[str, Record | None],
+        scrub: Scrubber,
+    ) -> None:
+        self._run_id, self._accuracy, self._speed = run_id, accuracy, speed
+        self._records, self._scrub = records, scrub
+        self._samples: dict[str, dict[str, dict[str, float]]] = {}
+        self._dense = {cell.base: cell for cell in accuracy if cell.mode == "none"}
+
+    def files(self) -> dict[str, bytes]:
+        """Content of accuracy.csv, samples.csv.gz, sparsity.csv and speed.csv."""
+        return {
+            "accuracy.csv": csv_bytes(schema.ACCURACY, _sorted(self._accuracy_rows(), schema.ACCURACY)),
+            "samples.csv.gz": gzip_bytes(csv_bytes(schema.SAMPLES, self._sample_rows(), exact="value")),
+            "sparsity.csv": csv_bytes(schema.SPARSITY, self._sparsity_rows()),
+            "speed.csv": csv_bytes(schema.SPEED, _sorted(self._speed_rows(), schema.SPEED)),
+        }
+
+    def _accuracy_rows(self) -> list[Row]:
+        return [row for cell in self._accuracy for row in self._rows_of(cell)]
+
+    def _rows_of(self, cell: AccuracyCell) -> list[Row]:
+        record = self._records[cell.key]
+        common = self._identity(cell)
+        if record is None:
+            return [common | _NOT_RUN]
+        common |= {
+            "status": record["status"],
+            "reason": self._scrub.text(record["reason"]),
+            "elapsed_s": record["elapsed_s"],
+        }
+        if record["status"] != "ok":
+            return [common]
+        realized = _realized(cell, record)
+        common |= {"sparsity_realized": realized, "bytes_share": _bytes_share(cell, realized)}
+        return [common | row | self._delta(cell, row) for row in record["rows"]]
+
+    def _identity(self, cell: AccuracyCell) -> Row:
+        return {
+            "run_id": self._run_id,
+            "cell_id": cell.id,
+            "model": cell.model_name,
+            "dtype": cell.dtype,
+            "method": cell.method,
+            "mode": cell.mode,
+            "sparsity_target": cell.sparsity,
+            "estimator": cell.fit.estimator if cell.fit else None,
+            "calibration": self._scrub.text(cell.fit.calibration) if cell.fit else None,
+            "fit_id": cell.fit_key[:16] if cell.fit_key else None,
+            "scope": cell.scope,
+            "task": cell.task.name,
+            "data_fingerprint": cell.key_fields["task"]["data"],
+            "num_fewshot": cell.task.num_fewshot,
+            "limit": cell.task.limit,
+            "batch_size": cell.batch_size,
+            "seed": cell.seed,
+        }
+
+    def _delta(self, cell: AccuracyCell, row: Row) -> Row:
+        """Paired difference to the dense cell of the same model and task, with its interval; empty for dense itself."""
+        dense = self._dense.get(cell.base)
+        record = self._records[dense.key] if dense else None
+        if dense is None or record is None or record["status"] != "ok" or cell.mode == "none":
+            return {}
+        metric = str(row["metric"])
+        for name in (f"{metric},{row.get('filter')}", metric):
+            own, base = (self._samples_of(c).get(name, {}) for c in (cell, dense))
+            if own and own.keys() == base.keys():
+                break
+        else:
+            return {}
+        documents = sorted(own)
+        weights = [self._samples_of(c).get(name + WEIGHT, {}) for c in (cell, dense)]
+        delta, low, high = paired_delta(
+            [own[d] for d in documents],
+            [weights[0].get(d, 1.0) for d in documents],
+            [base[d] for d in documents],
+            [weights[1].get(d, 1.0) for d in documents],
+            metric,
+            [resampling_group(d) for d in documents],
+        )
+        return {"delta_dense": delta, "delta_ci_low": low, "delta_ci_high": high}
+
+    def _samples_of(self, cell: AccuracyCell) -> dict[str, dict[str, float]]:
+        """Value by document by metric; a metric whose documents come twice (two filters) is left out."""
+        if cell.key not in self._samples:
+            record = self._records[cell.key]
+            found: dict[str, dict[str, float]] = {}
+            twice = set()
+            for document, metric, value in record["samples"] if record else []:
+                values = found.setdefault(metric, {})
+                if document in values:
+                    twice.add(metric)
+                values[document] = value
+            self._samples[cell.key] = {metric: values for metric, values in found.items() if metric not in twice}
+        return self._samples[cell.key]
+
+    def _sample_rows(self) -> Iterable[Row]:
+        for cell in sorted(self._accuracy, key=lambda cell: cell.id):
+            record = self._records[cell.key]
+            if record is not None and record["status"] == "ok":
+                for document, metric, value in record["samples"]:
+                    yield {
+                        "cell_id": cell.id,
+                        "task": cell.task.name,
+                        "doc_id": document,
+                        "metric": metric,
+                        "value": value,
+                    }
+
+    def _sparsity_rows(self) -> Iterable[Row]:
+        for cell in sorted(self._accuracy, key=lambda cell: cell.id):
+            record = self._records[cell.key]
+            if record is not None and record["status"] == "ok":
+                for layer in sorted(record["sparsity"], key=lambda layer: layer["layer"]):
+                    yield {"cell_id": cell.id, "sparsity_target": cell.sparsity, **layer}
+
+    def _speed_rows(self) -> list[Row]:
+        rows = []
+        for cell in self._speed:
+            record = self._records[cell.key]
+            common = {"run_id": self._run_id, "cell_id": cell.id}
+            fields = {c: v for c, v in cell.key_fields.items() if c in schema.SPEED} | common
+            if record is None:
+                rows.append(fields | _NOT_RUN)
+                continue
+            measured = record["rows"][0] if record["rows"] else {}
+            status = {"status": record["status"], "reason": self._scrub.text(record["reason"])}
+            rows.append(fields | measured | common | status)
+        return rows
+
+
+def _realized(cell: AccuracyCell, record: Record) -> float | None:
+    """Mean over layers of the realised sparsity; 0 for dense, None where no token was in scope."""
+    if cell.mode == "none":
+        return 0.0
+    layers = [layer["sparsity_realized"] for layer in record["sparsity"] if layer["sparsity_realized"] is not None]
+    return sum(layers) / len(layers) if layers else None
+
+
+def _bytes_share(cell: AccuracyCell, realized: float | None) -> float | None:
+    """MLP bytes per token over dense at the realised sparsity (PROTOCOL section 2); ideal modes have no predictor."""
+    if cell.mode == "none":
+        return 1.0
+    if realized is None:
+        return None
+    return (3 - 2 * realized) / 3 if method_class(cell.method).first_projection else 1 - realized
+
+
+def _sorted(rows: list[Row], columns: Sequence[str]) -> list[Row]:
+    """Rows by identity: every column that names a setting, numbers as numbers; never by what was measured."""
+    names = [
+        *("model", "dtype", "task", "level", "model_shape", "batch_size", "threads", "scope", "method", "mode"),
+        *("sparsity_target", "estimator", "calibration", "backend", "variant", "clock", "seed", "filter", "metric"),
+        *("num_fewshot", "limit", "cell_id"),
+    ]
+    present = [name for name in names if name in columns]
+
+    def key(row: Row) -> list[tuple[int, float, str]]:
+        values = [row.get(name) for name in present]
+        return [
+            (0, float(v), "") if isinstance(v, (int, float)) and not isinstance(v, bool) else (1, 0.0, cell_text(v))
+            for v in values
+        ]
+
+    return sorted(rows, key=key)

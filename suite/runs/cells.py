@@ -1,0 +1,254 @@
+"""Cells: what a matrix measures, one by one, each with the key of everything that decides its number. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from typing import TYPE_CHECKING, Any, Protocol
+
+from suite.config import AccuracyBlock, CalibrationConfig, MatrixConfig, MethodConfig, ModelConfig, TaskConfig
+from suite.errors import InputError
+from suite.registry import METHODS, get_method, method_class
+from suite.runs.store import canonical, sha256_of
+
+if TYPE_CHECKING:
+    from suite.evaluation.tasks import TaskSpec
+    from suite.runs.provenance import Device
+
+ID_LENGTH = 16  # hex digits of a key that name a cell in the CSVs: 64 bits
+# Tasks whose scope is part of their definition (PROTOCOL section 3): one cell per setting, whatever scopes are asked.
+ROLLING_TASKS = ("wikitext",)
+
+
+class World(Protocol):
+    """What keys are made of, as this machine has it; the runs' own is ``suite.runs.world.LocalWorld``."""
+
+    device: Device
+
+    def model_name(self, spec: str) -> str:
+        """Short name of a model for the tables."""
+
+    def weights(self, spec: str) -> str:
+        """Fingerprint of a model's weights."""
+
+    def task(self, task: TaskConfig) -> TaskSpec:
+        """Find a task's data."""
+
+    def data(self, task: TaskSpec) -> str:
+        """Fingerprint of a task's data."""
+
+    def fit_key(self, request: FitRequest) -> str:
+        """Key of a fit."""
+
+    def versions(self, kind: str) -> dict[str, str]:
+        """Packages that decide numbers of a kind, accuracy or speed."""
+
+    def code(self, kind: str, method: str) -> str:
+        """Hash of the code that decides numbers of a kind with a method."""
+
+
+@dataclass(frozen=True)
+class FitRequest:
+    """A fit that a practical cell needs: thresholds of one method at one sparsity on one model."""
+
+    model: str
+    dtype: str
+    method: str
+    params: Mapping[str, Any] = field(hash=False)
+    sparsity: float
+    estimator: str
+    calibration: str
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class AccuracyCell:
+    """Model x method x mode x sparsity x scope x task; ``params`` are the method's fields besides sparsity."""
+
+    model: str
+    model_name: str
+    dtype: str
+    device: str
+    method: str
+    params: Mapping[str, Any]
+    mode: str
+    sparsity: float
+    scope: str
+    task: TaskSpec
+    batch_size: int
+    seed: int
+    fit: FitRequest | None
+    fit_key: str | None
+    key_fields: Mapping[str, Any]
+
+    kind = "accuracy"
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of everything that decides the number."""
+        return sha256_of(self.key_fields)
+
+    @property
+    def id(self) -> str:
+        """Name of the cell in the CSVs."""
+        return self.key[:ID_LENGTH]
+
+    @property
+    def label(self) -> str:
+        """One line for progress and messages."""
+        setting = "dense" if self.mode == "none" else f"{self.method} {self.mode} {self.sparsity:g} {self.scope}"
+        return f"{self.model_name} {self.task.name} {setting}"
+
+    @property
+    def load_group(self) -> tuple[str, str, str]:
+        """Cells of one group share one loaded model."""
+        return (self.model, self.dtype, self.device)
+
+    @property
+    def base(self) -> tuple[object, ...]:
+        """Cells of one base are compared with the same dense cell."""
+        return (*self.load_group, self.seed, self.batch_size, canonical(self.key_fields["task"]))
+
+
+def expand(config: MatrixConfig, world: World) -> list[AccuracyCell]:
+    """All accuracy cells of a matrix in running order: by model, seed and task, the dense cell of a task first.
+
+    Raises
+    ------
+    InputError
+        Unknown method, task or mode, a cell named twice, a practical mode that needs a predictor.
+    """
+    cells: list[AccuracyCell] = []
+    first_place: dict[str, tuple[str, AccuracyCell]] = {}
+    for (model, seed), (place, block) in product(
+        product(config.models, config.seeds), [(f"accuracy.{i}", block) for i, block in enumerate(config.accuracy)]
+    ):
+        for cell in _block_cells(config, world, model, seed, block, place):
+            earlier = first_place.setdefault(cell.key, (place, cell))
+            if earlier[1] is cell:
+                cells.append(cell)
+            elif cell.mode != "none":
+                raise InputError(f"duplicate cell in {earlier[0]} and {place}: {cell.label}; name each setting once")
+    rank = {key: number for number, key in enumerate(dict.fromkeys((*c.load_group, c.seed, c.base) for c in cells))}
+    return sorted(cells, key=lambda c: (rank[(*c.load_group, c.seed, c.base)], c.mode != "none"))
+
+
+def _block_cells(
+    config: MatrixConfig, world: World, model: ModelConfig, seed: int, block: AccuracyBlock, place: str
+) -> Iterator[AccuracyCell]:
+    for task_config in block.tasks:
+        task = world.task(task_config)
+        scopes = _scopes(task, block)
+        for method, mode, sparsity, estimator in _settings(block, config.calibration, seed, place):
+            for scope in [""] if mode == "none" else scopes:
+                yield _cell(config, world, model, seed, task, method, mode, sparsity, estimator, scope)
+
+
+def _scopes(task: TaskSpec, block: AccuracyBlock) -> list[str]:
+    if task.is_text:
+        return ["scored"]
+    return ["all"] if task.name in ROLLING_TASKS else list(block.scopes)
+
+
+def _settings(
+    block: AccuracyBlock, calibration: CalibrationConfig, seed: int, place: str
+) -> Iterator[tuple[MethodConfig, str, float, str]]:
+    """Settings (method, mode, sparsity, estimator) of a block, each checked by building its method."""
+    for method in block.methods:
+        cls = method_class(method.name)
+        if "seed" in cls.__dataclass_fields__ and "seed" not in method.params:
+            method = method.model_copy(update={"params": {**method.params, "seed": seed}})
+        _check_params(method, place)
+        if cls.modes == ("none",):
+            yield method, "none", 0.0, ""
+            continue
+        for mode, sparsity in product(block.modes, block.sparsities):
+            if mode not in cls.modes:
+                known = ", ".join(cls.modes)
+                raise InputError(f"{place}: method {method.name!r} has no mode {mode!r}; it has {known}")
+            if mode == "practical" and cls.needs_predictor:
+                raise InputError(
+                    f"{place}: the practical mode of method {method.name!r} comes with predictors; not in this version; "
+                    "use mode ideal"
+                )
+            get_method(method.name, sparsity=sparsity, **method.params)
+            for estimator in calibration.estimators if mode == "practical" else [""]:
+                yield method, mode, sparsity, estimator
+
+
+def _check_params(method: MethodConfig, place: str) -> None:
+    get_method(method.name, **method.params)
+    try:
+        canonical(method.params)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{place}: params of method {method.name!r}: {error}; use numbers, texts, lists") from error
+
+
+def _cell(
+    config: MatrixConfig,
+    world: World,
+    model: ModelConfig,
+    seed: int,
+    task: TaskSpec,
+    method: MethodConfig,
+    mode: str,
+    sparsity: float,
+    estimator: str,
+    scope: str,
+) -> AccuracyCell:
+    request = None
+    if mode == "practical":
+        calibration = config.calibration
+        request = FitRequest(
+            model.id, model.dtype, method.name, method.params, sparsity, estimator, calibration.source,
+            calibration.max_tokens, seed,
+        )  # fmt: skip
+    fit_key = world.fit_key(request) if request else None
+    return AccuracyCell(
+        model=model.id,
+        model_name=world.model_name(model.id),
+        dtype=model.dtype,
+        device=world.device.type,
+        method=method.name,
+        params=method.params,
+        mode=mode,
+        sparsity=sparsity,
+        scope=scope,
+        task=task,
+        batch_size=config.batch_size,
+        seed=seed,
+        fit=request,
+        fit_key=fit_key,
+        key_fields={
+            "kind": "accuracy",
+            "weights": world.weights(model.id),
+            "dtype": model.dtype,
+            "method": method.name,
+            "params": dict(method.params),
+            "mode": mode,
+            "sparsity": float(sparsity),
+            "fit": fit_key,
+            "scope": scope,
+            "task": {
+                "name": task.name,
+                "source": task.source,
+                "num_fewshot": task.num_fewshot,
+                "limit": task.limit,
+                "options": dict(task.options),
+                "data": world.data(task),
+            },
+            "batch_size": config.batch_size,
+            "seed": seed,
+            "device": world.device.type,
+            "versions": world.versions("accuracy"),
+            "code": world.code("accuracy", method.name),
+        },
+    )
+
+
+def is_own(method: str) -> bool:
+    """Whether a method is named as ``module:Class`` instead of by its registry name."""
+    return method not in METHODS

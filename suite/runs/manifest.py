@@ -1,0 +1,152 @@
+"""manifest.json: what a run was made of and the hashes of its files, without a path of the machine."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from suite import __version__
+from suite.config import MatrixConfig
+from suite.errors import InputError
+from suite.runs import provenance
+from suite.runs.cells import AccuracyCell
+from suite.runs.runner import Matrix
+from suite.runs.speed_cells import TimedCell
+from suite.runs.store import Record, sha256_of, write_atomically
+from suite.schema import SCHEMA_VERSION
+
+NAME = "manifest.json"
+
+
+def build_manifest(
+    run_id: str,
+    config: MatrixConfig,
+    matrix: Matrix,
+    records: Mapping[str, Record | None],
+    device: provenance.Device,
+    scrub: provenance.Scrubber,
+    argv: Sequence[str],
+) -> dict[str, Any]:
+    """Everything but the hashes of the files, which :func:`seal` adds."""
+    resolved = scrub.value(portable(config).model_dump(mode="json"))
+    cells: list[AccuracyCell | TimedCell] = [*matrix.accuracy, *matrix.speed]
+    common = {
+        kind: common_fields([c.key_fields for c in cells if c.kind == kind])
+        for kind in sorted({cell.kind for cell in cells})
+    }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": run_id,
+        "title": config.title,
+        "suite_version": __version__,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "argv": [scrub.text(argument) for argument in argv],
+        "config": resolved,
+        "config_sha256": sha256_of(resolved),
+        "git": provenance.git_state(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": provenance.versions(),
+        "device": {"type": device.type, "name": device.name, "driver": device.driver},
+        "seeds": config.seeds,
+        "models": {c.model_name: {"weights": c.key_fields["weights"], "dtype": c.dtype} for c in matrix.accuracy},
+        "data": {c.task.name: c.key_fields["task"]["data"] for c in matrix.accuracy},
+        "fits": _fits(matrix, records),
+        "key_common": scrub.value(common),
+        "cells": {c.id: _cell(c, records[c.key], common[c.kind], scrub) for c in sorted(cells, key=lambda c: c.id)},
+    }
+
+
+def portable(config: MatrixConfig) -> MatrixConfig:
+    """The matrix with the folders that differ between machines as placeholders."""
+    changes = {name: f"{{{name}}}" for name in ("data_dir", "include_path") if getattr(config, name) is not None}
+    return config.model_copy(update=changes)
+
+
+def common_fields(fields: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Key fields that all cells share: written once instead of once per cell."""
+    if not fields:
+        return {}
+    return {name: value for name, value in fields[0].items() if all(name in f and f[name] == value for f in fields)}
+
+
+def key_fields(manifest: Mapping[str, Any], cell_id: str) -> dict[str, Any]:
+    """Key fields of a cell as they were hashed."""
+    cell = manifest["cells"][cell_id]
+    return {**manifest["key_common"][cell["kind"]], **cell["fields"]}
+
+
+def _fits(matrix: Matrix, records: Mapping[str, Record | None]) -> dict[str, str]:
+    found = {}
+    for cell in matrix.accuracy:
+        record = records[cell.key]
+        if cell.fit_key and record is not None and record.get("fit_sha256"):
+            found[cell.fit_key[:16]] = str(record["fit_sha256"])
+    return dict(sorted(found.items()))
+
+
+def _cell(
+    cell: AccuracyCell | TimedCell, record: Record | None, common: Mapping[str, Any], scrub: provenance.Scrubber
+) -> dict[str, Any]:
+    own = {name: value for name, value in cell.key_fields.items() if name not in common}
+    found: dict[str, Any] = {"kind": cell.kind, "label": cell.label, "fields": scrub.value(own)}
+    if record is None:
+        return {**found, "status": "missing"}
+    found |= {"status": record["status"], "elapsed_s": record["elapsed_s"], "created": record["created"]}
+    if record["reason"]:
+        found["reason"] = scrub.text(record["reason"])
+    if record.get("fit_sha256"):
+        found["fit_sha256"] = record["fit_sha256"]
+    return found
+
+
+def seal(folder: Path) -> None:
+    """Write the SHA-256 of every file of a run folder into its manifest: last, when all files are there."""
+    manifest = read_manifest(folder)
+    manifest["files"] = file_hashes(folder)
+    write_atomically(folder / NAME, manifest_bytes(manifest))
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 by relative path of every file of a run folder but the manifest and hidden files."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != NAME and not path.name.startswith(".")
+    }
+
+
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """JSON with one line per entry, sorted, so that two manifests can be compared with diff."""
+    return (json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Manifest of a run folder.
+
+    Raises
+    ------
+    InputError
+        No run folder, no or a broken manifest, a newer schema.
+    """
+    path = folder / NAME
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        what = "no such folder" if not folder.is_dir() else f"it has no {NAME}"
+        raise InputError(f"{folder} is no run folder: {what}; `countdown-suite ls runs` lists them") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is broken: {error}; run the matrix again to write it anew") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("schema_version"), int):
+        raise InputError(f"{path} is broken: it has no schema_version; run the matrix again to write it anew")
+    if manifest["schema_version"] > SCHEMA_VERSION:
+        raise InputError(
+            f"{path} has schema {manifest['schema_version']}, this version reads up to {SCHEMA_VERSION}: "
+            "update countdown-suite"
+        )
+    return manifest

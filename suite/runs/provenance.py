@@ -1,0 +1,167 @@
+"""Where a number comes from: versions, code, git, device; and texts without the paths of a machine. Loads no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from suite import settings
+from suite.errors import InputError
+
+Rooms = tuple[str, ...]
+ACCURACY_ROOMS: Rooms = ("suite.methods", "baselines", "suite.modeling", "suite.fitting", "suite.evaluation")
+SPEED_ROOMS: Rooms = ("suite.methods", "baselines", "suite.speed", "kernels_numba")
+ACCURACY_PACKAGES = ("torch", "transformers", "lm_eval")
+SPEED_PACKAGES = ("torch", "numba", "numba-cuda")
+_MANIFEST_PACKAGES = (
+    "countdown-suite", "torch", "transformers", "tokenizers", "lm_eval", "datasets", "numba", "llvmlite", "numba-cuda",
+    "numpy", "scipy", "pandas", "safetensors", "gguf",
+)  # fmt: skip
+
+
+def version(package: str) -> str:
+    """Installed version of a distribution, "" if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def versions(packages: Iterable[str] = _MANIFEST_PACKAGES) -> dict[str, str]:
+    """Versions by distribution name."""
+    return {package: version(package) for package in packages}
+
+
+@cache
+def code_hash(modules: Rooms) -> str:
+    """First 16 hex digits of the SHA-256 over the Python files of packages and modules, by their relative names."""
+    digest = hashlib.sha256()
+    for module in modules:
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            raise InputError(f"module {module!r} cannot be found: reinstall countdown-suite")
+        origin = Path(spec.origin)
+        is_package = spec.submodule_search_locations is not None
+        files = sorted(origin.parent.rglob("*.py")) if is_package else [origin]
+        for file in files:
+            name = f"{module}/{file.relative_to(origin.parent).as_posix()}"
+            digest.update(name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device that a run uses; ``driver`` is "" on a CPU."""
+
+    type: Literal["cpu", "cuda"]
+    name: str
+    driver: str = ""
+    memory_bytes: int = 0
+
+
+@cache
+def cpu() -> Device:
+    """Name of the processor and the memory of the machine."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
+        name = found.group(1).strip() if found else name
+    return Device("cpu", name, memory_bytes=psutil.virtual_memory().total)
+
+
+@cache
+def gpu() -> Device | None:
+    """First NVIDIA GPU that PyTorch could use, from nvidia-smi (importing torch takes 3 s); None if there is none."""
+    if shutil.which("nvidia-smi") is None or "+cpu" in version("torch"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
+    found = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+    lines = found.stdout.strip().splitlines()
+    if found.returncode or not lines:
+        return None
+    name, driver, memory = (part.strip() for part in lines[0].split(","))
+    mebibytes = float(memory) if memory.replace(".", "").isdigit() else 0.0
+    return Device("cuda", name, driver, int(mebibytes * 2**20))
+
+
+def device(wanted: str) -> Device:
+    """Device for ``auto``, ``cpu`` or ``cuda``.
+
+    Raises
+    ------
+    InputError
+        ``cuda`` where there is none.
+    """
+    found = None if wanted == "cpu" else gpu()
+    if wanted == "cuda" and found is None:
+        why = "PyTorch is a CPU build" if "+cpu" in version("torch") else "nvidia-smi shows no GPU"
+        raise InputError(f"device cuda: there is none here ({why}); use device cpu or auto")
+    return found or cpu()
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and dirty flag of the checkout that the suite runs from; nulls outside of one."""
+    root = Path(__file__).resolve().parents[2]
+    if shutil.which("git") is None or not (root / ".git").exists():
+        return {"commit": None, "dirty": None}
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+
+    head = git("rev-parse", "HEAD")
+    if head.returncode:
+        return {"commit": None, "dirty": None}
+    return {"commit": head.stdout.strip(), "dirty": bool(git("status", "--porcelain").stdout.strip())}
+
+
+class Scrubber:
+    """Replaces folders of this machine in texts: ``{data_dir}``, ``{results_dir}``, ``{cache_dir}``, ``{model_dir}`` ...
+
+    Parameters
+    ----------
+    named : mapping from placeholder name to folder; the longest matching folder wins.
+    """
+
+    def __init__(self, named: Mapping[str, str | Path | None]) -> None:
+        everywhere: dict[str, str | Path | None] = {
+            "cache_dir": settings.cache_dir(),
+            "hub_cache_dir": settings.hub_cache_dir(),
+            "package_dir": Path(__file__).resolve().parents[2],
+            "work_dir": Path.cwd(),
+            "home": Path.home(),
+        }
+        folders = {}
+        for name, folder in (everywhere | dict(named)).items():
+            if folder is not None and str(folder) not in ("", "."):
+                if "/" in str(folder):
+                    folders[str(folder)] = name  # as it was written; a bare word would also match prose
+                folders[os.path.abspath(folder)] = name  # noqa: PTH100  Path.absolute() keeps ".."
+        folders.pop("/", None)
+        self._folders = dict(sorted(folders.items(), key=lambda item: -len(item[0])))
+        self._pattern = re.compile("|".join(rf"(?<![\w.-]){re.escape(f)}(?![\w.-])" for f in self._folders))
+
+    def text(self, text: str) -> str:
+        """``text`` with known folders as placeholders."""
+        return self._pattern.sub(lambda match: "{" + self._folders[match.group()] + "}", text)
+
+    def value(self, value: Any) -> Any:
+        """The same for every string inside a JSON value."""
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, Mapping):
+            return {self.text(str(key)): self.value(item) for key, item in value.items()}
+        return [self.value(item) for item in value] if isinstance(value, (list, tuple)) else value

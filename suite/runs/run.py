@@ -1,0 +1,143 @@
+"""One run from matrix to folder: expand, compute what is missing, assemble the view."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from suite.config import MatrixConfig
+from suite.errors import InputError
+from suite.runs import provenance
+from suite.runs.assemble import Assembly
+from suite.runs.cells import World, expand
+from suite.runs.manifest import build_manifest, manifest_bytes
+from suite.runs.runner import Executor, Matrix, Rerun, Runner, Say
+from suite.runs.speed_cells import expand_speed
+from suite.runs.store import CellStore, write_atomically
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a matrix.
+
+    Parameters
+    ----------
+    results : folder of cells, fits and runs
+    folder : run folder; None: ``<results>/runs/<name>-<8 hex digits of its cells>``
+    rerun, no_fit : see :class:`~suite.runs.runner.Runner`
+    argv : command line, for the manifest
+    """
+
+    results: Path
+    folder: Path | None = None
+    rerun: Rerun = "missing"
+    no_fit: bool = False
+    argv: Sequence[str] = ()
+    progress: bool = False
+
+    @property
+    def fits(self) -> Path:
+        """Folder of the fits, beside the cells."""
+        return self.results / "fits"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run folder and how its cells ended."""
+
+    folder: Path
+    n_ok: int
+    n_skipped: int
+    n_failed: int
+    n_missing: int
+
+
+def plan(config: MatrixConfig, world: World) -> Matrix:
+    """All cells of a matrix.
+
+    Raises
+    ------
+    InputError
+        Something in the matrix is wrong, or it has no cells.
+    """
+    matrix = Matrix(expand(config, world), expand_speed(config, world))
+    if not matrix.keys:
+        raise InputError(f"matrix {config.name!r} has no cells: give methods, sparsities and tasks or shapes")
+    return matrix
+
+
+def run_folder(config: MatrixConfig, matrix: Matrix, options: Options) -> Path:
+    """Folder of a run: of the same cells always the same, so that a repeated or resumed run writes the same view."""
+    if options.folder is not None:
+        return options.folder
+    digest = hashlib.sha256("".join(sorted(matrix.keys)).encode()).hexdigest()[:8]
+    return options.results / "runs" / f"{config.name}-{digest}"
+
+
+def run(
+    config: MatrixConfig,
+    world: World,
+    executor: Executor,
+    options: Options,
+    say: Say = lambda line: None,
+    report: Callable[[Path], None] = lambda folder: None,
+) -> Finished:
+    """Run a matrix and write its folder; also when interrupted or stopped by bad input, with what is finished.
+
+    Parameters
+    ----------
+    report : called with the folder once its CSVs are written, under the folder's lock.
+
+    Raises
+    ------
+    InputError, StoreFullError, KeyboardInterrupt
+        As they come; the cells finished before are in the store and in the folder.
+    """
+    matrix = plan(config, world)
+    store = CellStore(options.results, say)
+    runner = Runner(
+        matrix,
+        executor,
+        store,
+        options.fits,
+        rerun=options.rerun,
+        no_fit=options.no_fit,
+        say=say,
+        progress=options.progress,
+    )
+    folder = run_folder(config, matrix, options)
+    try:
+        runner.run()
+    except KeyboardInterrupt:
+        done = _write(config, world, matrix, store, folder, options)
+        say(f"interrupted: {done.n_ok + done.n_skipped} of {len(matrix.keys)} cells are finished and kept in {folder}")
+        raise
+    return _write(config, world, matrix, store, folder, options, report)
+
+
+def _write(
+    config: MatrixConfig,
+    world: World,
+    matrix: Matrix,
+    store: CellStore,
+    folder: Path,
+    options: Options,
+    report: Callable[[Path], None] = lambda folder: None,
+) -> Finished:
+    records = {key: store.get(key) for key in matrix.keys}
+    scrub = provenance.Scrubber(
+        {"results_dir": options.results, "data_dir": config.data_dir, "include_path": config.include_path}
+        | {"model_dir": Path(m.id).parent for m in config.models if Path(m.id).is_absolute()}
+    )
+    run_id = folder.resolve().name
+    assembly = Assembly(run_id, matrix.accuracy, matrix.speed, records, scrub)
+    manifest = build_manifest(run_id, config, matrix, records, world.device, scrub, options.argv)
+    with store.lock(f"run-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}"):
+        for name, data in assembly.files().items():
+            write_atomically(folder / name, data)
+        write_atomically(folder / "manifest.json", manifest_bytes(manifest))
+        report(folder)
+    states = [record["status"] if record else "missing" for record in records.values()]
+    return Finished(folder, *(states.count(state) for state in ("ok", "skipped", "failed", "missing")))

@@ -1,0 +1,277 @@
+"""Runs the missing cells of a matrix into the store, one model load for all of its cells, and keeps what is finished."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from tqdm import tqdm
+
+from suite.errors import InputError
+from suite.runs.cells import AccuracyCell, FitRequest
+from suite.runs.speed_cells import TimedCell
+from suite.runs.store import CellStore, Record, StoreFullError, finite
+
+Rerun = Literal["missing", "failed", "all"]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one accuracy cell yields: partial CSV rows, one per metric; sparsity per layer; samples per document."""
+
+    rows: list[dict[str, Any]]
+    sparsity: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[tuple[str, str, float]] = field(default_factory=list)
+
+
+class Session(Protocol):
+    """One loaded model."""
+
+    def ensure_fit(self, request: FitRequest, key: str, folder: Path, *, remake: bool) -> str:
+        """Make the fit below ``folder`` unless it is there; returns its SHA-256."""
+
+    def run(self, cell: AccuracyCell, fits: Path) -> Outcome:
+        """Measure one cell."""
+
+
+class Executor(Protocol):
+    """Does the work; the runs' own is ``suite.runs.executor.LocalExecutor``."""
+
+    def session(self, cell: AccuracyCell) -> contextlib.AbstractContextManager[Session]:
+        """Load the model of a cell's load group."""
+
+    def time(self, cells: Sequence[TimedCell]) -> list[dict[str, Any]]:
+        """Time the cells of one group interleaved; one partial speed row a cell, in order."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The cells of a run."""
+
+    accuracy: Sequence[AccuracyCell]
+    speed: Sequence[TimedCell]
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of all cells."""
+        return [cell.key for cell in self.accuracy] + [cell.key for cell in self.speed]
+
+
+class Runner:
+    """Runs a matrix; what is finished is in the store, whatever happens.
+
+    Parameters
+    ----------
+    matrix, executor, store
+    fits : Path
+        Folder of the fits.
+    rerun : ``missing`` computes what has no record; ``failed`` also what failed; ``all`` everything, fits too.
+    no_fit : refuse to make a missing fit.
+    say : gets one line per event.
+    """
+
+    def __init__(
+        self,
+        matrix: Matrix,
+        executor: Executor,
+        store: CellStore,
+        fits: Path,
+        *,
+        rerun: Rerun = "missing",
+        no_fit: bool = False,
+        say: Say = lambda line: None,
+        progress: bool = False,
+    ) -> None:
+        self._matrix, self._executor, self._store, self._fits = matrix, executor, store, fits
+        self._rerun, self._no_fit, self._say, self._progress = rerun, no_fit, say, progress
+        self._fit_sha256: dict[str, str] = {}
+        self._seen: dict[str, Any] = {}
+
+    def run(self) -> None:
+        """Compute all cells that need it.
+
+        Raises
+        ------
+        InputError
+            Something in the input is wrong; cells finished before are kept.
+        StoreFullError
+            The disk is full; cells finished before are kept.
+        """
+        records = {key: self._store.get(key) for key in self._matrix.keys}
+        self._seen = {key: record and record["sha256"] for key, record in records.items()}
+        accuracy = [cell for cell in self._matrix.accuracy if self._is_pending(records[cell.key])]
+        groups = [list(group) for _, group in groupby(self._matrix.speed, key=lambda cell: cell.group)]
+        speed = [group for group in groups if any(self._is_pending(records[cell.key]) for cell in group)]
+        self._recorded_fits(records, {cell.key for cell in accuracy})
+        if self._no_fit:
+            self._need_fits(accuracy)
+        total = len(accuracy) + sum(map(len, speed))
+        cached = len(self._matrix.keys) - total
+        self._say(f"{len(self._matrix.keys)} cells: {cached} cached, {total} to run")
+        if not total:
+            return
+        with tqdm(total=total, unit="cell", disable=not self._progress, file=sys.stderr, dynamic_ncols=True) as bar:
+            for _, cells in groupby(accuracy, key=lambda cell: cell.load_group):
+                self._run_model(list(cells), bar)
+            for group in speed:
+                self._run_speed(group, bar)
+
+    def _is_pending(self, record: Record | None) -> bool:
+        if record is None or self._rerun == "all":
+            return True
+        return record["status"] == "failed" and self._rerun == "failed"
+
+    def _is_done_elsewhere(self, key: str) -> bool:
+        """Whether another process has stored the cell since this run looked (called under the cell's lock)."""
+        record = self._store.get(key)
+        return record is not None and record["sha256"] != self._seen[key]
+
+    def _recorded_fits(self, records: Mapping[str, Record | None], pending: set[str]) -> None:
+        """Outputs of fits that cached cells were measured with: a new output may not be mixed with them."""
+        for cell in self._matrix.accuracy:
+            record = records[cell.key]
+            if cell.fit_key and cell.key not in pending and record and record.get("fit_sha256"):
+                known = self._fit_sha256.setdefault(cell.fit_key, record["fit_sha256"])
+                self._same_fit(cell, known, record["fit_sha256"])
+
+    @staticmethod
+    def _same_fit(cell: AccuracyCell, known: str, found: str) -> None:
+        if known != found:
+            raise InputError(
+                f"fit {(cell.fit_key or '')[:16]} of {cell.label} has two outputs ({known[:12]}, {found[:12]}): cells of "
+                "both cannot be mixed; run again with --rerun all"
+            )
+
+    def _need_fits(self, cells: Sequence[AccuracyCell]) -> None:
+        missing = [c for c in cells if c.fit_key and not any(self._fits.glob(f"{c.fit_key}*"))]
+        if missing:
+            raise InputError(
+                f"{len(missing)} cells need a fit that is missing, first {missing[0].label}: "
+                "leave out --no-fit, or make it with `countdown-suite fit`"
+            )
+
+    def _run_model(self, cells: list[AccuracyCell], bar: tqdm[Any]) -> None:
+        with contextlib.ExitStack() as stack:
+            session: Session | None = None
+            waiting: list[AccuracyCell] = []
+            for cell, last in chain(((c, False) for c in cells), _later(waiting)):
+                with self._store.lock(cell.key, wait=last) as held:
+                    if not held:
+                        waiting.append(cell)
+                        continue
+                    bar.set_postfix_str(cell.label)
+                    if not self._is_done_elsewhere(cell.key):
+                        with self._recording(cell):
+                            if session is None:
+                                session = stack.enter_context(self._executor.session(cell))
+                            self._measure(cell, session)
+                    bar.update()
+
+    def _measure(self, cell: AccuracyCell, session: Session) -> None:
+        start = time.perf_counter()
+        fit_sha256 = self._fit(cell, session)
+        outcome = session.run(cell, self._fits)
+        for row in outcome.rows:
+            if not finite(row):
+                raise ArithmeticError(f"metric {row.get('metric')} of {cell.label} is not finite: {row.get('value')}")
+        if not finite([value for _, _, value in outcome.samples]):
+            raise ArithmeticError(f"a sample of {cell.label} is not finite (NaN or inf)")
+        self._store.put(
+            _record(
+                cell,
+                "ok",
+                rows=outcome.rows,
+                sparsity=outcome.sparsity,
+                samples=outcome.samples,
+                fit_sha256=fit_sha256,
+                elapsed_s=time.perf_counter() - start,
+            )
+        )
+
+    def _fit(self, cell: AccuracyCell, session: Session) -> str | None:
+        if cell.fit is None or cell.fit_key is None:
+            return None
+        known = self._fit_sha256.get(cell.fit_key)
+        with self._store.lock(f"fit-{cell.fit_key[:32]}"):
+            remake = self._rerun == "all" and known is None
+            if remake or not any(self._fits.glob(f"{cell.fit_key}*")):
+                self._say(f"fitting {cell.method} {cell.sparsity:g} {cell.fit.estimator} on {cell.model_name}")
+            found = session.ensure_fit(cell.fit, cell.fit_key, self._fits, remake=remake)
+        self._same_fit(cell, known or found, found)
+        self._fit_sha256[cell.fit_key] = found
+        return found
+
+    @contextlib.contextmanager
+    def _recording(self, cell: AccuracyCell) -> Iterator[None]:
+        """Turn a failure of the cell into a failed record with its log; bad input, a full disk and Ctrl-C go on up."""
+        start = time.perf_counter()
+        try:
+            yield
+        except (InputError, StoreFullError):
+            raise
+        except Exception as error:  # noqa: BLE001  a cell may fail in any way, and the others must still run
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            self._say(f"failed: {cell.label}: {reason}")
+            self._store.put(
+                _record(
+                    cell, "failed", reason=reason, log=traceback.format_exc(), elapsed_s=time.perf_counter() - start
+                )
+            )
+
+    def _run_speed(self, cells: Sequence[TimedCell], bar: tqdm[Any]) -> None:
+        with self._store.lock("speed"):  # two timings at once would measure each other
+            bar.set_postfix_str(f"timing {cells[0].group}")
+            if not all(self._is_done_elsewhere(cell.key) for cell in cells):
+                self._time(cells)
+            bar.update(len(cells))
+
+    def _time(self, cells: Sequence[TimedCell]) -> None:
+        start = time.perf_counter()
+        try:
+            rows = self._executor.time(cells)
+        except InputError:
+            raise
+        except Exception as error:  # noqa: BLE001  as in _recording
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            self._say(f"failed: timing {cells[0].group}: {reason}")
+            log, elapsed = traceback.format_exc(), time.perf_counter() - start
+            for cell in cells:
+                self._store.put(_record(cell, "failed", reason=reason, log=log, elapsed_s=elapsed / len(cells)))
+            return
+        elapsed = (time.perf_counter() - start) / len(cells)
+        for cell, row in zip(cells, rows, strict=True):
+            status, reason = str(row.get("status", "ok")), str(row.get("reason") or "")
+            if not finite(row):
+                status, reason, row = "failed", "a measured value is not finite (NaN or inf)", {}
+            if status == "failed":
+                self._say(f"failed: {cell.label}: {reason}")
+            self._store.put(_record(cell, status, reason=reason, rows=[row], elapsed_s=elapsed))
+
+
+def _later(waiting: list[AccuracyCell]) -> Iterator[tuple[AccuracyCell, bool]]:
+    """Cells that another process held when they were tried first; this time they are waited for."""
+    while waiting:
+        yield waiting.pop(0), True
+
+
+def _record(cell: AccuracyCell | TimedCell, status: str, *, elapsed_s: float, **values: Any) -> Record:
+    empty: Record = {"reason": "", "rows": [], "sparsity": [], "samples": [], "fit_sha256": None, "log": ""}
+    return {
+        **empty,
+        "key": cell.key,
+        "kind": cell.kind,
+        "status": status,
+        "key_fields": cell.key_fields,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **values,
+        "elapsed_s": round(elapsed_s, 3),
+    }

@@ -1,0 +1,111 @@
+"""What the keys of cells are made of, as this machine has it: models, data, versions, code, device. Loads no torch."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+from suite.config import MatrixConfig, TaskConfig
+from suite.errors import InputError
+from suite.evaluation.tasks import data_fingerprint, resolve_task
+from suite.registry import METHODS
+from suite.runs import provenance
+from suite.runs.cells import FitRequest
+
+if TYPE_CHECKING:
+    from suite.evaluation.tasks import TaskSpec
+    from suite.fitting.calibration import Calibration
+    from suite.modeling.loading import ModelRef
+
+
+class LocalWorld:
+    """Answers for one matrix on this machine; every answer is computed once.
+
+    Parameters
+    ----------
+    config : MatrixConfig
+
+    Raises
+    ------
+    InputError
+        ``device: cuda`` where there is none.
+    """
+
+    def __init__(self, config: MatrixConfig) -> None:
+        self.config = config
+        self.device = provenance.device(config.device)
+        self.model = cache(self._model)
+        self.weights = cache(self._weights)
+        self.calibration = cache(self._calibration)
+        self.calibration_fingerprint = cache(lambda source, tokens: self.calibration(source, tokens).fingerprint())
+        self._data: dict[str, str] = {}
+
+    def _model(self, spec: str) -> ModelRef:
+        from suite.modeling.loading import resolve_model
+
+        return resolve_model(spec)
+
+    def _weights(self, spec: str) -> str:
+        from suite.modeling.loading import weights_fingerprint
+
+        return weights_fingerprint(self.model(spec))
+
+    def _calibration(self, source: str, max_tokens: int) -> Calibration:
+        from suite.fitting.calibration import Calibration
+
+        return Calibration(source, max_tokens)
+
+    def model_name(self, spec: str) -> str:
+        """Short name of a model for the tables."""
+        return self.model(spec).name
+
+    def task(self, task: TaskConfig) -> TaskSpec:
+        """Find a task's data; a source that was asked for must be where it is found."""
+        local = task.source != "hub"
+        spec = resolve_task(
+            task.name,
+            data_dir=self.config.data_dir if local else None,
+            include_path=self.config.include_path if local else None,
+            num_fewshot=task.num_fewshot,
+            limit=task.limit,
+            options=task.options,
+        )
+        if task.source not in ("auto", spec.source):
+            remedy = {"data_dir": "give --data-dir", "include": "give --include-path"}.get(
+                task.source, "use source auto"
+            )
+            raise InputError(f"task {task.name!r}: source {task.source!r} wanted, found in {spec.source!r}; {remedy}")
+        return spec
+
+    def data(self, task: TaskSpec) -> str:
+        """Fingerprint of a task's data."""
+        name = repr((task.name, task.source, sorted(task.files.items())))
+        if name not in self._data:
+            self._data[name] = data_fingerprint(task)
+        return self._data[name]
+
+    def fit_key(self, request: FitRequest) -> str:
+        """Key of a fit."""
+        from suite.fitting.keys import fit_key
+
+        return fit_key(
+            request.method,
+            dict(request.params),
+            request.sparsity,
+            request.estimator,
+            self.weights(request.model),
+            self.calibration_fingerprint(request.calibration, request.max_tokens),
+            request.max_tokens,
+            request.seed,
+            request.dtype,
+        )
+
+    def versions(self, kind: str) -> dict[str, str]:
+        """Packages that decide numbers of a kind."""
+        return provenance.versions(provenance.ACCURACY_PACKAGES if kind == "accuracy" else provenance.SPEED_PACKAGES)
+
+    def code(self, kind: str, method: str) -> str:
+        """Hash of the code that decides numbers of a kind, a method of the user's own included."""
+        rooms = provenance.ACCURACY_ROOMS if kind == "accuracy" else provenance.SPEED_ROOMS
+        own = () if method in METHODS or ":" not in method else (method.partition(":")[0],)
+        return provenance.code_hash(rooms + own)

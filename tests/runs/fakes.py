@@ -1,0 +1,111 @@
+"""A quick world and executor: numbers are made from keys, so that equal cells give equal results."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from suite.config import MatrixConfig, TaskConfig, build_config
+from suite.evaluation.tasks import TaskSpec
+from suite.runs.cells import AccuracyCell, FitRequest
+from suite.runs.provenance import Device
+from suite.runs.runner import Outcome
+from suite.runs.store import sha256_of, write_atomically
+
+
+def matrix(**changes: Any) -> MatrixConfig:
+    data: dict[str, Any] = {
+        "name": "tiny",
+        "models": [{"id": "a"}, {"id": "b"}],
+        "accuracy": [
+            {"methods": ["dense", "random", "cats"], "sparsities": [0.5, 0.9], "tasks": ["t1", "decode_perplexity"]},
+            {"methods": ["cats"], "modes": ["practical"], "sparsities": [0.5, 0.9], "tasks": ["t1"]},
+        ],
+    }
+    return build_config(data | changes, "test")
+
+
+class FakeWorld:
+    """Models and tasks that do not exist."""
+
+    def __init__(self, device: str = "cpu", code: str = "code") -> None:
+        self.device = Device("cpu", "fake")
+        self._code = code
+
+    def model_name(self, spec: str) -> str:
+        return spec.upper()
+
+    def weights(self, spec: str) -> str:
+        return f"weights of {spec}"
+
+    def task(self, task: TaskConfig) -> TaskSpec:
+        return TaskSpec(task.name, "pack", task.num_fewshot, task.limit, options=task.options)
+
+    def data(self, task: TaskSpec) -> str:
+        return f"data of {task.name}"
+
+    def fit_key(self, request: FitRequest) -> str:
+        return sha256_of([request.model, request.method, request.sparsity, request.estimator, request.seed])
+
+    def versions(self, kind: str) -> dict[str, str]:
+        return {"torch": "0"}
+
+    def code(self, kind: str, method: str) -> str:
+        return self._code
+
+
+class FakeExecutor:
+    """Yields numbers drawn from the key; ``fail`` names labels that raise, ``seconds`` is slept per cell."""
+
+    def __init__(self, *, fail: Sequence[str] = (), seconds: float = 0.0, log: Path | None = None) -> None:
+        self.fail, self.seconds, self.log = tuple(fail), seconds, log
+        self.loads: list[str] = []
+        self.ran: list[str] = []
+        self.fitted: list[str] = []
+        self.fit_text = "fit"
+
+    @contextlib.contextmanager
+    def session(self, cell: AccuracyCell) -> Iterator[FakeExecutor]:
+        self.loads.append(cell.model)
+        yield self
+
+    def ensure_fit(self, request: FitRequest, key: str, folder: Path, *, remake: bool) -> str:
+        path = folder / f"{key}.json"
+        if remake or not path.exists():
+            self.fitted.append(key)
+            write_atomically(path, self.fit_text.encode())
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def run(self, cell: AccuracyCell, fits: Path) -> Outcome:
+        if self.seconds:
+            time.sleep(self.seconds)
+        self.ran.append(cell.label)
+        if self.log is not None:
+            with self.log.open("a") as file:
+                file.write(cell.key + "\n")
+        for text in self.fail:
+            if text in cell.label:
+                raise RuntimeError(f"no luck with {cell.label}\nsecond line")
+        draw = random.Random(cell.key)
+        metric = "perplexity" if cell.task.is_text else "acc"
+        samples = [(str(i), metric, float(draw.random() < 0.5) + 0.1) for i in range(20)]
+        if metric == "perplexity":
+            samples += [(str(i), "perplexity.weight", 3.0) for i in range(20)]
+        value = sum(v for _, m, v in samples if m == metric) / 20
+        row = {
+            "metric": metric, "filter": "none", "higher_is_better": metric == "acc", "value": value,
+            "stderr": 0.1 / 3, "chance": 0.5, "n_samples": 20, "task_version": "1", "sparse_share": 1.0, "num_fewshot": 0,
+        }  # fmt: skip
+        layers = [
+            {"layer": i, "threshold": None, "sparsity_realized": cell.sparsity, "n_tokens": 7}
+            for i in range(2 if cell.mode != "none" else 0)
+        ]
+        return Outcome([row], layers, samples)
+
+    def time(self, cells: Sequence[Any]) -> list[dict[str, Any]]:
+        return [{"latency_us_median": 1.0, "status": "ok"} for _ in cells]
