@@ -133,30 +133,30 @@ class Scrubber:
 
     Parameters
     ----------
-    named : mapping from placeholder name to folder; the longest matching folder wins.
+    folders : pairs of a placeholder's name and a folder or None; the longest matching folder wins.
     """
 
-    def __init__(self, named: Mapping[str, str | Path | None]) -> None:
-        everywhere: dict[str, str | Path | None] = {
-            "cache_dir": settings.cache_dir(),
-            "hub_cache_dir": settings.hub_cache_dir(),
-            "package_dir": Path(__file__).resolve().parents[2],
-            "work_dir": Path.cwd(),
-            "home": Path.home(),
-        }
-        folders = {}
-        for name, folder in (everywhere | dict(named)).items():
-            if folder is not None and str(folder) not in ("", "."):
+    def __init__(self, folders: Iterable[tuple[str, str | Path | None]]) -> None:
+        everywhere = [
+            ("cache_dir", settings.cache_dir()),
+            ("hub_cache_dir", settings.hub_cache_dir()),
+            ("package_dir", Path(__file__).resolve().parents[2]),
+            ("work_dir", Path.cwd()),
+            ("home", Path.home()),
+        ]
+        names: dict[str, str] = {}
+        for name, folder in [*everywhere, *folders]:
+            if folder is not None:
+                names[os.path.abspath(folder)] = name  # noqa: PTH100  Path.absolute() keeps ".."
                 if "/" in str(folder):
-                    folders[str(folder)] = name  # as it was written; a bare word would also match prose
-                folders[os.path.abspath(folder)] = name  # noqa: PTH100  Path.absolute() keeps ".."
-        folders.pop("/", None)
-        self._folders = dict(sorted(folders.items(), key=lambda item: -len(item[0])))
-        self._pattern = re.compile("|".join(rf"(?<![\w.-]){re.escape(f)}(?![\w.-])" for f in self._folders))
+                    names[str(folder)] = name  # as it was written; a bare word would also match prose
+        names.pop("/", None)
+        self._names = dict(sorted(names.items(), key=lambda item: -len(item[0])))
+        self._pattern = re.compile("|".join(rf"(?<![\w.-]){re.escape(f)}(?![\w.-])" for f in self._names))
 
     def text(self, text: str) -> str:
         """``text`` with known folders as placeholders."""
-        return self._pattern.sub(lambda match: "{" + self._folders[match.group()] + "}", text)
+        return self._pattern.sub(lambda match: "{" + self._names[match.group()] + "}", text)
 
     def value(self, value: Any) -> Any:
         """The same for every string inside a JSON value."""

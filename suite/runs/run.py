@@ -128,8 +128,12 @@ def _write(
 ) -> Finished:
     records = {key: store.get(key) for key in matrix.keys}
     scrub = provenance.Scrubber(
-        {"results_dir": options.results, "data_dir": config.data_dir, "include_path": config.include_path}
-        | {"model_dir": Path(m.id).parent for m in config.models if Path(m.id).is_absolute()}
+        [
+            ("results_dir", options.results),
+            ("data_dir", config.data_dir),
+            ("include_path", config.include_path),
+            *(("model_dir", Path(model.id).parent) for model in config.models if Path(model.id).is_absolute()),
+        ]
     )
     run_id = folder.resolve().name
     assembly = Assembly(run_id, matrix.accuracy, matrix.speed, records, scrub)

@@ -1,0 +1,123 @@
+"""What differs between two runs, and why: keys that changed, values that changed. Reads files only."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from suite.errors import InputError
+from suite.runs.manifest import key_fields, read_manifest
+
+_ACCURACY_ID = (
+    "model", "dtype", "method", "mode", "sparsity_target", "estimator", "scope", "task", "num_fewshot", "limit",
+    "filter", "metric", "seed",
+)  # fmt: skip
+_SPEED_ID = (
+    "level", "model_shape", "dtype", "method", "mode", "sparsity_target", "backend", "variant", "threads",
+    "batch_size", "clock", "cache",
+)  # fmt: skip
+_TOP = 10
+
+Row = dict[str, str]
+
+
+def read_rows(folder: Path, name: str) -> list[Row]:
+    """Rows of a CSV of a run folder as text; none if the file is not there."""
+    path = folder / name
+    if not path.is_file():
+        return []
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is no readable CSV: {error}; run the matrix again to write it anew") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """Manifest and rows of a run folder."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Read a run folder (InputError if it is none)."""
+        return cls(folder, read_manifest(folder))
+
+    def rows(self, name: str, identity: Sequence[str]) -> dict[tuple[str, ...], Row]:
+        """Rows by what identifies a setting."""
+        return {tuple(row.get(c, "") for c in identity): row for row in read_rows(self.folder, name)}
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mapping as one level: ``{"versions": {"torch": "2"}}`` is ``{"versions.torch": "2"}``."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    found = {}
+    for key, item in value.items():
+        found.update(flat(item, f"{prefix}.{key}" if prefix else str(key)))
+    return found
+
+
+def changed(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Entries that differ, flattened: name to (value in one, value in other)."""
+    a, b = flat(one), flat(other)
+    return {name: (a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)}
+
+
+def compare(first: Path, second: Path) -> list[str]:
+    """Lines that say what differs between two run folders and why.
+
+    Raises
+    ------
+    InputError
+        One of them is no run folder.
+    """
+    a, b = Run.read(first), Run.read(second)
+    lines = [f"A  {first}", f"B  {second}"]
+    for name in ("suite_version", "git", "python", "platform", "packages", "device", "config"):
+        pair = ({name: run.manifest.get(name)} for run in (a, b))
+        lines += [f"{key}: {old} -> {new}" for key, (old, new) in changed(*pair).items()]
+    lines += _rows_lines(a, b, "accuracy.csv", _ACCURACY_ID, "value")
+    lines += _rows_lines(a, b, "speed.csv", _SPEED_ID, "latency_us_median")
+    return lines
+
+
+def _rows_lines(a: Run, b: Run, name: str, identity: Sequence[str], column: str) -> Iterator[str]:
+    ours, theirs = a.rows(name, identity), b.rows(name, identity)
+    if not ours and not theirs:
+        return
+    both = [key for key in ours if key in theirs]
+    yield f"{name}: {len(both)} rows in both, {len(ours) - len(both)} only in A, {len(theirs) - len(both)} only in B"
+    for key in [key for key in ours if key not in theirs][:_TOP]:
+        yield f"  only in A: {_setting(key)}"
+    for key in [key for key in theirs if key not in ours][:_TOP]:
+        yield f"  only in B: {_setting(key)}"
+    why: Counter[str] = Counter()
+    for one, other in {(ours[k]["cell_id"], theirs[k]["cell_id"]) for k in both}:
+        if one != other and one in a.manifest["cells"] and other in b.manifest["cells"]:
+            fields = changed(key_fields(a.manifest, one), key_fields(b.manifest, other))
+            why.update(f"{field}: {old} -> {new}" for field, (old, new) in fields.items())
+    for reason, count in sorted(why.items(), key=lambda item: (-item[1], item[0]))[:_TOP]:
+        yield f"  key changed in {count} cells: {reason}"
+    differing = [key for key in both if ours[key][column] != theirs[key][column]]
+    yield f"  {column}: {len(both) - len(differing)} equal, {len(differing)} differ"
+    for key in sorted(differing, key=lambda k: -_difference(ours[k][column], theirs[k][column]))[:_TOP]:
+        yield f"    {_setting(key)}: {ours[key][column] or 'empty'} -> {theirs[key][column] or 'empty'}"
+
+
+def _setting(key: Sequence[str]) -> str:
+    return " ".join(part for part in key if part)
+
+
+def _difference(one: str, other: str) -> float:
+    """Relative difference of two numbers; infinite if one is missing."""
+    if not one or not other:
+        return float("inf")
+    a, b = float(one), float(other)
+    return abs(a - b) / max(abs(a), abs(b), 1e-300)

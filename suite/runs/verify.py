@@ -1,0 +1,162 @@
+"""Checks of a run folder: hashes of its files, keys of its cells, values against samples, sampled cells measured again."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import math
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from suite.config import MatrixConfig, build_config
+from suite.errors import InputError
+from suite.evaluation.results import WEIGHT
+from suite.runs.cells import ID_LENGTH, AccuracyCell, World, expand
+from suite.runs.compare import Row, changed, read_rows
+from suite.runs.manifest import file_hashes, key_fields, read_manifest
+from suite.runs.runner import Executor, Matrix, Runner, Say
+from suite.runs.store import CellStore, sha256_of
+from suite.statistics import statistic
+
+# A value is printed with 10 digits, and samples with all: their sums agree to what the printing cut off.
+_RELATIVE = 1e-8
+
+
+def verify_files(folder: Path) -> list[str]:
+    """Problems of a run folder from its files alone; none if it is whole.
+
+    Raises
+    ------
+    InputError
+        No run folder.
+    """
+    manifest = read_manifest(folder)
+    return [*_hash_problems(folder, manifest), *_key_problems(manifest), *_value_problems(folder, manifest)]
+
+
+def _hash_problems(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    recorded, found = manifest.get("files"), file_hashes(folder)
+    if not recorded:
+        return ["manifest.json has no file hashes: write the report, which seals the folder"]
+    problems = [f"{name}: is missing" for name in recorded if name not in found]
+    problems += [f"{name}: is not in the manifest" for name in found if name not in recorded]
+    problems += [f"{n}: its hash does not match the manifest" for n in found if recorded.get(n, found[n]) != found[n]]
+    return sorted(problems)
+
+
+def _key_problems(manifest: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for cell_id in manifest["cells"]:
+        if sha256_of(key_fields(manifest, cell_id))[:ID_LENGTH] != cell_id:
+            problems.append(f"cell {cell_id}: its key fields in the manifest do not hash to its id")
+    return problems
+
+
+def _value_problems(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Rows without a cell, and values that the samples do not give."""
+    samples = _read_samples(folder)
+    problems = []
+    for number, row in enumerate(read_rows(folder, "accuracy.csv"), 2):
+        cell = manifest["cells"].get(row["cell_id"])
+        if cell is None or cell["status"] != row["status"]:
+            problems.append(f"accuracy.csv line {number}: cell {row['cell_id']} is not so in the manifest")
+        elif row["status"] == "ok":
+            value = _from_samples(row, samples)
+            if value is not None and not math.isclose(value, float(row["value"]), rel_tol=_RELATIVE, abs_tol=1e-12):
+                problems.append(
+                    f"accuracy.csv line {number}: {row['metric']} is {row['value']}, its samples give {value:.10g}"
+                )
+    return problems
+
+
+def _read_samples(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
+    """Value by document by (cell, metric)."""
+    path = folder / "samples.csv.gz"
+    if not path.is_file():
+        return {}
+    samples: dict[tuple[str, str], dict[str, float]] = {}
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            samples.setdefault((row["cell_id"], row["metric"]), {})[row["doc_id"]] = float(row["value"])
+    return samples
+
+
+def _from_samples(row: Row, samples: Mapping[tuple[str, str], Mapping[str, float]]) -> float | None:
+    for metric in (f"{row['metric']},{row['filter']}", row["metric"]):
+        values = samples.get((row["cell_id"], metric))
+        if values and len(values) == int(row["n_samples"]):
+            weights = samples.get((row["cell_id"], metric + WEIGHT), {})
+            return statistic(list(values.values()), [weights.get(d, 1.0) for d in values], row["metric"])
+    return None
+
+
+def config_of(folder: Path, overrides: Mapping[str, Any]) -> MatrixConfig:
+    """Matrix that a run folder was made from; its placeholders ``{data_dir}`` must be overridden.
+
+    Raises
+    ------
+    InputError
+        A placeholder is left.
+    """
+    data = dict(read_manifest(folder)["config"])
+    data.update({name: value for name, value in overrides.items() if value is not None})
+    for name in ("data_dir", "include_path"):
+        if str(data.get(name) or "").startswith("{"):
+            raise InputError(f"run {folder} was made with a {name}: give --{name.replace('_', '-')}")
+    return build_config(data, str(folder))
+
+
+def recompute(
+    folder: Path, config: MatrixConfig, world: World, executor: Executor, n_cells: int, say: Say, seed: int = 0
+) -> list[str]:
+    """Measure sampled accuracy cells again, in a store of their own, and compare with the folder's rows.
+
+    Returns
+    -------
+    list of problems; a cell whose key has changed since is measured all the same, and what changed is said.
+    """
+    rows: dict[tuple[str, ...], list[Row]] = {}
+    for row in read_rows(folder, "accuracy.csv"):
+        if row["status"] == "ok":
+            rows.setdefault(_row_identity(row), []).append(row)
+    cells = [cell for cell in expand(config, world) if _identity(cell) in rows]
+    chosen = random.Random(seed).sample(cells, min(n_cells, len(cells)))
+    manifest = read_manifest(folder)
+    problems = []
+    with tempfile.TemporaryDirectory() as temporary:
+        store = CellStore(Path(temporary))
+        Runner(Matrix(chosen, []), executor, store, Path(temporary) / "fits", say=say).run()
+        for cell in chosen:
+            old = rows[_identity(cell)]
+            if old[0]["cell_id"] != cell.id:
+                fields = changed(key_fields(manifest, old[0]["cell_id"]), cell.key_fields)
+                say(f"{cell.label}: its key has changed since: {', '.join(fields)}")
+            record = store.get(cell.key)
+            new = record["rows"] if record is not None and record["status"] == "ok" else []
+            problems += _differences(cell, old, new)
+    say(f"{len(chosen)} cells measured again")
+    return problems
+
+
+def _differences(cell: AccuracyCell, old: Sequence[Row], new: Sequence[Mapping[str, Any]]) -> list[str]:
+    values = {(row["metric"], row["filter"]): float(row["value"]) for row in new}
+    problems = []
+    for row in old:
+        value = values.get((row["metric"], row["filter"]))
+        if value is None or not math.isclose(value, float(row["value"]), rel_tol=_RELATIVE, abs_tol=1e-9):
+            problems.append(f"{cell.label} {row['metric']}: was {row['value']}, is {value}")
+    return problems
+
+
+def _identity(cell: AccuracyCell) -> tuple[str, ...]:
+    estimator = cell.fit.estimator if cell.fit else ""
+    setting = (cell.method, cell.mode, f"{cell.sparsity:g}", estimator, cell.scope)
+    return (cell.model_name, cell.dtype, cell.task.name, *setting, str(cell.seed))
+
+
+def _row_identity(row: Row) -> tuple[str, ...]:
+    setting = (row["method"], row["mode"], f"{float(row['sparsity_target']):g}", row["estimator"], row["scope"])
+    return (row["model"], row["dtype"], row["task"], *setting, row["seed"])
