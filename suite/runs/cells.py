@@ -6,16 +6,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from suite.config import AccuracyBlock, CalibrationConfig, MatrixConfig, MethodConfig, ModelConfig, TaskConfig
+from suite.config import AccuracyBlock, CalibrationConfig, MatrixConfig, MethodConfig, ModelConfig, Scope, TaskConfig
 from suite.errors import InputError
-from suite.registry import METHODS, get_method, method_class
+from suite.registry import get_method, method_class
 from suite.runs.store import canonical, sha256_of
 
 if TYPE_CHECKING:
     from suite.evaluation.tasks import TaskSpec
+    from suite.methods.base import Mode
     from suite.runs.provenance import Device
+
+CellScope = Scope | Literal[""]  # "" for dense, which has no sparse position
 
 ID_LENGTH = 16  # hex digits of a key that name a cell in the CSVs: 64 bits
 # Tasks whose scope is part of their definition (PROTOCOL section 3): one cell per setting, whatever scopes are asked.
@@ -74,9 +77,9 @@ class AccuracyCell:
     device: str
     method: str
     params: Mapping[str, Any]
-    mode: str
+    mode: Mode
     sparsity: float
-    scope: str
+    scope: CellScope
     task: TaskSpec
     batch_size: int
     seed: int
@@ -143,11 +146,12 @@ def _block_cells(
         task = world.task(task_config)
         scopes = _scopes(task, block)
         for method, mode, sparsity, estimator in _settings(block, config.calibration, seed, place):
-            for scope in [""] if mode == "none" else scopes:
+            own_scopes: list[CellScope] = [""] if mode == "none" else [*scopes]
+            for scope in own_scopes:
                 yield _cell(config, world, model, seed, task, method, mode, sparsity, estimator, scope)
 
 
-def _scopes(task: TaskSpec, block: AccuracyBlock) -> list[str]:
+def _scopes(task: TaskSpec, block: AccuracyBlock) -> list[Scope]:
     if task.is_text:
         return ["scored"]
     return ["all"] if task.name in ROLLING_TASKS else list(block.scopes)
@@ -155,7 +159,7 @@ def _scopes(task: TaskSpec, block: AccuracyBlock) -> list[str]:
 
 def _settings(
     block: AccuracyBlock, calibration: CalibrationConfig, seed: int, place: str
-) -> Iterator[tuple[MethodConfig, str, float, str]]:
+) -> Iterator[tuple[MethodConfig, Mode, float, str]]:
     """Settings (method, mode, sparsity, estimator) of a block, each checked by building its method."""
     for method in block.methods:
         cls = method_class(method.name)
@@ -194,10 +198,10 @@ def _cell(
     seed: int,
     task: TaskSpec,
     method: MethodConfig,
-    mode: str,
+    mode: Mode,
     sparsity: float,
     estimator: str,
-    scope: str,
+    scope: CellScope,
 ) -> AccuracyCell:
     request = None
     if mode == "practical":
@@ -247,8 +251,3 @@ def _cell(
             "code": world.code("accuracy", method.name),
         },
     )
-
-
-def is_own(method: str) -> bool:
-    """Whether a method is named as ``module:Class`` instead of by its registry name."""
-    return method not in METHODS

@@ -144,6 +144,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} is broken: {error}; run the matrix again to write it anew") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("schema_version"), int):
         raise InputError(f"{path} is broken: it has no schema_version; run the matrix again to write it anew")
+    missing = [name for name in ("run_id", "config", "cells", "key_common") if name not in manifest]
+    if manifest["schema_version"] <= SCHEMA_VERSION and missing:
+        raise InputError(f"{path} is broken: it has no {missing[0]}; run the matrix again to write it anew")
     if manifest["schema_version"] > SCHEMA_VERSION:
         raise InputError(
             f"{path} has schema {manifest['schema_version']}, this version reads up to {SCHEMA_VERSION}: "

@@ -117,6 +117,14 @@ def run(
     return _write(config, world, matrix, store, folder, options, report)
 
 
+def make_fits(config: MatrixConfig, world: World, executor: Executor, results: Path, say: Say) -> int:
+    """Make the fits of a matrix that are missing, and return how many fits it has."""
+    cells = {cell.fit_key: cell for cell in expand(config, world) if cell.fit_key}
+    runner = Runner(Matrix(list(cells.values()), []), executor, CellStore(results, say), results / "fits", say=say)
+    runner.fit()
+    return len(cells)
+
+
 def _write(
     config: MatrixConfig,
     world: World,

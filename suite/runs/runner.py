@@ -125,6 +125,18 @@ class Runner:
             for group in speed:
                 self._run_speed(group, bar)
 
+    def fit(self) -> None:
+        """Make the fits of all cells that are missing; raises what making them raises."""
+        for _, cells in groupby(self._matrix.accuracy, key=lambda cell: cell.load_group):
+            missing = [cell for cell in cells if cell.fit_key and not self._has_fit(cell.fit_key)]
+            if missing:
+                with self._executor.session(missing[0]) as session:
+                    for cell in missing:
+                        self._fit(cell, session)
+
+    def _has_fit(self, key: str) -> bool:
+        return any(self._fits.glob(f"{key}*"))
+
     def _is_pending(self, record: Record | None) -> bool:
         if record is None or self._rerun == "all":
             return True
@@ -152,7 +164,7 @@ class Runner:
             )
 
     def _need_fits(self, cells: Sequence[AccuracyCell]) -> None:
-        missing = [c for c in cells if c.fit_key and not any(self._fits.glob(f"{c.fit_key}*"))]
+        missing = [c for c in cells if c.fit_key and not self._has_fit(c.fit_key)]
         if missing:
             raise InputError(
                 f"{len(missing)} cells need a fit that is missing, first {missing[0].label}: "
@@ -203,7 +215,7 @@ class Runner:
         known = self._fit_sha256.get(cell.fit_key)
         with self._store.lock(f"fit-{cell.fit_key[:32]}"):
             remake = self._rerun == "all" and known is None
-            if remake or not any(self._fits.glob(f"{cell.fit_key}*")):
+            if remake or not self._has_fit(cell.fit_key):
                 self._say(f"fitting {cell.method} {cell.sparsity:g} {cell.fit.estimator} on {cell.model_name}")
             found = session.ensure_fit(cell.fit, cell.fit_key, self._fits, remake=remake)
         self._same_fit(cell, known or found, found)

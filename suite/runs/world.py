@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,22 @@ class LocalWorld:
         from suite.fitting.calibration import Calibration
 
         return Calibration(source, max_tokens)
+
+    def prepare(self, spec: str, say: Callable[[str], None]) -> None:
+        """Download or convert a model once, before its weights go into keys.
+
+        Raises
+        ------
+        InputError
+            The model cannot be had.
+        """
+        ref = self.model(spec)
+        if ref.path is None or not ref.available:
+            from suite.modeling.loading import prepare_model
+
+            say(f"preparing model {spec}")
+            prepare_model(ref, say)
+            self.model.cache_clear()
 
     def model_name(self, spec: str) -> str:
         """Short name of a model for the tables."""

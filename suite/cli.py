@@ -1,0 +1,205 @@
+"""Command line ``countdown-suite``: verbs only. Exit codes: 0 done, 1 a cell failed, 2 bad input, 130 interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from suite import __version__, cli_actions
+from suite.cli_frame import guarded
+
+app = typer.Typer(
+    name="countdown-suite",
+    help="Benchmark and reproducibility suite for COUNTDOWN: models x methods x sparsities in, tables and plots out.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[str, typer.Argument(help="Matrix: a YAML file, or a profile (embedded, small, paper).")]
+Model = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Model instead of the matrix' own: embedded, hub id, folder or .gguf; =DTYPE may follow. Repeatable."
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+DataDir = Annotated[str | None, typer.Option(help="Folder with <task>/<split>.jsonl, used instead of the hub.")]
+IncludePath = Annotated[str | None, typer.Option(help="Folder of your own lm-eval task YAMLs.")]
+Limit = Annotated[str | None, typer.Option(help="Documents a task, or none for all.")]
+Only = Annotated[str | None, typer.Option(help="accuracy or speed.")]
+BatchSize = Annotated[int | None, typer.Option(help="Most sequences in a batch.")]
+Seed = Annotated[list[int] | None, typer.Option(help="Seed instead of the matrix' own. Repeatable.")]
+Rerun = Annotated[str, typer.Option(help="missing, failed (and missing) or all.")]
+NoFit = Annotated[bool, typer.Option("--no-fit", help="Refuse to make a missing fit (exit 2).")]
+Results = Annotated[
+    Path | None, typer.Option(help="Folder of cells, fits and runs [default: $COUNTDOWN_RESULTS or results].")
+]
+Out = Annotated[Path | None, typer.Option(help="Run folder [default: <results>/runs/<name>-<hash>].")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"countdown-suite {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Benchmark and reproducibility suite for COUNTDOWN: models x methods x sparsities in, tables and plots out."""
+
+
+@app.command("ls")
+def list_(
+    kind: Annotated[
+        str | None, typer.Argument(help="methods, tasks, models, profiles or runs; all by default.")
+    ] = None,
+    results: Results = None,
+) -> None:
+    """List methods, tasks, models, profiles and runs."""
+    cli_actions.show_names(kind, results)
+
+
+@app.command()
+def info() -> None:
+    """Show versions, device and folders."""
+    cli_actions.show_info()
+
+
+@app.command()
+def check(
+    config: Config,
+    model: Model = None,
+    device: Device = None,
+    data_dir: DataDir = None,
+    include_path: IncludePath = None,
+    limit: Limit = None,
+    only: Only = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    results: Results = None,
+) -> None:
+    """Show cells, what is cached, an estimate of time, memory and download, and what is missing; runs nothing."""
+    raise typer.Exit(cli_actions.check(config, results, _overrides(locals())))
+
+
+@app.command()
+def prepare(config: Config = "embedded", model: Model = None) -> None:
+    """Download and convert the models of a matrix."""
+    cli_actions.prepare(config, _overrides(locals()))
+
+
+@app.command()
+def fit(
+    config: Config,
+    model: Model = None,
+    device: Device = None,
+    data_dir: DataDir = None,
+    include_path: IncludePath = None,
+    results: Results = None,
+) -> None:
+    """Make the fits that the practical modes of a matrix need."""
+    raise typer.Exit(cli_actions.fit(config, results, _overrides(locals())))
+
+
+@app.command()
+def run(
+    config: Config,
+    model: Model = None,
+    device: Device = None,
+    data_dir: DataDir = None,
+    include_path: IncludePath = None,
+    limit: Limit = None,
+    only: Only = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    rerun: Rerun = "missing",
+    no_fit: NoFit = False,
+    results: Results = None,
+    out: Out = None,
+) -> None:
+    """Run the missing cells of a matrix, then write its CSVs, tables, plots and report."""
+    raise typer.Exit(cli_actions.run(config, results, out, rerun, no_fit, _overrides(locals())))
+
+
+@app.command()
+def reproduce(
+    profile: Annotated[str, typer.Option(help="embedded, small or paper.")] = "embedded",
+    model: Model = None,
+    device: Device = None,
+    data_dir: DataDir = None,
+    include_path: IncludePath = None,
+    limit: Limit = None,
+    only: Only = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    rerun: Rerun = "missing",
+    no_fit: NoFit = False,
+    results: Results = None,
+    out: Out = None,
+) -> None:
+    """Run a profile from the start to its report."""
+    raise typer.Exit(cli_actions.reproduce(profile, results, out, rerun, no_fit, _overrides(locals())))
+
+
+@app.command()
+def report(folder: Annotated[list[Path], typer.Argument(help="Run folder.")]) -> None:
+    """Write claims, tables, plots and REPORT.md of run folders from their CSVs."""
+    for one in folder:
+        cli_actions.report(one)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Run folder A.")],
+    second: Annotated[Path, typer.Argument(help="Run folder B.")],
+) -> None:
+    """Show what differs between two runs and why."""
+    cli_actions.compare(first, second)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    recompute: Annotated[int, typer.Option(min=0, help="Accuracy cells, sampled, to measure again.")] = 0,
+    data_dir: DataDir = None,
+    include_path: IncludePath = None,
+) -> None:
+    """Check a run folder: hashes, keys, values against samples, tables and claims against CSVs."""
+    raise typer.Exit(cli_actions.verify(folder, recompute, _overrides(locals())))
+
+
+@app.command()
+def benchmark(
+    shape: Annotated[list[str] | None, typer.Option(help="Shape of the layer. Repeatable.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="dense, cats, m-countdown, given. Repeatable.")] = None,
+    sparsity: Annotated[list[float] | None, typer.Option(help="Share of neurons skipped. Repeatable.")] = None,
+    threads: Annotated[list[int] | None, typer.Option(help="Threads [default: all]. Repeatable.")] = None,
+    results: Results = None,
+    rerun: Rerun = "missing",
+) -> None:
+    """Time one gated MLP layer, sparse against dense, and print the table."""
+    raise typer.Exit(cli_actions.benchmark(shape, method, sparsity, threads, results, rerun))
+
+
+_OVERRIDES = ("model", "device", "data_dir", "include_path", "limit", "only", "batch_size", "seed")
+
+
+def _overrides(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a verb that change the matrix, as :func:`suite.config.override` names them."""
+    found = {name: options[name] for name in _OVERRIDES if options.get(name) is not None}
+    renamed = {"model": "models", "seed": "seeds"}
+    return {renamed.get(name, name): value for name, value in found.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    return guarded(app, argv)

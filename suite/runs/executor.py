@@ -1,0 +1,125 @@
+"""Does the work of cells on this machine: the one place where runs meet torch, models, fits, evaluation and timing."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from suite.errors import InputError
+from suite.registry import get_method
+from suite.runs.cells import AccuracyCell, FitRequest
+from suite.runs.runner import Outcome
+from suite.runs.speed_cells import TimedCell
+
+if TYPE_CHECKING:
+    from suite.evaluation.evaluator import Evaluator
+    from suite.evaluation.results import TaskResult
+    from suite.fitting.artifacts import Fit
+    from suite.modeling.attach import LayerSparsity
+    from suite.modeling.loading import LoadedModel
+
+
+class LocalExecutor:
+    """Loads models, makes fits, evaluates and times in this process."""
+
+    @contextlib.contextmanager
+    def session(self, cell: AccuracyCell) -> Iterator[LocalSession]:
+        """Load the model of a cell's load group; its memory is given back afterwards."""
+        from suite.modeling.loading import load_model
+
+        yield LocalSession(load_model(cell.model, cell.dtype, cell.device))
+
+    def time(self, cells: Sequence[TimedCell]) -> list[dict[str, Any]]:
+        """Time the cells of one group interleaved; one partial speed row a cell, in order."""
+        from suite.speed.cases import run_group
+
+        return [dict(row) for row in run_group([cell.case for cell in cells])]
+
+
+class LocalSession:
+    """One loaded model with its evaluators and fits.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        self._evaluators: dict[tuple[int, int], Evaluator] = {}
+        self._fits: dict[str, Fit] = {}
+
+    def ensure_fit(self, request: FitRequest, key: str, folder: Path, *, remake: bool) -> str:
+        """Make the fit below ``folder`` unless it is there; returns its SHA-256."""
+        from suite.fitting.artifacts import load_fit, save_fit
+        from suite.fitting.calibration import Calibration
+        from suite.fitting.thresholds import fit
+
+        if remake:
+            self._fits.pop(key, None)
+        if key not in self._fits:
+            if remake or not any(folder.glob(f"{key}*")):
+                method = get_method(request.method, sparsity=request.sparsity, **request.params)
+                calibration = Calibration(request.calibration, request.max_tokens)
+                made = fit(self._loaded, method, calibration, estimator=request.estimator, seed=request.seed)
+                if made.key != key:
+                    raise InputError(f"fit of {request.method} has key {made.key[:16]}, the run expects {key[:16]}")
+                save_fit(made, folder)
+            self._fits[key] = load_fit(folder, key)
+        return self._fits[key].sha256
+
+    def run(self, cell: AccuracyCell, fits: Path) -> Outcome:
+        """Measure one cell."""
+        from suite.fitting.artifacts import load_fit
+
+        state = None
+        if cell.fit_key is not None:
+            state = self._fits.get(cell.fit_key) or load_fit(fits, cell.fit_key)
+        method = get_method(cell.method, sparsity=cell.sparsity, **cell.params)
+        result, layers = self._evaluator(cell).run(
+            cell.task, method, mode=cell.mode, state=state, scope=cell.scope or "scored"
+        )
+        return Outcome(_rows(result), [_layer(layer) for layer in layers], list(result.samples))
+
+    def _evaluator(self, cell: AccuracyCell) -> Evaluator:
+        from suite.evaluation.evaluator import Evaluator
+
+        setting = (cell.batch_size, cell.seed)
+        if setting not in self._evaluators:
+            self._evaluators[setting] = Evaluator(self._loaded, batch_size=cell.batch_size, seed=cell.seed)
+        return self._evaluators[setting]
+
+
+def _rows(result: TaskResult) -> list[dict[str, Any]]:
+    return [
+        {
+            "task_version": result.task_version,
+            "num_fewshot": result.num_fewshot,
+            "n_samples": result.n_samples,
+            "sparse_share": result.sparse_share,
+            "metric": metric.name,
+            "filter": metric.filter,
+            "higher_is_better": metric.higher_is_better,
+            "value": metric.value,
+            "stderr": metric.stderr,
+            "chance": metric.chance,
+        }
+        for metric in result.metrics
+    ]
+
+
+def _layer(layer: LayerSparsity) -> dict[str, Any]:
+    """Row of sparsity.csv; JSON has neither NaN (no token in scope) nor -inf (the threshold of sparsity 0)."""
+    threshold: float | str | None = layer.threshold
+    if isinstance(threshold, float) and math.isinf(threshold):
+        threshold = str(threshold)
+    realized = None if math.isnan(layer.sparsity_realized) else layer.sparsity_realized
+    return {
+        "layer": layer.layer,
+        "threshold": threshold,
+        "sparsity_realized": realized,
+        "n_tokens": layer.n_tokens,
+    }
