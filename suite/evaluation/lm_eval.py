@@ -123,20 +123,16 @@ class SuiteLM(HFLM):
                 f"max_gen_toks {n_new} leaves no room for a prompt: the model's context is {self.max_length}"
             )
         ids, mask = self.tok_batch_encode([r.args[0] for r in requests], left_truncate_len=self.max_length - n_new)
-        if self.attached is not None:
-            self.attached.documents = torch.tensor([self.documents[r.doc_id] for r in requests])
-        try:
-            with torch.inference_mode():
-                output = self._model_generate(
-                    context=ids.to(self.device),
-                    attention_mask=mask.to(self.device),
-                    stop=until,
-                    max_length=ids.shape[1] + n_new,
-                    **options,
-                )
-        finally:
-            if self.attached is not None:
-                self.attached.documents = None
+        documents = torch.tensor([self.documents[r.doc_id] for r in requests])
+        named = contextlib.nullcontext() if self.attached is None else self.attached.documents(documents)
+        with named, torch.inference_mode():
+            output = self._model_generate(
+                context=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                stop=until,
+                max_length=ids.shape[1] + n_new,
+                **options,
+            )
         answers = output[:, ids.shape[1] :].tolist()
         self._count_generated(answers)
         decoded = (self.tok_decode(answer) for answer in answers)
@@ -164,10 +160,6 @@ def build_task(spec: TaskSpec, seed: int) -> Task:
     include: Any = None
     if spec.source == "pack":
         include = PACK_DIR
-        override |= {
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {s: str(p) for s, p in spec.files.items()}},
-        }
     elif spec.source == "include":
         include = spec.files["yaml"].parent
     elif spec.name in LOCAL_TASKS:

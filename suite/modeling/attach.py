@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, Protocol
 
@@ -58,6 +58,7 @@ class _Run:
         self.under_way = False
         self.tokens: Tokens | None = None
         self.explicit: Explicit | None = None
+        self.documents: Tensor | None = None
 
 
 class _Layer:
@@ -175,6 +176,21 @@ class Attached:
         finally:
             self._run.explicit = before
 
+    @contextmanager
+    def documents(self, documents: Tensor) -> Iterator[None]:
+        """Name the document of each batch row while the scope's rule picks the tokens: keys of the random method's noise.
+
+        Parameters
+        ----------
+        documents : Tensor, shape (batch,), int64
+        """
+        before = self._run.documents
+        self._run.documents = documents.long()
+        try:
+            yield
+        finally:
+            self._run.documents = before
+
     def sparsity(self) -> list[LayerSparsity]:
         """Realised sparsity of every layer over the tokens in scope since the last reset."""
         found = []
@@ -219,6 +235,9 @@ def sparsified(
 
     def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         run.tokens = rule.tokens(args, kwargs, run.explicit)
+        if run.tokens is not None and run.explicit is None and run.documents is not None:
+            documents = run.documents.to(run.tokens.documents.device)
+            run.tokens = replace(run.tokens, documents=documents[run.tokens.documents])
         run.under_way = True
 
     def end(*_: Any) -> None:
