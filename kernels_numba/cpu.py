@@ -1,0 +1,294 @@
+"""Sparse gated MLP layers on the CPU: torch tensors or numpy arrays in fp32, computed in place of the dense layer.
+
+    layer = ThresholdLayer(w_gate, w_up, transpose_down(w_down), activation="silu", first="up", threshold=0.8)
+    y = layer(x)             # x (..., d_model); layer.count neurons were used
+
+Weights are bound without a copy. Kernels run on the threads given (default: all of numba's), are compiled on first use
+and cached on disk. NaN in x gives NaN in y.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kernels_numba import cpu_kernels
+from kernels_numba.reference import ACTIVATIONS
+
+Array = TypeVar("Array", torch.Tensor, NDArray[Any])
+AnyArray = torch.Tensor | NDArray[Any]
+
+
+def _view(name: str, value: AnyArray, shape: tuple[int | None, ...], dtypes: tuple[str, ...] = ("float32",)) -> NDArray[Any]:
+    """Numpy view of a C-contiguous CPU tensor or array, checked against a shape (None is any length)."""
+    if isinstance(value, torch.Tensor):
+        if value.device.type != "cpu":
+            raise ValueError(f"{name} is on {value.device}: the CPU kernels need it on the cpu")
+        found = str(value.dtype).removeprefix("torch.")
+        if found not in dtypes:
+            raise ValueError(f"{name} has dtype {found}: convert it to {' or '.join(dtypes)}")
+        array = value.detach().numpy()
+    elif isinstance(value, np.ndarray):
+        array = value
+    else:
+        raise ValueError(f"{name} is a {type(value).__name__}: pass a torch tensor or a numpy array")
+    if array.dtype.name not in dtypes:
+        raise ValueError(f"{name} has dtype {array.dtype}: convert it to {' or '.join(dtypes)}")
+    if array.ndim != len(shape) or any(w not in (None, n) for w, n in zip(shape, array.shape, strict=True)):
+        wanted = ", ".join("n" if w is None else str(w) for w in shape)
+        raise ValueError(f"{name} has shape {array.shape}: expected ({wanted})")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name} is not contiguous: call contiguous() on it once, before binding")
+    return array
+
+
+def _threads(threads: int | None) -> int:
+    limit = numba.config.NUMBA_NUM_THREADS
+    if threads is None:
+        return limit
+    if not isinstance(threads, int) or not 1 <= threads <= limit:
+        raise ValueError(f"threads={threads!r}: must be 1 to {limit} (NUMBA_NUM_THREADS)")
+    return threads
+
+
+def transpose_down(w_down: Array) -> Array:
+    """Contiguous transposed copy of ``w_down`` (d_model, d_ff), fp32: one neuron's column becomes a row to read at once.
+
+    Made through numpy, which asks for huge pages where torch does not.
+    """
+    source = _view("w_down", w_down, (None, None))
+    copy = np.empty(source.shape[::-1], dtype=np.float32)
+    torch.from_numpy(copy).copy_(torch.from_numpy(source).t())  # on torch's threads
+    return torch.from_numpy(copy) if isinstance(w_down, torch.Tensor) else copy
+
+
+class _Layer:
+    """Bound weights and workspaces of one gated MLP."""
+
+    def __init__(
+        self, w_gate: AnyArray, w_up: AnyArray, w_down_t: AnyArray, *, activation: str, threads: int | None
+    ) -> None:
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+        self.w_gate = _view("w_gate", w_gate, (None, None))
+        self.d_ff, self.d_model = self.w_gate.shape
+        if not (self.d_ff and self.d_model):
+            raise ValueError(f"w_gate has shape {self.w_gate.shape}: both sizes must be at least 1")
+        self.w_up = _view("w_up", w_up, (self.d_ff, self.d_model))
+        self.w_down_t = _view("w_down_t", w_down_t, (self.d_ff, self.d_model))
+        self.activation = activation
+        self.threads = _threads(threads)
+        self.count = 0
+        self._kind = ACTIVATIONS.index(activation)  # order of cpu_kernels.SILU, GELU_TANH
+        self._values = np.zeros(self.d_ff, dtype=np.float32)
+        self._partial = np.zeros((self.threads, self.d_model), dtype=np.float32)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Memory beyond the dense layer's: the transposed ``W_down`` and the workspaces."""
+        return self.w_down_t.nbytes + self._values.nbytes + self._partial.nbytes
+
+    def _rows(self, x: AnyArray, out: AnyArray | None) -> tuple[NDArray[Any], NDArray[Any], AnyArray]:
+        shape = tuple(x.shape)
+        if not shape or shape[-1] != self.d_model:
+            raise ValueError(f"x has shape {shape}: its last dimension must be d_model={self.d_model}")
+        source = _view("x", x, shape)
+        if out is None:
+            out = torch.empty(shape) if isinstance(x, torch.Tensor) else np.empty(shape, dtype=np.float32)
+        target = _view("out", out, shape)
+        return source.reshape(-1, self.d_model), target.reshape(-1, self.d_model), out
+
+
+class ThresholdLayer(_Layer):
+    """Gated MLP that computes one projection densely and uses the neurons whose score is not below a threshold.
+
+    M-COUNTDOWN: ``first="up"``, score ``abs(u)``. CATS: ``first="gate"``, score ``abs(act(g))``. Rows of the other
+    projection and columns of ``W_down`` are read for the active neurons only.
+
+    Parameters
+    ----------
+    w_gate, w_up : Tensor or array, shape (d_ff, d_model), fp32, contiguous
+    w_down_t : same, shape (d_ff, d_model)
+        From `transpose_down`; may be shared by several layers.
+    activation : "silu" or "gelu_tanh"
+    first : "up" or "gate"
+    threshold : float
+        A neuron is kept unless its score is below it; -inf keeps all.
+    threads : int, optional
+        Default: all of numba's.
+
+    Attributes
+    ----------
+    count : int
+        Active neurons of the last call, summed over its tokens.
+
+    Raises
+    ------
+    ValueError
+        Wrong dtype, device, shape, contiguity or name, or a NaN threshold.
+    """
+
+    def __init__(
+        self,
+        w_gate: AnyArray,
+        w_up: AnyArray,
+        w_down_t: AnyArray,
+        *,
+        activation: str,
+        first: str,
+        threshold: float,
+        threads: int | None = None,
+    ) -> None:
+        super().__init__(w_gate, w_up, w_down_t, activation=activation, threads=threads)
+        if first not in ("up", "gate"):
+            raise ValueError(f"first={first!r}: must be 'up' (M-COUNTDOWN) or 'gate' (CATS)")
+        self.first = first
+        self.threshold = threshold
+        self._indices = np.zeros(self.d_ff, dtype=np.int32)
+        self._counts = np.zeros(self.threads, dtype=np.int64)
+        self._last = 0
+
+    @property
+    def threshold(self) -> float:
+        """Neurons scoring below it are skipped; compared in fp32."""
+        return float(self._threshold)
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        threshold = np.float32(value)
+        if np.isnan(threshold):
+            raise ValueError("threshold is NaN: fit it, or pass -inf to keep all neurons")
+        self._threshold = threshold
+
+    @property
+    def active(self) -> NDArray[np.int32]:
+        """Active neurons of the last token, ascending, shape (n_active,); valid until the next call."""
+        return self._indices[: self._last]
+
+    @property
+    def extra_bytes(self) -> int:
+        """Memory beyond the dense layer's: the transposed ``W_down`` and the workspaces."""
+        return super().extra_bytes + self._indices.nbytes + self._counts.nbytes
+
+    def __call__(self, x: Array, out: Array | None = None) -> Array:
+        """``y`` of the shape and kind of ``x`` (..., d_model), fp32; token by token, each with its own active set."""
+        rows, targets, result = self._rows(x, out)
+        gate_first = self.first == "gate"
+        first, second = (self.w_gate, self.w_up) if gate_first else (self.w_up, self.w_gate)
+        numba.set_num_threads(self.threads)
+        self.count = 0
+        for row, target in zip(rows, targets, strict=True):
+            self._last = cpu_kernels.threshold_layer(
+                first,
+                second,
+                self.w_down_t,
+                row,
+                target,
+                self._threshold,
+                gate_first,
+                self._kind,
+                self._indices,
+                self._values,
+                self._partial,
+                self._counts,
+            )
+            self.count += self._last
+        return result  # type: ignore[return-value]
+
+
+class GivenLayer(_Layer):
+    """Gated MLP over a given set of active neurons: what a method with a predictor runs after predicting.
+
+    Parameters as `ThresholdLayer`, without a threshold. ``count`` is the size of the last set.
+    """
+
+    def __init__(
+        self, w_gate: AnyArray, w_up: AnyArray, w_down_t: AnyArray, *, activation: str, threads: int | None = None
+    ) -> None:
+        super().__init__(w_gate, w_up, w_down_t, activation=activation, threads=threads)
+
+    def __call__(self, x: Array, active: AnyArray, out: Array | None = None) -> Array:
+        """``y`` for one token.
+
+        Parameters
+        ----------
+        x : shape (..., d_model) holding one token, fp32
+        active : shape (n_active,), int32 or int64, each neuron at most once; ascending order reads fastest
+        out : shape of x, optional
+
+        Raises
+        ------
+        ValueError
+            As the constructor, more than one token, more than d_ff neurons or an index out of range.
+        """
+        rows, targets, result = self._rows(x, out)
+        if len(rows) != 1:
+            raise ValueError(f"x holds {len(rows)} tokens: a given active set belongs to one")
+        indices = _indices(active, self.d_ff)
+        numba.set_num_threads(self.threads)
+        cpu_kernels.given_layer(
+            self.w_gate, self.w_up, self.w_down_t, rows[0], targets[0], self._kind, indices, self._values, self._partial
+        )
+        self.count = len(indices)
+        return result  # type: ignore[return-value]
+
+
+def _indices(active: AnyArray, d_ff: int) -> NDArray[Any]:
+    indices = _view("active", active, (None,), ("int32", "int64"))
+    if len(indices) > d_ff:
+        raise ValueError(f"active has {len(indices)} entries: at most d_ff={d_ff}, each neuron once")
+    if len(indices) and not (indices.min() >= 0 and indices.max() < d_ff):
+        raise ValueError(f"active has indices from {indices.min()} to {indices.max()}: must be in [0, {d_ff})")
+    return indices
+
+
+def sparse_down_proj(
+    values: Array,
+    indices: AnyArray,
+    count: int,
+    w_down_t: AnyArray,
+    out: Array | None = None,
+    *,
+    threads: int | None = None,
+) -> Array:
+    """Sparse down projection: ``y = sum_{n < count} values[n] * W_down[:, indices[n]]``.
+
+    Parameters
+    ----------
+    values : Tensor or array, shape (>= count,), fp32
+    indices : Tensor or array, shape (>= count,), int32 or int64
+    count : int
+        Active neurons; entries beyond it are not read.
+    w_down_t : Tensor or array, shape (d_ff, d_model), fp32
+        From `transpose_down`.
+    out : shape (d_model,), fp32, optional
+    threads : int, optional
+        Default: all of numba's.
+
+    Returns
+    -------
+    Tensor or array, shape (d_model,), fp32, of the kind of ``values``
+
+    Raises
+    ------
+    ValueError
+        Wrong dtype, device, shape or contiguity, count or index out of range.
+    """
+    weights = _view("w_down_t", w_down_t, (None, None))
+    v = _view("values", values, (None,))
+    listed = _view("indices", indices, (None,), ("int32", "int64"))
+    if not 0 <= count <= min(len(v), len(listed)):
+        raise ValueError(f"count={count}: must be 0 to {min(len(v), len(listed))}, the entries of values and indices")
+    used = _indices(listed[:count], len(weights))
+    d_model = weights.shape[1]
+    if out is None:
+        out = torch.empty(d_model) if isinstance(values, torch.Tensor) else np.empty(d_model, dtype=np.float32)  # type: ignore[assignment]
+    target = _view("out", out, (d_model,))  # type: ignore[arg-type]
+    n_threads = _threads(threads)
+    numba.set_num_threads(n_threads)
+    cpu_kernels.down_proj(v[:count], used, weights, target, np.empty((n_threads, d_model), dtype=np.float32))
+    return out  # type: ignore[return-value]
