@@ -10,7 +10,6 @@ from pathlib import Path
 from suite.config import MatrixConfig
 from suite.errors import InputError
 from suite.runs import provenance
-from suite.runs.assemble import Assembly
 from suite.runs.cells import World, expand
 from suite.runs.manifest import build_manifest, manifest_bytes
 from suite.runs.runner import Executor, Matrix, Rerun, Runner, Say
@@ -134,6 +133,8 @@ def _write(
     options: Options,
     report: Callable[[Path], None] = lambda folder: None,
 ) -> Finished:
+    from suite.runs.assemble import Assembly  # late: scipy takes 1.5 s, which a run can spend while it works
+
     records = {key: store.get(key) for key in matrix.keys}
     scrub = provenance.Scrubber(
         [

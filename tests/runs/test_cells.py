@@ -1,0 +1,112 @@
+import pytest
+
+from suite.errors import InputError
+from suite.runs.cells import expand
+from tests.runs.fakes import FakeWorld, matrix
+
+SPARSE = {"methods": ["cats"], "sparsities": [0.5], "tasks": ["t1"]}
+
+
+def cells(**changes):
+    return expand(matrix(**changes), FakeWorld())
+
+
+def test_every_setting_once_and_dense_once_per_model_and_task():
+    found = cells()
+    assert len(found) == 2 * (2 * (1 + 2 * 2) + 2)
+    assert len({cell.key for cell in found}) == len(found)
+    dense = [(cell.model, cell.task.name) for cell in found if cell.mode == "none"]
+    assert sorted(dense) == [("a", "decode_perplexity"), ("a", "t1"), ("b", "decode_perplexity"), ("b", "t1")]
+
+
+def test_embedded_profile_has_28_settings_on_5_tasks():
+    from suite.config import load_config
+
+    found = expand(load_config("embedded"), FakeWorld())
+    assert len({(c.method, c.mode, c.sparsity) for c in found}) == 28
+    assert len(found) == 28 * 5
+
+
+def test_one_model_at_a_time_and_dense_of_a_task_first():
+    found = cells(seeds=[0, 1])
+    models = [cell.model for cell in found]
+    assert models == sorted(models)
+    done: set[tuple] = set()
+    for cell in found:
+        assert cell.mode == "none" or cell.base in done
+        if cell.mode == "none":
+            done.add(cell.base)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 4},
+        {"seeds": [1]},
+        {"models": [{"id": "c"}]},
+        {"models": [{"id": "a", "dtype": "bfloat16"}]},
+        {"accuracy": [{**SPARSE, "sparsities": [0.6]}]},
+        {"accuracy": [{**SPARSE, "tasks": ["t2"]}]},
+        {"accuracy": [{**SPARSE, "tasks": [{"name": "t1", "limit": 5}]}]},
+        {"accuracy": [{**SPARSE, "tasks": [{"name": "t1", "num_fewshot": 2}]}]},
+        {"accuracy": [{**SPARSE, "scopes": ["paper"]}]},
+        {"accuracy": [{**SPARSE, "methods": ["m-countdown"]}]},
+        {"accuracy": [{**SPARSE, "modes": ["practical"]}]},
+    ],
+)
+def test_whatever_decides_the_number_changes_the_key(changes):
+    base = {"models": [{"id": "a"}], "accuracy": [SPARSE]}
+    assert cells(**base)[0].key != cells(**(base | changes))[0].key
+
+
+def test_code_and_calibration_change_the_key():
+    one = {"models": [{"id": "a"}], "accuracy": [SPARSE]}
+    assert expand(matrix(**one), FakeWorld())[0].key != expand(matrix(**one), FakeWorld(code="new"))[0].key
+    practical = {"models": [{"id": "a"}], "accuracy": [{**SPARSE, "modes": ["practical"]}]}
+    other = practical | {"calibration": {"estimators": ["mean-kth"]}}
+    assert cells(**practical)[0].key != cells(**other)[0].key
+
+
+def test_name_and_title_do_not_change_the_key():
+    assert [c.key for c in cells()] == [c.key for c in cells(name="other", title="else")]
+
+
+def test_random_is_seeded_by_the_run():
+    found = cells(seeds=[3], accuracy=[{**SPARSE, "methods": ["random"]}])
+    assert found[0].params == {"seed": 3}
+
+
+def test_tasks_with_a_scope_of_their_own_run_once():
+    block = {**SPARSE, "scopes": ["paper", "scored"], "tasks": ["wikitext", "decode_perplexity", "t1"]}
+    found = cells(models=[{"id": "a"}], accuracy=[block])
+    assert [(c.task.name, c.scope) for c in found] == [
+        ("wikitext", "all"),
+        ("decode_perplexity", "scored"),
+        ("t1", "paper"),
+        ("t1", "scored"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ([{**SPARSE, "methods": ["catz"]}], "unknown method 'catz'; did you mean 'cats'"),
+        ([{**SPARSE, "methods": ["nowhere:Class"]}], "cannot be loaded"),
+        ([{**SPARSE, "methods": ["json:dumps"]}], "no subclass"),
+        (
+            [{**SPARSE, "methods": [{"name": "random", "params": {"sed": 1}}]}],
+            "no parameter 'sed'; did you mean 'seed'",
+        ),
+        (
+            [{**SPARSE, "modes": ["practical"], "methods": ["d-countdown"]}],
+            "comes with predictors; not in this version",
+        ),
+        ([{**SPARSE, "modes": ["practical"], "methods": ["random"]}], "has no mode 'practical'"),
+        ([{**SPARSE, "sparsities": [0.5, 0.50]}], "duplicate cell in accuracy.0 and accuracy.0"),
+        ([SPARSE, SPARSE], "duplicate cell in accuracy.0 and accuracy.1"),
+    ],
+)
+def test_bad_settings_are_named_with_their_place(blocks, message):
+    with pytest.raises(InputError, match=message) as caught:
+        cells(accuracy=blocks)
+    assert "\n" not in str(caught.value)

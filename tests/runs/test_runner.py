@@ -1,0 +1,247 @@
+import csv
+import gzip
+from pathlib import Path
+
+import pytest
+
+from suite.errors import InputError
+from suite.runs.manifest import file_hashes, seal
+from suite.runs.run import Options, make_fits, run
+from suite.runs.runner import Outcome
+from suite.runs.store import CellStore
+from suite.runs.verify import verify_files
+from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
+
+
+def go(results: Path, executor: FakeExecutor, config=None, world=None, say=lambda line: None, **options):
+    return run(config or matrix(), world or FakeWorld(), executor, Options(results, **options), say)
+
+
+def rows(folder: Path, name: str = "accuracy.csv") -> list[dict[str, str]]:
+    with (folder / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def without(folder: Path, *columns: str) -> list[dict[str, str]]:
+    return [{k: v for k, v in row.items() if k not in columns} for row in rows(folder)]
+
+
+def test_a_finished_run_repeated_computes_nothing(tmp_path):
+    executor = FakeExecutor()
+    first = go(tmp_path, executor)
+    before = (first.folder / "accuracy.csv").read_bytes()
+    assert (first.n_ok, first.n_failed, first.n_missing) == (24, 0, 0)
+    assert executor.loads == ["a", "b"]
+    again = FakeExecutor()
+    second = go(tmp_path, again)
+    assert (again.loads, again.ran) == ([], [])
+    assert second.folder == first.folder
+    assert (second.folder / "accuracy.csv").read_bytes() == before
+
+
+def test_rerun_all_gives_the_same_csv(tmp_path):
+    first = go(tmp_path, FakeExecutor())
+    before = without(first.folder, "elapsed_s")
+    executor = FakeExecutor()
+    second = go(tmp_path, executor, rerun="all")
+    assert len(executor.ran) == 24
+    assert len(executor.fitted) == 4
+    assert without(second.folder, "elapsed_s") == before
+
+
+def test_runs_of_overlapping_matrices_share_cells(tmp_path):
+    go(tmp_path, FakeExecutor(), matrix(models=[{"id": "a"}]))
+    executor = FakeExecutor()
+    go(tmp_path, executor)
+    assert executor.loads == ["b"]
+
+
+def test_failed_cells_are_recorded_and_retried_only_when_told(tmp_path):
+    said: list[str] = []
+    finished = go(tmp_path, FakeExecutor(fail=["B t1 cats ideal 0.5"]), say=said.append)
+    assert (finished.n_ok, finished.n_failed) == (23, 1)
+    assert any("failed: B t1 cats ideal 0.5 scored: RuntimeError: no luck" in line for line in said)
+    failed = [row for row in rows(finished.folder) if row["status"] == "failed"]
+    assert len(failed) == 1
+    assert failed[0]["value"] == failed[0]["sparsity_realized"] == failed[0]["delta_dense"] == ""
+    assert failed[0]["reason"].startswith("RuntimeError: no luck with B t1")
+    store = CellStore(tmp_path)
+    records = [store.get(path.name.removesuffix(".json.gz")) for path in tmp_path.glob("cells/*/*.json.gz")]
+    assert ["Traceback" in record["log"] for record in records if record["status"] == "failed"] == [True]
+
+    executor = FakeExecutor()
+    assert go(tmp_path, executor).n_failed == 1
+    assert executor.ran == []
+    assert go(tmp_path, executor, rerun="failed").n_failed == 0
+    assert executor.ran == ["B t1 cats ideal 0.5 scored"]
+
+
+def test_a_model_that_does_not_load_fails_its_cells_and_no_others(tmp_path):
+    class Broken(FakeExecutor):
+        def session(self, cell):
+            if cell.model == "a":
+                raise MemoryError("no room")
+            return super().session(cell)
+
+    finished = go(tmp_path, Broken())
+    assert (finished.n_ok, finished.n_failed) == (12, 12)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["value", "sample"])
+def test_nan_is_a_failed_cell_and_never_a_number(tmp_path, bad, where):
+    class Nan(FakeExecutor):
+        def run(self, cell, fits):
+            found = super().run(cell, fits)
+            if cell.label != "A t1 cats ideal 0.9 scored":
+                return found
+            if where == "value":
+                return Outcome([found.rows[0] | {"value": bad}], found.sparsity, found.samples)
+            return Outcome(found.rows, found.sparsity, [("0", "acc", bad)])
+
+    finished = go(tmp_path, Nan())
+    assert (finished.n_ok, finished.n_failed) == (23, 1)
+    failed = [row for row in rows(finished.folder) if row["status"] == "failed"]
+    assert failed[0]["value"] == ""
+    assert "not finite" in failed[0]["reason"]
+
+
+def test_bad_input_while_running_keeps_finished_cells(tmp_path):
+    class Bad(FakeExecutor):
+        def run(self, cell, fits):
+            if cell.model == "b":
+                raise InputError("model b has no gated MLP")
+            return super().run(cell, fits)
+
+    with pytest.raises(InputError, match="no gated MLP"):
+        go(tmp_path, Bad())
+    executor = FakeExecutor()
+    go(tmp_path, executor)
+    assert executor.loads == ["b"]
+
+
+def test_interrupt_keeps_finished_cells_and_writes_the_view(tmp_path):
+    class Interrupted(FakeExecutor):
+        def run(self, cell, fits):
+            if len(self.ran) == 5:
+                raise KeyboardInterrupt
+            return super().run(cell, fits)
+
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path, Interrupted(), say=said.append)
+    assert "5 of 24 cells are finished" in said[-1]
+    (folder,) = tmp_path.glob("runs/*")
+    assert [row["status"] for row in rows(folder)].count("ok") == 5
+    executor = FakeExecutor()
+    assert go(tmp_path, executor).n_missing == 0
+    assert len(executor.ran) == 19
+
+
+def test_damaged_cell_is_computed_again_and_said(tmp_path):
+    first = go(tmp_path, FakeExecutor())
+    before = without(first.folder, "elapsed_s")
+    victim = sorted(tmp_path.glob("cells/*/*.json.gz"))[3]
+    victim.write_bytes(victim.read_bytes()[:-9])
+    said: list[str] = []
+    executor = FakeExecutor()
+    second = go(tmp_path, executor, say=said.append)
+    assert len(executor.ran) == 1
+    assert any(victim.name in line and "damaged" in line for line in said)
+    assert without(second.folder, "elapsed_s") == before
+
+
+def test_no_fit_refuses_before_anything_runs(tmp_path):
+    executor = FakeExecutor()
+    with pytest.raises(InputError, match="4 cells need a fit that is missing.*countdown-suite fit"):
+        go(tmp_path, executor, no_fit=True)
+    assert executor.ran == []
+    assert make_fits(matrix(), FakeWorld(), executor, tmp_path, lambda line: None) == 4
+    assert go(tmp_path, executor, no_fit=True).n_ok == 24
+
+
+def test_two_outputs_of_one_fit_are_not_mixed(tmp_path):
+    go(tmp_path, FakeExecutor(), matrix(accuracy=[matrix().accuracy[1].model_dump()]))
+    for path in tmp_path.glob("fits/*"):
+        path.unlink()
+    changed = FakeExecutor()
+    changed.fit_text = "another output"
+    block = matrix().accuracy[1].model_dump() | {"scopes": ["scored", "paper"]}
+    with pytest.raises(InputError, match="two outputs.*--rerun all"):
+        go(tmp_path, changed, matrix(accuracy=[block]))
+    assert go(tmp_path, changed, matrix(accuracy=[block]), rerun="all").n_ok == 8
+
+
+def test_fit_of_each_cell_is_recorded(tmp_path):
+    finished = go(tmp_path, FakeExecutor())
+    practical = [row for row in rows(finished.folder) if row["mode"] == "practical"]
+    assert all(
+        row["fit_id"] and row["estimator"] == "calibrated" and row["calibration"] == "pydoc" for row in practical
+    )
+    assert all(row["fit_id"] == "" for row in rows(finished.folder) if row["mode"] != "practical")
+
+
+def test_delta_is_paired_by_document(tmp_path):
+    """The difference of the means is that of the pairs; dense has none."""
+    finished = go(tmp_path, FakeExecutor())
+    table = rows(finished.folder)
+    dense = {(row["model"], row["task"]): float(row["value"]) for row in table if row["method"] == "dense"}
+    for row in table:
+        if row["method"] == "dense":
+            assert row["delta_dense"] == row["delta_ci_low"] == ""
+        elif row["metric"] == "acc":
+            delta = float(row["delta_dense"])
+            assert delta == pytest.approx(float(row["value"]) - dense[row["model"], row["task"]], abs=1e-9)
+            assert float(row["delta_ci_low"]) <= delta <= float(row["delta_ci_high"])
+
+
+def test_bytes_share_follows_the_realised_sparsity(tmp_path):
+    table = rows(go(tmp_path, FakeExecutor()).folder)
+    share = {(row["method"], row["mode"], row["sparsity_target"]): float(row["bytes_share"]) for row in table}
+    assert share["dense", "none", "0"] == 1
+    assert share["random", "ideal", "0.9"] == pytest.approx(0.1)
+    assert share["cats", "practical", "0.9"] == pytest.approx((3 - 1.8) / 3)
+
+
+def test_missing_cells_have_a_row_with_a_reason(tmp_path):
+    class Stops(FakeExecutor):
+        def run(self, cell, fits):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path, Stops())
+    (folder,) = tmp_path.glob("runs/*")
+    assert {(row["status"], row["value"]) for row in rows(folder)} == {("missing", "")}
+
+
+def test_csvs_have_the_columns_of_the_schema_and_no_machine_path(tmp_path):
+    from suite import schema
+
+    results = tmp_path / "somewhere"
+    finished = go(results, FakeExecutor(fail=["A t1 random ideal 0.5"]), argv=["run", "--out", str(tmp_path / "x")])
+    assert list(rows(finished.folder)[0]) == schema.ACCURACY
+    assert list(rows(finished.folder, "sparsity.csv")[0]) == schema.SPARSITY
+    with gzip.open(finished.folder / "samples.csv.gz", "rt") as file:
+        assert next(csv.reader(file)) == schema.SAMPLES
+    for path in finished.folder.iterdir():
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        assert str(results).encode() not in data
+        assert str(Path.home()).encode() + b"/" not in data
+
+
+def test_sealed_folder_verifies_and_a_changed_one_does_not(tmp_path):
+    folder = go(tmp_path, FakeExecutor()).folder
+    seal(folder)
+    assert verify_files(folder) == []
+    text = (folder / "accuracy.csv").read_text()
+    value = rows(folder)[0]["value"]
+    (folder / "accuracy.csv").write_text(text.replace(f",{value},", ",0.123,", 1))
+    problems = verify_files(folder)
+    assert any("accuracy.csv: its hash" in problem for problem in problems)
+    assert any("its samples give" in problem for problem in problems)
+    (folder / "extra.txt").write_text("x")
+    (folder / "speed.csv").unlink()
+    problems = verify_files(folder)
+    assert any("extra.txt: is not in the manifest" in problem for problem in problems)
+    assert any("speed.csv: is missing" in problem for problem in problems)
+    assert set(file_hashes(folder)) == {"accuracy.csv", "samples.csv.gz", "sparsity.csv", "extra.txt"}
