@@ -16,9 +16,8 @@ from suite.evaluation.lm_eval import BuiltTask, SuiteLM, sample_indices, samples
 from suite.evaluation.perplexity import BuiltText
 from suite.evaluation.results import Metric, TaskResult
 from suite.evaluation.tasks import TaskSpec, resolve_task
-from suite.fitting.artifacts import Fit
 from suite.methods.base import Method, Mode
-from suite.modeling.attach import LayerSparsity, attach
+from suite.modeling.attach import LayerSparsity, ThresholdState, attach
 from suite.modeling.loading import LoadedModel
 from suite.statistics import resampling_group, standard_error, statistic
 
@@ -43,7 +42,7 @@ class Evaluator:
         self._built: dict[str, BuiltTask | BuiltText] = {}
 
     def run(
-        self, task: TaskSpec, method: Method, *, mode: Mode, state: Fit | None = None, scope: Scope = "scored"
+        self, task: TaskSpec, method: Method, *, mode: Mode, state: ThresholdState | None = None, scope: Scope = "scored"
     ) -> tuple[TaskResult, list[LayerSparsity]]:
         """Run one task under one setting; ``method`` dense ignores the scope.
 
@@ -125,7 +124,7 @@ def evaluate(
     method: Method,
     *,
     mode: Mode | None = None,
-    state: Fit | None = None,
+    state: ThresholdState | None = None,
     scope: Scope = "scored",
     limit: int | None = None,
     batch_size: int = 16,

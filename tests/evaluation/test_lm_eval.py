@@ -1,0 +1,170 @@
+"""The wiring to lm-eval: equal to lm-eval's own Hugging Face model, and its tasks under every scope."""
+
+import json
+
+import lm_eval
+import numpy as np
+import pytest
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from suite import evaluate, get_method
+from suite.errors import InputError
+from suite.evaluation.evaluator import Evaluator
+from suite.evaluation.lm_eval import sample_indices
+from suite.evaluation.tasks import PACK_DIR, resolve_task
+from suite.statistics import statistic
+
+DENSE = get_method("dense")
+
+
+@pytest.fixture(scope="module")
+def evaluator(tiny):
+    return Evaluator(tiny, batch_size=4, seed=1)
+
+
+def upstream(tiny, task, documents, batch_size):
+    """The same documents through lm-eval's own model and evaluator."""
+    lm = HFLM(pretrained=tiny.model, tokenizer=tiny.tokenizer, batch_size=batch_size)
+    manager = TaskManager(include_path=str(PACK_DIR), include_defaults=False)
+    return lm_eval.simple_evaluate(
+        lm, tasks=[task], task_manager=manager, samples={task: documents}, bootstrap_iters=0, log_samples=True
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_dense_loglikelihoods_equal_lm_eval(tiny, batch_size):
+    """Bit for bit in batches of one; in padded ones the head is a product of another shape: eps * |sum| * sqrt(width)."""
+    evaluator = Evaluator(tiny, batch_size=batch_size, seed=1)
+    spec = resolve_task("pack_grammar", limit=8)
+    result, layers = evaluator.run(spec, DENSE, mode="none")
+    built = evaluator._build(spec)
+    theirs = upstream(tiny, "pack_grammar", built.documents, batch_size)
+    ours = [instance.resps[0] for instance in built.task.instances]
+    expected = [tuple(r[0]) for sample in theirs["samples"]["pack_grammar"] for r in sample["resps"]]
+    if batch_size == 1:
+        assert ours == expected
+    else:
+        width = tiny.model.config.hidden_size
+        scale = np.finfo(np.float32).eps * np.sqrt(width) * 100
+        np.testing.assert_allclose([o[0] for o in ours], [e[0] for e in expected], rtol=scale)
+        assert [o[1] for o in ours] == [e[1] for e in expected]
+    assert result.metrics[0].value == theirs["results"]["pack_grammar"]["acc,none"]
+    assert layers == []
+    assert result.sparse_share == 0
+
+
+@pytest.mark.parametrize("task", ["pack_knowledge", "pack_last_word", "pack_generation"])
+def test_dense_metrics_equal_lm_eval(tiny, evaluator, task):
+    spec = resolve_task(task, limit=4)
+    result, _ = evaluator.run(spec, DENSE, mode="none")
+    theirs = upstream(tiny, task, evaluator._build(spec).documents, 4)["results"][task]
+    for metric in result.metrics:
+        assert metric.value == pytest.approx(theirs[f"{metric.name},{metric.filter}"], rel=1e-4)
+
+
+def test_rolling_perplexity_equals_lm_eval_and_samples_rebuild_it(tiny, tmp_path):
+    (tmp_path / "rolling.jsonl").write_text("".join(json.dumps({"text": t * 40}) + "\n" for t in ("abc ", "x y z ")))
+    (tmp_path / "rolling.yaml").write_text(
+        f"task: rolling\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rolling.jsonl}}}}\n"
+        "output_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]\nmetadata: {version: 3}\n"
+    )
+    lm = HFLM(pretrained=tiny.model, tokenizer=tiny.tokenizer, batch_size=2)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    theirs = lm_eval.simple_evaluate(lm, tasks=["rolling"], task_manager=manager, bootstrap_iters=0)
+    result = evaluate(tiny, ["rolling"], DENSE, include_path=tmp_path)["rolling"]
+    assert result.task_version == "3"
+    for metric in result.metrics:
+        assert metric.value == pytest.approx(theirs["results"]["rolling"][f"{metric.name},none"], rel=1e-5)
+        values = [v for _, m, v in result.samples if m == metric.name]
+        weights = [v for _, m, v in result.samples if m == metric.name + ".weight"]
+        assert statistic(values, weights, metric.name) == metric.value
+    sparse = evaluate(tiny, ["rolling"], get_method("cats", sparsity=0.5), include_path=tmp_path, scope="paper")
+    assert sparse["rolling"].sparse_share == 1  # rolling perplexity always runs with every position in scope
+
+
+def test_first_answer_token_is_dense_only_under_scope_paper(evaluator):
+    spec = resolve_task("pack_last_word", limit=6)
+    method = get_method("m-countdown", sparsity=0.7)
+    shares = {s: evaluator.run(spec, method, mode="ideal", scope=s)[0].sparse_share for s in ("paper", "scored", "all")}
+    assert shares["scored"] == shares["all"] == 1
+    assert shares["paper"] < 1
+
+
+def test_generation_counts_prefill_and_decode_by_scope(evaluator):
+    spec = resolve_task("pack_generation", limit=4)
+    method = get_method("d-countdown", sparsity=0.5)
+    tokens = {}
+    for scope in ("paper", "scored", "all"):
+        result, layers = evaluator.run(spec, method, mode="ideal", scope=scope)
+        tokens[scope] = layers[0].n_tokens
+        assert (result.sparse_share == 1) is (scope != "paper")
+        assert layers[0].sparsity_realized == pytest.approx(0.5, abs=1e-9)
+    assert tokens["paper"] < tokens["scored"] < tokens["all"]
+
+
+def test_random_generates_the_same_whatever_the_batch(tiny):
+    spec = resolve_task("pack_generation", limit=5)
+    method = get_method("random", sparsity=0.3)
+    texts = []
+    for batch_size in (1, 5):
+        evaluator = Evaluator(tiny, batch_size=batch_size, seed=1)
+        evaluator.run(spec, method, mode="ideal", scope="scored")
+        texts.append([i.resps[0] for i in evaluator._build(spec).task.instances])
+    assert texts[0] == texts[1]
+
+
+def test_settings_do_not_leak_into_each_other(evaluator):
+    spec = resolve_task("pack_grammar", limit=6)
+    before = evaluator.run(spec, DENSE, mode="none")[0]
+    evaluator.run(spec, get_method("random", sparsity=0.9), mode="ideal")
+    assert evaluator.run(spec, DENSE, mode="none")[0] == before
+
+
+def test_samples_name_document_and_template(evaluator):
+    result, _ = evaluator.run(resolve_task("pack_grammar", limit=6), DENSE, mode="none")
+    rows = [json.loads(line) for line in (PACK_DIR / "grammar.jsonl").read_text().splitlines()]
+    assert len(result.samples) == result.n_samples == 6
+    for doc_id, metric, value in result.samples:
+        template, _, index = doc_id.rpartition("/")
+        assert rows[int(index)]["template"] == template
+        assert (metric, value in (0.0, 1.0)) == ("acc", True)
+
+
+def test_chance_is_one_over_the_number_of_choices(evaluator):
+    chances = {
+        task: {m.name: m.chance for m in evaluator.run(resolve_task(task, limit=2), DENSE, mode="none")[0].metrics}
+        for task in ("pack_grammar", "pack_knowledge", "pack_last_word", "pack_generation")
+    }
+    assert chances["pack_grammar"] == {"acc": 0.5}
+    assert chances["pack_knowledge"] == {"acc": 0.25, "acc_norm": 0.25}
+    assert chances["pack_last_word"] == {"acc": 0.0, "perplexity": None}
+    assert chances["pack_generation"] == {"exact_match": 0.0}
+
+
+def test_local_data_feeds_the_builtin_task(tiny, tmp_path):
+    (tmp_path / "piqa").mkdir()
+    row = {"goal": "open a jar", "sol1": "twist the lid", "sol2": "sing to it", "label": 0}
+    (tmp_path / "piqa" / "validation.jsonl").write_text("".join(json.dumps(row | {"label": i % 2}) + "\n" for i in range(4)))
+    result = evaluate(tiny, ["piqa"], DENSE, data_dir=tmp_path)["piqa"]
+    assert {m.name: m.value for m in result.metrics} == {"acc": 0.5, "acc_norm": 0.5}  # one prompt, both labels
+    assert {m.chance for m in result.metrics} == {0.5}
+
+
+def test_hub_task_offline_is_one_line(tiny):
+    with pytest.raises(InputError, match="piqa cannot be loaded .hub.") as error:
+        evaluate(tiny, ["piqa"], DENSE)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_scope_is_refused(evaluator):
+    with pytest.raises(InputError, match="scope 'score'"):
+        evaluator.run(resolve_task("pack_grammar", limit=1), DENSE, mode="none", scope="score")
+
+
+def test_limit_takes_the_first_of_a_seeded_shuffle():
+    assert sample_indices(5, None, 0) == sample_indices(5, 9, 0) == [0, 1, 2, 3, 4]
+    ten, twenty = sample_indices(100, 10, 3), sample_indices(100, 20, 3)
+    assert set(ten) < set(twenty)
+    assert ten == sorted(ten) != sample_indices(100, 10, 4)
