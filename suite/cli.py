@@ -203,3 +203,7 @@ def _overrides(options: dict[str, Any]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     return guarded(app, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -36,9 +36,6 @@ def guarded(app: typer.Typer, argv: list[str] | None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted: finished cells are kept; run the same command again to go on", err=True)
         return INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of a pipe has gone (`| head`); nothing left to say
-        return OK
     except Exception as error:  # the outermost frame: whatever it is, one line and an exit code
         if debug:
             raise

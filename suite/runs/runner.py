@@ -174,6 +174,7 @@ class Runner:
     def _run_model(self, cells: list[AccuracyCell], bar: tqdm[Any]) -> None:
         with contextlib.ExitStack() as stack:
             session: Session | None = None
+            failure: Exception | None = None  # a model that did not load is not tried again for every cell
             waiting: list[AccuracyCell] = []
             for cell, last in chain(((c, False) for c in cells), _later(waiting)):
                 with self._store.lock(cell.key, wait=last) as held:
@@ -183,8 +184,14 @@ class Runner:
                     bar.set_postfix_str(cell.label)
                     if not self._is_done_elsewhere(cell.key):
                         with self._recording(cell):
+                            if failure is not None:
+                                raise failure
                             if session is None:
-                                session = stack.enter_context(self._executor.session(cell))
+                                try:
+                                    session = stack.enter_context(self._executor.session(cell))
+                                except Exception as error:
+                                    failure = error
+                                    raise
                             self._measure(cell, session)
                     bar.update()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from suite.config import MatrixConfig, TaskConfig, build_config
 from suite.evaluation.tasks import TaskSpec
+from suite.modeling.sources import ModelRef
 from suite.runs.cells import AccuracyCell, FitRequest
 from suite.runs.provenance import Device
 from suite.runs.runner import Outcome
@@ -34,9 +35,15 @@ def matrix(**changes: Any) -> MatrixConfig:
 class FakeWorld:
     """Models and tasks that do not exist."""
 
-    def __init__(self, device: str = "cpu", code: str = "code") -> None:
+    def __init__(self, config: MatrixConfig | None = None, code: str = "code") -> None:
         self.device = Device("cpu", "fake")
         self._code = code
+
+    def prepare(self, spec: str, say: Any) -> None:
+        """Nothing to download."""
+
+    def model(self, spec: str) -> ModelRef:
+        return ModelRef(spec, "folder", spec.upper() + "-135M", Path(spec), True, "", 1000)
 
     def model_name(self, spec: str) -> str:
         return spec.upper()

@@ -31,7 +31,7 @@ def child(results: Path, log: Path, seconds: float, say_file: Path) -> int:
             executor = FakeExecutor(seconds=seconds, log=log)
             run(CONFIG, FakeWorld(), executor, Options(results), lambda line: print(line, file=said, flush=True))
         code = 0
-    except BaseException:
+    except BaseException:  # noqa: BLE001  a forked child must never return into the parent's loop
         traceback.print_exc()
     finally:
         os._exit(code)
@@ -81,7 +81,7 @@ def two_processes(folder: Path) -> dict[str, object]:
 def main() -> None:
     mode, folder = sys.argv[1], Path(sys.argv[2])
     done = two_processes(folder) if mode == "two" else kill_rounds(folder, int(sys.argv[3]))
-    print(json.dumps(done))
+    sys.stdout.write(json.dumps(done))
 
 
 if __name__ == "__main__":

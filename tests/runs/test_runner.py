@@ -153,7 +153,7 @@ def test_damaged_cell_is_computed_again_and_said(tmp_path):
 
 def test_no_fit_refuses_before_anything_runs(tmp_path):
     executor = FakeExecutor()
-    with pytest.raises(InputError, match="4 cells need a fit that is missing.*countdown-suite fit"):
+    with pytest.raises(InputError, match=r"4 cells need a fit that is missing.*countdown-suite fit"):
         go(tmp_path, executor, no_fit=True)
     assert executor.ran == []
     assert make_fits(matrix(), FakeWorld(), executor, tmp_path, lambda line: None) == 4
@@ -167,7 +167,7 @@ def test_two_outputs_of_one_fit_are_not_mixed(tmp_path):
     changed = FakeExecutor()
     changed.fit_text = "another output"
     block = matrix().accuracy[1].model_dump() | {"scopes": ["scored", "paper"]}
-    with pytest.raises(InputError, match="two outputs.*--rerun all"):
+    with pytest.raises(InputError, match=r"two outputs.*--rerun all"):
         go(tmp_path, changed, matrix(accuracy=[block]))
     assert go(tmp_path, changed, matrix(accuracy=[block]), rerun="all").n_ok == 8
 

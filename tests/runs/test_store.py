@@ -77,7 +77,7 @@ def test_record_under_another_key_is_damaged(store):
 def test_newer_schema_is_refused(store):
     store.path("ab12").parent.mkdir(parents=True)
     store.path("ab12").write_bytes(gzip.compress(b'{"schema_version": 99, "key": "ab12"}'))
-    with pytest.raises(InputError, match="schema 99.*update countdown-suite"):
+    with pytest.raises(InputError, match=r"schema 99.*update countdown-suite"):
         store.get("ab12")
 
 
@@ -124,7 +124,7 @@ def test_file_size_limit_of_the_system_is_a_full_disk(tmp_path):
 
 def test_file_in_the_way_of_the_folder_is_one_clear_line(tmp_path):
     (tmp_path / "cells").write_text("in the way")
-    with pytest.raises(InputError, match="cannot write .*--results"):
+    with pytest.raises(InputError, match=r"cannot write .*--results"):
         CellStore(tmp_path).put(RECORD)
 
 

@@ -1,0 +1,18 @@
+"""The command line with the quick world and executor, as a program: ``python -m tests.runs.fake_cli SECONDS ARGS...``."""
+
+import sys
+import types
+
+import suite.runs.executor
+import suite.runs.world
+from suite.cli import main
+from tests.runs.fakes import FakeExecutor, FakeWorld
+
+if __name__ == "__main__":
+    seconds = float(sys.argv.pop(1))
+    suite.runs.executor.LocalExecutor = lambda: FakeExecutor(seconds=seconds)
+    suite.runs.world.LocalWorld = FakeWorld
+    page = types.ModuleType("suite.report.page")  # has tests of its own, and takes most of a quick run's time
+    page.write_report = lambda folder: None
+    sys.modules[page.__name__] = page
+    sys.exit(main())
