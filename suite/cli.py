@@ -18,6 +18,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _whole(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise typer.BadParameter(f"{text!r} is no whole number")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no number") from error
+
+
 Config = Annotated[str, typer.Argument(help="Matrix: a YAML file, or a profile (embedded, small, paper).")]
 Model = Annotated[
     list[str] | None,
@@ -30,8 +44,10 @@ DataDir = Annotated[str | None, typer.Option(help="Folder with <task>/<split>.js
 IncludePath = Annotated[str | None, typer.Option(help="Folder of your own lm-eval task YAMLs.")]
 Limit = Annotated[str | None, typer.Option(help="Documents a task, or none for all.")]
 Only = Annotated[str | None, typer.Option(help="accuracy or speed.")]
-BatchSize = Annotated[int | None, typer.Option(help="Most sequences in a batch.")]
-Seed = Annotated[list[int] | None, typer.Option(help="Seed instead of the matrix' own. Repeatable.")]
+BatchSize = Annotated[int | None, typer.Option(parser=_whole, metavar="N", help="Most sequences in a batch.")]
+Seed = Annotated[
+    list[int] | None, typer.Option(parser=_whole, metavar="N", help="Seed instead of the matrix' own. Repeatable.")
+]
 Rerun = Annotated[str, typer.Option(help="missing, failed (and missing) or all.")]
 NoFit = Annotated[bool, typer.Option("--no-fit", help="Refuse to make a missing fit (exit 2).")]
 Results = Annotated[
@@ -169,7 +185,9 @@ def compare(
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="Run folder.")],
-    recompute: Annotated[int, typer.Option(min=0, help="Accuracy cells, sampled, to measure again.")] = 0,
+    recompute: Annotated[
+        int, typer.Option(parser=_whole, metavar="N", help="Accuracy cells, sampled, to measure again.")
+    ] = 0,
     data_dir: DataDir = None,
     include_path: IncludePath = None,
 ) -> None:
@@ -181,8 +199,12 @@ def verify(
 def benchmark(
     shape: Annotated[list[str] | None, typer.Option(help="Shape of the layer. Repeatable.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="dense, cats, m-countdown, given. Repeatable.")] = None,
-    sparsity: Annotated[list[float] | None, typer.Option(help="Share of neurons skipped. Repeatable.")] = None,
-    threads: Annotated[list[int] | None, typer.Option(help="Threads [default: all]. Repeatable.")] = None,
+    sparsity: Annotated[
+        list[float] | None, typer.Option(parser=_number, metavar="S", help="Share of neurons skipped. Repeatable.")
+    ] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option(parser=_whole, metavar="N", help="Threads [default: all]. Repeatable.")
+    ] = None,
     results: Results = None,
     rerun: Rerun = "missing",
 ) -> None:

@@ -128,7 +128,7 @@ class CellStore:
         path = self.path(key)
         try:
             record = json.loads(gzip.decompress(path.read_bytes()))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
             self._tell_damaged(path, str(error) or type(error).__name__)
