@@ -19,8 +19,8 @@ app = typer.Typer(
 )
 
 
-def _whole(text: str) -> int:
-    if not text.strip().isdecimal():
+def _whole(text: str | int) -> int:
+    if not str(text).strip().isdecimal():  # a default comes as the number that it is
         raise typer.BadParameter(f"{text!r} is no whole number")
     return int(text)
 
@@ -51,9 +51,9 @@ Seed = Annotated[
 Rerun = Annotated[str, typer.Option(help="missing, failed (and missing) or all.")]
 NoFit = Annotated[bool, typer.Option("--no-fit", help="Refuse to make a missing fit (exit 2).")]
 Results = Annotated[
-    Path | None, typer.Option(help="Folder of cells, fits and runs [default: $COUNTDOWN_RESULTS or results].")
+    Path | None, typer.Option(help="Folder of cells, fits and runs (default: $COUNTDOWN_RESULTS, else results).")
 ]
-Out = Annotated[Path | None, typer.Option(help="Run folder [default: <results>/runs/<name>-<hash>].")]
+Out = Annotated[Path | None, typer.Option(help="Run folder (default: <results>/runs/<name>-<hash>).")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -203,7 +203,7 @@ def benchmark(
         list[float] | None, typer.Option(parser=_number, metavar="S", help="Share of neurons skipped. Repeatable.")
     ] = None,
     threads: Annotated[
-        list[int] | None, typer.Option(parser=_whole, metavar="N", help="Threads [default: all]. Repeatable.")
+        list[int] | None, typer.Option(parser=_whole, metavar="N", help="Threads (default: all). Repeatable.")
     ] = None,
     results: Results = None,
     rerun: Rerun = "missing",
