@@ -1,0 +1,305 @@
+"""Device code after the choice: even shares of the active neurons, their rows of the other matrices, the sum of y."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kernels_numba.gpu.plan import Plan
+from kernels_numba.gpu.stream import HOLE, NEURON, make_activation, make_barrier, make_block_sum, make_stream
+
+_HELD_SHIFT = 16  # a block's count word: neurons found in the low bits, neurons held above
+
+
+def make_publish(plan: Plan, dev: Any) -> Any:
+    """``publish(...)``: tell every block how many neurons this one found and holds; returns the barrier's target."""
+    counts_ws, counter_ws, store = plan.workspace["counts"], plan.workspace["counter"], dev.store_i32
+    arrive, _ = make_barrier(plan, dev)
+
+    @dev.device_function
+    def publish(workspace, block, found, held, tid):
+        if tid == 0:
+            store(workspace + counts_ws + block * 4, found | (held << _HELD_SHIFT))
+        return arrive(workspace + counter_ws, tid)
+
+    return publish
+
+
+def make_deal(plan: Plan, dev: Any) -> Any:
+    """``deal(...)``: fill the rest of the block's work list so that all blocks have equally many, to one neuron.
+
+    Neurons found but not held form a pool in block order; each block takes what it lacks. Every block computes the same
+    prefix sums, so the shares, and with them the order of every sum, depend on the active set alone.
+    """
+    n_blocks, threads, tokens, held_places = plan.n_blocks, plan.threads, plan.batch, plan.held
+    per_lane, low, valued = -(-plan.n_blocks // 32), (1 << _HELD_SHIFT) - 1, plan.kind == "threshold"
+    counts_at, before_at, share_at, work_at, work_value_at = (
+        plan.shared[k] for k in ("counts", "before", "share", "work", "work_value")
+    )
+    counts_ws, index_ws, value_ws = (plan.workspace[k] for k in ("counts", "index", "value"))
+    rows, spare = plan.d_ff // plan.n_blocks, plan.d_ff % plan.n_blocks
+    load_i, store_i, store_f = dev.shared_load_i32, dev.shared_store_i32, dev.shared_store_f32
+    global_i, global_f, scan, last = dev.load_i32, dev.load_f32, dev.lanes_scan, dev.lane_last
+    sync = dev.syncthreads
+
+    @dev.device_function
+    def sum_needs(shared, block, tid):
+        """Prefix sums over the blocks, the same in every warp; warp 0 writes them down."""
+        lane = tid & 31
+        start = lane * per_lane
+        mine = np.int32(0)
+        for k in range(per_lane):
+            if start + k < n_blocks:
+                mine += load_i(shared + counts_at + (start + k) * 4) & low
+        total = last(scan(mine))
+        base, extra = total // n_blocks, total % n_blocks
+        surplus, need = np.int32(0), np.int32(0)
+        for k in range(per_lane):
+            if start + k < n_blocks:
+                word = load_i(shared + counts_at + (start + k) * 4)
+                target = base + (1 if start + k < extra else 0)
+                surplus += (word & low) - (word >> _HELD_SHIFT)
+                need += max(0, target - (word >> _HELD_SHIFT))
+        surplus_before, need_before = scan(surplus) - surplus, scan(need) - need
+        if tid < 32:
+            for k in range(per_lane):
+                if start + k < n_blocks:
+                    word = load_i(shared + counts_at + (start + k) * 4)
+                    wanted = max(0, base + (1 if start + k < extra else 0) - (word >> _HELD_SHIFT))
+                    store_i(shared + before_at + (start + k) * 4, surplus_before)
+                    if start + k == block:
+                        store_i(shared + share_at, need_before)
+                        store_i(shared + share_at + 4, wanted)
+                    surplus_before += (word & low) - (word >> _HELD_SHIFT)
+                    need_before += wanted
+                    if start + k == n_blocks - 1:
+                        store_i(shared + before_at + n_blocks * 4, surplus_before)
+
+    @dev.device_function
+    def deal(shared, workspace, block, tid):
+        for i in range(tid, n_blocks, threads):
+            store_i(shared + counts_at + i * 4, global_i(workspace + counts_ws + i * 4))
+        sync()
+        sum_needs(shared, block, tid)
+        sync()
+        begin, wanted = load_i(shared + share_at), load_i(shared + share_at + 4)
+        taken = max(0, min(wanted, load_i(shared + before_at + n_blocks * 4) - begin))
+        for i in range(tid, taken, threads):
+            at, lower, upper = begin + i, 0, n_blocks
+            while upper - lower > 1:
+                middle = (lower + upper) // 2
+                if load_i(shared + before_at + middle * 4) <= at:
+                    lower = middle
+                else:
+                    upper = middle
+            held = load_i(shared + counts_at + lower * 4) >> _HELD_SHIFT
+            source = lower * rows + min(lower, spare) + held + at - load_i(shared + before_at + lower * 4)
+            store_i(shared + work_at + (held_places + i) * 4, global_i(workspace + index_ws + source * 4))
+            if valued:
+                for t in range(tokens):
+                    value = global_f(workspace + value_ws + (source * tokens + t) * 4)
+                    store_f(shared + work_value_at + ((held_places + i) * tokens + t) * 4, value)
+        sync()
+        return taken
+
+    return deal
+
+
+def make_restore(plan: Plan, dev: Any) -> Any:
+    """``restore(...)``: put the held neurons back on the work list when the first phase ran as another kernel."""
+    tokens, threads, valued = plan.batch, plan.threads, plan.kind == "threshold"
+    counts_ws, index_ws, value_ws = (plan.workspace[k] for k in ("counts", "index", "value"))
+    work_at, work_value_at = plan.shared["work"], plan.shared["work_value"]
+    global_i, global_f, store_i, store_f = dev.load_i32, dev.load_f32, dev.shared_store_i32, dev.shared_store_f32
+    sync = dev.syncthreads
+
+    @dev.device_function
+    def restore(shared, workspace, block, first, tid):
+        held = global_i(workspace + counts_ws + block * 4) >> _HELD_SHIFT
+        for i in range(tid, held, threads):
+            store_i(shared + work_at + i * 4, global_i(workspace + index_ws + (first + i) * 4))
+            if valued:
+                for t in range(tokens):
+                    value = global_f(workspace + value_ws + ((first + i) * tokens + t) * 4)
+                    store_f(shared + work_value_at + (i * tokens + t) * 4, value)
+        sync()
+
+    return restore
+
+
+def make_take(plan: Plan, dev: Any) -> Any:
+    """``take(...)``: the block's share of a list given by the caller; returns the entries beyond the held places."""
+    n_blocks, threads, tokens, held_places, d_ff = plan.n_blocks, plan.threads, plan.batch, plan.held, plan.d_ff
+    work_at, work_value_at, valued = plan.shared["work"], plan.shared["work_value"], plan.kind == "down"
+    load_value, size = dev.make_load_narrow(plan.value_dtype), 4 if plan.value_dtype == "float32" else 2
+    global_i, store_i, store_f = dev.load_i32, dev.shared_store_i32, dev.shared_store_f32
+    everyone = ((1 << plan.batch) - 1) << 24
+    sync = dev.syncthreads
+
+    @dev.device_function
+    def take(shared, indices, values, count, stride, block, tid):
+        total = min(max(global_i(count), 0), d_ff)
+        base, extra = total // n_blocks, total % n_blocks
+        begin, mine = block * base + min(block, extra), base + (1 if block < extra else 0)
+        for i in range(tid, mine, threads):
+            store_i(shared + work_at + i * 4, global_i(indices + (begin + i) * 4) | everyone)
+            if valued:
+                for t in range(tokens):
+                    value = load_value(values + (t * stride + begin + i) * size)
+                    store_f(shared + work_value_at + (i * tokens + t) * 4, value)
+        sync()
+        return max(0, mine - held_places)
+
+    return take
+
+
+def make_coefficients(plan: Plan, dev: Any) -> Any:
+    """``coefficients(...)``: v of the packet's neurons and tokens, lane by lane, zero where a token drops a neuron."""
+    neurons, tokens, kind, gate = plan.neurons, plan.batch, plan.kind, plan.first == "gate"
+    width, activation = (1 if kind == "down" else 32 // plan.sparse_sums), make_activation(plan, dev)
+    work_at, work_value_at, zero = plan.shared["work"], plan.shared["work_value"], np.float32(0.0)
+    load_i, load_f, lane_xor = dev.shared_load_i32, dev.shared_load_f32, dev.lane_xor
+
+    @dev.device_function
+    def coefficients(shared, total, place, tid):
+        number = (tid & 31) // width
+        v = total
+        if kind == "predictor" or kind == "given":
+            v = activation(total) * lane_xor(total, 16)
+        if number >= neurons * tokens:
+            return zero
+        at, token = place + number // tokens, number % tokens
+        entry = load_i(shared + work_at + at * 4)
+        if entry == HOLE or (entry >> (24 + token)) & 1 == 0:
+            return zero
+        if kind == "threshold" or kind == "down":
+            value = load_f(shared + work_value_at + (at * tokens + token) * 4)
+            if kind == "down":
+                v = value
+            elif gate:
+                v = value * total
+            else:
+                v = activation(total) * value
+        return v
+
+    return coefficients
+
+
+def make_sparse(plan: Plan, dev: Any) -> Any:
+    """``sparse(...)``: stream the rows of the work list and sum ``v`` times the rows of W_down; returns the thread's y."""
+    neurons, depth, matrices, tokens = plan.neurons, plan.depth, plan.matrices, plan.batch
+    packet_bytes, down_at, held_places = plan.slots * plan.slot_bytes, (plan.matrices - 1) * plan.neurons * plan.slot_bytes, plan.held
+    ring_at, x_at, scratch_at, work_at = (plan.shared[k] for k in ("ring", "x", "scratch", "work"))
+    scratch_bytes, copy_neuron = plan.scratch_floats * 4, make_stream(plan, dev).copy_neuron
+    layout = (plan.batch, plan.chunks, plan.slot_bytes, plan.chunk_bytes)
+    dot = dev.make_rows_dot(plan.dtype, max(1, (matrices - 1) * neurons), *layout)
+    add = dev.make_rows_add(plan.dtype, neurons, *layout)
+    zeros = dev.make_zeros(plan.batch * plan.chunks * plan.vector)
+    block_sum, coefficients = make_block_sum(plan, dev, plan.sparse_sums), make_coefficients(plan, dev)
+    spread = dev.make_lanes_spread(neurons * tokens, 1 if matrices == 1 else 32 // plan.sparse_sums)
+    commit, wait, load_i, nothing = dev.copy_commit, dev.make_copy_wait(plan.depth - 1), dev.shared_load_i32, np.float32(0.0)
+
+    @dev.device_function
+    def copy_work(shared, packet, p, end, a, b, down, tid):
+        for j in range(neurons):
+            at, entry = p * neurons + j, HOLE
+            if at < end:
+                entry = load_i(shared + work_at + at * 4)
+            copy_neuron(packet, j, entry, entry != HOLE, a, b, down, tid)
+
+    @dev.device_function
+    def sparse(shared, taken, ring, parity, a, b, down, tid):
+        y = zeros()
+        for p in range(depth + (taken + neurons - 1) // neurons):
+            packet = shared + ring_at + ring * packet_bytes
+            wait()
+            if load_i(shared + work_at + p * neurons * 4) != HOLE:
+                total = nothing
+                if matrices > 1:
+                    partial = dot(packet + tid * 16, shared + x_at + tid * 16)
+                    total = block_sum(shared + scratch_at + parity * scratch_bytes, tid, partial)
+                    parity ^= 1
+                v = spread(coefficients(shared, total, p * neurons, tid))
+                y = add(packet + down_at + tid * 16, v, y)
+            copy_work(shared, packet, p + depth, held_places + taken, a, b, down, tid)
+            commit()
+            ring = ring + 1 if ring + 1 < depth else 0
+        return y
+
+    @dev.device_function
+    def start(shared, a, b, down, tid):
+        """First packets of a kernel that begins with its work list ready."""
+        for p in range(depth):
+            copy_work(shared, shared + ring_at + p * packet_bytes, p, held_places, a, b, down, tid)
+            commit()
+
+    return sparse, start
+
+
+def make_store_partial(plan: Plan, dev: Any) -> Any:
+    """``store_partial(...)``: write the block's share of y, fp32, to the workspace."""
+    threads, pieces, chunks, vector = plan.threads, plan.pieces, plan.chunks, plan.vector
+    partial_ws, block_bytes = plan.workspace["partial"], plan.batch * plan.d_model * 4
+    store = dev.make_store_columns(plan.dtype, plan.batch, plan.chunks, plan.d_model * 4, plan.threads * plan.vector * 4)
+
+    @dev.device_function
+    def store_partial(workspace, block, y, tid):
+        mine = min(chunks, (pieces - tid + threads - 1) // threads) if tid < pieces else 0
+        store(workspace + partial_ws + block * block_bytes + tid * vector * 4, y, mine)
+
+    return store_partial
+
+
+def make_reduce(plan: Plan, dev: Any) -> Any:
+    """``reduce(...)``: sum all blocks' shares of this block's columns in a fixed order, add the residual, store y."""
+    n_blocks, groups, mine, lanes = plan.n_blocks, plan.column_groups, plan.block_groups, plan.column_lanes
+    warps, threads, d_model, size = plan.warps, plan.threads, plan.d_model, plan.element
+    rows_at_once = plan.warps * (32 // plan.column_lanes)
+    partial_ws, row_bytes, ring_at = plan.workspace["partial"], plan.batch * plan.d_model * 4, plan.shared["ring"]
+    total_of = dev.make_sum_strided(-(-plan.n_blocks // rows_at_once), rows_at_once * row_bytes)
+    load_f, store_f, lane_xor = dev.shared_load_f32, dev.shared_store_f32, dev.lane_xor
+    load_residual, store_y, zero = dev.make_load_narrow(plan.dtype), dev.make_store_narrow(plan.dtype), np.float32(0.0)
+    sync = dev.syncthreads
+
+    @dev.device_function
+    def reduce(shared, workspace, residual, y, n_tokens, block, tid):
+        lane, warp, columns = tid & 31, tid >> 5, shared + ring_at
+        group, row = lane % lanes, warp * (32 // lanes) + lane // lanes
+        for first in range(block * mine, groups, n_blocks * mine):
+            count = 0
+            if group < mine and first + group < groups and row < n_blocks:
+                count = (n_blocks - row + rows_at_once - 1) // rows_at_once
+            address = workspace + partial_ws
+            if count > 0:
+                address += row * row_bytes + (first + group) * 16
+            s0, s1, s2, s3 = total_of(address, count)
+            mask = lanes
+            while mask < 32:
+                s0 += lane_xor(s0, mask)
+                s1 += lane_xor(s1, mask)
+                s2 += lane_xor(s2, mask)
+                s3 += lane_xor(s3, mask)
+                mask *= 2
+            if lane < lanes:
+                place = columns + (warp * lanes + lane) * 16
+                store_f(place, s0)
+                store_f(place + 4, s1)
+                store_f(place + 8, s2)
+                store_f(place + 12, s3)
+            sync()
+            for i in range(tid, mine * 4, threads):
+                at = first * 4 + i
+                if at < n_tokens * d_model:
+                    total = zero
+                    for w in range(warps):
+                        total += load_f(columns + (w * lanes * 4 + i) * 4)
+                    if residual != 0:
+                        total += load_residual(residual + at * size)
+                    store_y(y + at * size, total)
+            sync()
+
+    return reduce
+
+
+__all__ = ["NEURON", "make_deal", "make_publish", "make_reduce", "make_restore", "make_sparse", "make_store_partial", "make_take"]

@@ -1,0 +1,182 @@
+"""From a plan to a loaded kernel, and launches that cost microseconds of host time.
+
+Numba makes PTX (cached on disk between processes), the driver makes machine code of it (cached by the driver), and
+``Launch`` calls the driver directly with arguments laid out once: Numba's own launch costs 30 to 127 us.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kernels_numba.gpu.plan import Plan, shared_limit
+
+_SOURCES = ("device.py", "stream.py", "choose.py", "combine.py", "kernel.py", "plan.py")
+
+
+def cache_folder() -> Path:
+    """Where PTX is kept: ``NUMBA_CACHE_DIR`` as for all of Numba's caches, else ``~/.cache/countdown-suite``."""
+    root = os.environ.get("NUMBA_CACHE_DIR")
+    return Path(root) / "ptx" if root else Path.home() / ".cache" / "countdown-suite" / "ptx"
+
+
+@cache
+def _source_hash() -> str:
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    digest.update(f"{version('numba')} {version('numba-cuda')}".encode())
+    return digest.hexdigest()
+
+
+def make_ptx(plan: Plan) -> str:
+    """PTX text of the plan's kernel, by Numba."""
+    from numba import cuda
+
+    from kernels_numba.gpu import device
+    from kernels_numba.gpu.kernel import SIGNATURE, make_kernel
+
+    text, _ = cuda.compile(
+        make_kernel(plan, device),
+        SIGNATURE,
+        device=False,
+        abi="numba",
+        cc=plan.capability,
+        output="ptx",
+        launch_bounds=(plan.threads, plan.resident),
+    )
+    return str(text)
+
+
+def cached_ptx(plan: Plan) -> str:
+    """``make_ptx`` with a copy on disk, keyed by the plan, the source of the kernels and the versions of Numba."""
+    key = hashlib.sha256(f"{_source_hash()} {plan!r}".encode()).hexdigest()[:32]
+    path = cache_folder() / f"{key}.ptx"
+    if path.is_file():
+        return path.read_text()
+    text = make_ptx(plan)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+    Path(file.name).replace(path)
+    return text
+
+
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+def _checked(result: tuple[Any, ...], what: str) -> Any:
+    error, *values = result
+    if int(error) != 0:
+        name = _driver().cuGetErrorName(error)[1]
+        raise RuntimeError(f"{what}: {name.decode() if isinstance(name, bytes) else name} from the CUDA driver")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def for_driver(text: str, cuda_version: int) -> str:
+    """PTX that says a version the driver accepts; CUDA 13.0 (13000) takes PTX 9.0, and the kernels need 7.8 at most."""
+    accepted = (cuda_version // 1000 - 4, cuda_version % 1000 // 10)
+    found = re.search(r"\.version (\d+)\.(\d+)", text)
+    if found is None or (int(found[1]), int(found[2])) <= accepted:
+        return text
+    return text.replace(found[0], f".version {accepted[0]}.{accepted[1]}", 1)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A kernel on one device: driver handle, registers of a thread, seconds until it was ready."""
+
+    plan: Plan
+    function: Any
+    registers: int
+    jit_s: float
+
+
+@cache
+def load_kernel(plan: Plan, device: int) -> Loaded:
+    """Compile and load a plan's kernel; refuses one whose blocks could not all be resident (they would hang).
+
+    Raises
+    ------
+    RuntimeError
+        The driver refuses the code, or ``n_blocks`` is more than the device can hold at once.
+    """
+    import torch
+
+    began, driver = time.perf_counter(), _driver()
+    text = cached_ptx(plan.check())
+    match = re.search(r"\.visible \.entry (\S+?)\(", text)
+    if match is None:
+        raise RuntimeError(f"no entry in the PTX of {plan}: clear {cache_folder()}")
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # the driver calls below need torch's context
+        text = for_driver(text, _checked(driver.cuDriverGetVersion(), "driver version"))
+        module = _checked(driver.cuModuleLoadData(text.encode() + b"\0"), "loading a kernel")
+        function = _checked(driver.cuModuleGetFunction(module, match[1].encode()), "finding the kernel")
+        attribute = driver.CUfunction_attribute
+        shared = plan.shared["total"]
+        _checked(
+            driver.cuFuncSetAttribute(function, attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared),
+            f"asking for {shared} bytes of shared memory (limit {shared_limit(plan.capability)})",
+        )
+        registers = _checked(driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_NUM_REGS, function), "registers")
+        per_sm = _checked(
+            driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, plan.threads, shared), "occupancy"
+        )
+    room = per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+    if room < plan.n_blocks:
+        raise RuntimeError(f"n_blocks={plan.n_blocks}: only {room} blocks fit on device {device}; lower n_blocks")
+    return Loaded(plan, function, int(registers), time.perf_counter() - began)
+
+
+class Launch:
+    """One kernel with its arguments laid out once; calling it launches on the current torch stream.
+
+    The tensors behind the addresses must outlive this object; ``set`` changes one argument.
+    """
+
+    def __init__(self, loaded: Loaded, arguments: dict[str, int | float]) -> None:
+        from kernels_numba.gpu.kernel import ARGUMENTS
+
+        self._names = ARGUMENTS
+        kinds = [ctypes.c_int64] * 13 + [ctypes.c_float, ctypes.c_int32]
+        self._cells: list[Any] = [k(arguments.get(n, 0)) for n, k in zip(ARGUMENTS, kinds, strict=True)]  # type: ignore[arg-type]
+        self._pointers = (ctypes.c_void_p * len(kinds))(*[ctypes.addressof(c) for c in self._cells])
+        self._address, self._function = ctypes.addressof(self._pointers), loaded.function
+        driver, plan = _driver(), loaded.plan
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = plan.n_blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = plan.threads, 1, 1
+        config.sharedMemBytes = plan.shared["total"]
+        if plan.overlap:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        else:
+            config.numAttrs = 0
+        self._config, self._launch, self._stream = config, driver.cuLaunchKernelEx, None
+
+    def set(self, name: str, value: float) -> None:
+        """Change one argument for the launches to come (not for graphs captured before)."""
+        self._cells[self._names.index(name)].value = value
+
+    def __call__(self, stream: int) -> None:
+        """Launch on the stream with this handle (``torch.cuda.current_stream().cuda_stream``)."""
+        if stream != self._stream:
+            self._config.hStream, self._stream = stream, stream
+        error = self._launch(self._config, self._function, self._address, 0)[0]
+        if error != 0:
+            _checked((error,), "launching a kernel")

@@ -1,0 +1,148 @@
+"""The kernels: one persistent launch a layer, put together from the phases; read this file first.
+
+    threshold, predictor:  choose -> publish -> (barrier) -> deal -> sparse -> (barrier) -> reduce
+    given, down:           take                                   -> sparse -> (barrier) -> reduce
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import cuda, float32, int32, int64, void
+
+from kernels_numba.gpu.choose import make_predictor_select, make_threshold_select
+from kernels_numba.gpu.combine import (
+    make_deal,
+    make_publish,
+    make_reduce,
+    make_restore,
+    make_sparse,
+    make_store_partial,
+    make_take,
+)
+from kernels_numba.gpu.plan import Plan
+from kernels_numba.gpu.stream import HOLE, make_barrier
+
+# Addresses, 0 where a kind does not use one: x, dense (first projection, or V of the predictor), U, a and b (other
+# projections), W_down transposed, residual, y, workspace, indices, values, count, distance of two tokens' values;
+# then the threshold and the number of tokens.
+ARGUMENTS = (
+    "x", "dense", "u", "a", "b", "down", "residual", "y", "workspace", "indices", "values", "count", "value_stride",
+    "threshold", "n_tokens",
+)  # fmt: skip
+SIGNATURE = void(*[int64] * 13, float32, int32)
+
+
+def make_clear(plan: Plan, dev: Any) -> Any:
+    """``clear(...)``: no entry in the held places of the work list."""
+    work_at, places, threads, store = plan.shared["work"], plan.held, plan.threads, dev.shared_store_i32
+    sync = dev.syncthreads
+
+    @dev.device_function
+    def clear(shared, tid):
+        for i in range(tid, places, threads):
+            store(shared + work_at + i * 4, HOLE)
+        sync()
+
+    return clear
+
+
+def make_finish(plan: Plan, dev: Any) -> Any:
+    """``finish(...)``: the end of every kernel, from the block's share of y to the output."""
+    store_partial, reduce = make_store_partial(plan, dev), make_reduce(plan, dev)
+    arrive, wait = make_barrier(plan, dev)
+    counter_ws, whole = plan.workspace["counter"], "reduce" in plan.phases
+
+    @dev.device_function
+    def finish(shared, workspace, share, residual, y, n_tokens, block, tid):
+        store_partial(workspace, block, share, tid)
+        if whole:
+            wait(workspace + counter_ws, tid, arrive(workspace + counter_ws, tid))
+            reduce(shared, workspace, residual, y, n_tokens, block, tid)
+
+    return finish
+
+
+def make_choosing_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
+    """Kernel of CATS, M-COUNTDOWN and the predictor methods."""
+    predictor, overlap = plan.kind == "predictor", plan.overlap
+    select = make_predictor_select(plan, dev) if predictor else make_threshold_select(plan, dev)
+    publish, deal, restore, clear = (make(plan, dev) for make in (make_publish, make_deal, make_restore, make_clear))
+    sparse, start = make_sparse(plan, dev)
+    finish, reduce = make_finish(plan, dev), make_reduce(plan, dev)
+    _, wait = make_barrier(plan, dev)
+    selects, sums, reduces = ("select" in plan.phases), ("sparse" in plan.phases), ("reduce" in plan.phases)
+    n_rows, spare, counter_ws = plan.d_ff // plan.n_blocks, plan.d_ff % plan.n_blocks, plan.workspace["counter"]
+    shared_memory, load_x, launch_dependents = dev.shared_memory, make_load_x(plan, dev), dev.launch_dependents
+
+    def kernel(x, dense, u, a, b, down, residual, y, ws, indices, values, count, value_stride, threshold, n_tokens):
+        tid, block, shared = cuda.threadIdx.x, cuda.blockIdx.x, shared_memory()
+        if overlap:
+            launch_dependents()
+        first, end = block * n_rows + min(block, spare), n_rows + (1 if block < spare else 0)
+        ring, parity = 0, 0
+        if selects or sums:
+            clear(shared, tid)
+        if selects:
+            if predictor:
+                found, held, ring, parity = select(
+                    shared, ws, x, dense, u, a, b, down, first, end, threshold, n_tokens, block, tid
+                )
+            else:
+                found, held, ring, parity = select(
+                    shared, ws, x, dense, a, b, down, first, end, threshold, n_tokens, tid
+                )
+            target = publish(ws, block, found, held, tid)
+            if sums:
+                wait(ws + counter_ws, tid, target)
+        elif sums:
+            load_x(shared, x, n_tokens, tid)
+            restore(shared, ws, block, first, tid)
+            start(shared, a, b, down, tid)
+        if sums:
+            taken = deal(shared, ws, block, tid)
+            finish(shared, ws, sparse(shared, taken, ring, parity, a, b, down, tid), residual, y, n_tokens, block, tid)
+        elif reduces:
+            reduce(shared, ws, residual, y, n_tokens, block, tid)
+
+    return kernel
+
+
+def make_listed_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
+    """Kernel of a given active set, and of the sparse down projection alone."""
+    take, clear, finish, reduce = (make(plan, dev) for make in (make_take, make_clear, make_finish, make_reduce))
+    sparse, start = make_sparse(plan, dev)
+    overlap, dots, sums = plan.overlap, plan.kind == "given", "sparse" in plan.phases
+    shared_memory, load_x, launch_dependents = dev.shared_memory, make_load_x(plan, dev), dev.launch_dependents
+    ready = dev.grid_dependency_wait
+
+    def kernel(x, dense, u, a, b, down, residual, y, ws, indices, values, count, value_stride, threshold, n_tokens):
+        tid, block, shared = cuda.threadIdx.x, cuda.blockIdx.x, shared_memory()
+        if overlap:
+            launch_dependents()
+            ready()
+        if sums:
+            clear(shared, tid)
+            taken = take(shared, indices, values, count, value_stride, block, tid)
+            start(shared, a, b, down, tid)
+            if dots:
+                load_x(shared, x, n_tokens, tid)
+            finish(shared, ws, sparse(shared, taken, 0, 0, a, b, down, tid), residual, y, n_tokens, block, tid)
+        else:
+            reduce(shared, ws, residual, y, n_tokens, block, tid)
+
+    return kernel
+
+
+def make_load_x(plan: Plan, dev: Any) -> Any:
+    """``load_x(...)`` of the stream alone."""
+    from kernels_numba.gpu.stream import make_stream
+
+    return make_stream(plan, dev).load_x
+
+
+def make_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
+    """The undecorated kernel function of a plan; ``dev`` is the module ``device`` or its twin ``simulated``."""
+    plan.check()
+    return (make_listed_kernel if plan.kind in ("given", "down") else make_choosing_kernel)(plan, dev)

@@ -1,0 +1,342 @@
+"""Twins of the functions of ``device`` for Numba's CUDA simulator, which has no PTX, no warps and no bf16.
+
+Addresses are host addresses, checked against the buffers that ``allowed`` knows, so that a read or write out of bounds
+is an IndexError instead of luck. A warp is 32 neighbouring threads; its exchanges go through memory and barriers, so
+all threads of the block must reach them together. Blocks run one after another: a wait for another block's arrival
+that has not happened yet raises.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+
+def device_function(function: Any) -> Any:
+    """Plain Python: only the kernel itself needs the simulator's decorator."""
+    return function
+
+
+_lock = threading.Lock()
+_buffers: list[tuple[int, int]] = []
+_shared: list[int] = []
+_exchange: dict[int, Any] = {}
+
+
+@contextmanager
+def allowed(*arrays: np.ndarray, shared_bytes: int) -> Iterator[None]:
+    """Buffers that kernels may touch while the context lasts, and the size of a block's shared memory."""
+    shared = np.full(shared_bytes + 16, 0xA5, np.uint8)  # nothing may count on zeros
+    low = -(-shared.ctypes.data // 16) * 16
+    _shared[:] = [low]
+    _buffers.append((low, low + shared_bytes))
+    ranges = [(a.ctypes.data, a.ctypes.data + a.nbytes) for a in arrays]
+    _buffers.extend(ranges)
+    try:
+        yield
+    finally:
+        del ranges
+        _buffers.clear()
+        _exchange.clear()
+
+
+def _view(address: int, kind: Any, n: int = 1) -> Any:
+    size = ctypes.sizeof(kind) * n
+    address = int(address)
+    if address % min(size, 16):
+        raise IndexError(f"address {address} is not aligned to {size} bytes")
+    if not any(low <= address and address + size <= high for low, high in _buffers):
+        raise IndexError(f"{size} bytes at {address}: outside every buffer of the launch")
+    return (kind * n).from_address(address)
+
+
+def shared_memory() -> int:
+    """Address of the block's shared memory."""
+    return _shared[0]
+
+
+def _thread() -> Any:
+    """The simulator's thread object of the caller: it knows its indices and how to wait for its block."""
+    return threading.current_thread()
+
+
+def syncthreads() -> None:
+    """Barrier of the block."""
+    _thread().syncthreads()
+
+
+def _loader(kind: Any, convert: Callable[[Any], Any]) -> Callable[[int], Any]:
+    def load(address: int) -> Any:
+        return convert(_view(address, kind)[0])
+
+    return load
+
+
+def _storer(kind: Any) -> Callable[[int, Any], None]:
+    def store(address: int, value: Any) -> None:
+        _view(address, kind)[0] = float(value) if kind is ctypes.c_float else int(value)
+
+    return store
+
+
+shared_load_i32 = load_i32 = _loader(ctypes.c_int32, int)
+shared_load_f32 = load_f32 = _loader(ctypes.c_float, np.float32)
+shared_store_f32 = store_f32 = _storer(ctypes.c_float)
+
+
+def shared_store_i32(address: int, value: int) -> None:
+    """32 bits, wrapped as the machine does."""
+    _view(address, ctypes.c_uint32)[0] = int(value) & 0xFFFFFFFF
+
+
+store_i32 = shared_store_i32
+
+
+def counter_arrive(address: int) -> int:
+    """Old value of a counter that grows by one."""
+    with _lock:
+        counter = _view(address, ctypes.c_int64)
+        counter[0] += 1
+        return int(counter[0]) - 1
+
+
+def counter_read(address: int) -> int:
+    """Value of a counter. Only a lone block can wait here: blocks run one after another."""
+    if _thread()._manager._grid_dim[0] > 1:
+        raise RuntimeError("the simulator cannot wait for another block; compile one phase at a time")
+    return int(_view(address, ctypes.c_int64)[0])
+
+
+def exp2(x: Any) -> Any:
+    """2 ** x in fp32."""
+    with np.errstate(all="ignore"):
+        return np.exp2(np.float32(x))
+
+
+def divide(a: Any, b: Any) -> Any:
+    """a / b in fp32."""
+    with np.errstate(all="ignore"):
+        return np.float32(a) / np.float32(b)
+
+
+def popcount(value: int) -> int:
+    """Set bits of the low 32."""
+    return (int(value) & 0xFFFFFFFF).bit_count()
+
+
+def copy_commit() -> None:
+    """Nothing: copies are done at once."""
+
+
+launch_dependents = grid_dependency_wait = copy_commit
+
+
+def make_copy_wait(_pending: int) -> Callable[[], None]:
+    """Nothing to wait for."""
+    return copy_commit
+
+
+def make_copy(_hint: str) -> Callable[..., None]:
+    """``copy(shared, global, size)``."""
+
+    def copy(destination: int, source: int, size: int) -> None:
+        target = _view(destination, ctypes.c_uint32, 4)
+        target[:] = _view(source, ctypes.c_uint32, 4)[:] if size else [0] * 4
+
+    return copy
+
+
+def load16(address: int) -> tuple[int, ...]:
+    """Four words."""
+    return tuple(_view(address, ctypes.c_uint32, 4)[:])
+
+
+def shared_store16(address: int, words: tuple[int, ...]) -> None:
+    """Store four words."""
+    _view(address, ctypes.c_uint32, 4)[:] = [int(w) for w in words]
+
+
+def _widen(raw: bytes, dtype: str) -> np.ndarray:
+    if dtype == "float32":
+        return np.frombuffer(raw, np.float32)
+    if dtype == "float16":
+        return np.frombuffer(raw, np.float16).astype(np.float32)
+    return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def _vector(address: int, dtype: str) -> np.ndarray:
+    return _widen(bytes(_view(address, ctypes.c_uint32, 4)), dtype)
+
+
+def make_rows_dot(
+    dtype: str, n_rows: int, batch: int, chunks: int, row_stride: int, chunk_stride: int
+) -> Callable[..., Any]:
+    """As in ``device``."""
+
+    def rows_dot(rows: int, x: int) -> tuple[Any, ...]:
+        total = np.zeros((n_rows, batch), np.float32)
+        for c in range(chunks):
+            for r in range(n_rows):
+                row = _vector(rows + r * row_stride + c * chunk_stride, dtype)
+                for b in range(batch):
+                    with np.errstate(all="ignore"):
+                        total[r, b] += row @ _vector(x + (b * chunks + c) * chunk_stride, dtype)
+        return tuple(total.ravel())
+
+    return rows_dot
+
+
+def make_rows_dot_f32(dtype: str, n_rows: int, batch: int, row_stride: int, z_stride: int) -> Callable[..., Any]:
+    """As in ``device``."""
+    n = 4 if dtype == "float32" else 8
+
+    def rows_dot_f32(rows: int, z: int) -> tuple[Any, ...]:
+        vectors = [np.array(_view(z + b * z_stride, ctypes.c_float, n)[:], np.float32) for b in range(batch)]
+        with np.errstate(all="ignore"):
+            return tuple(_vector(rows + r * row_stride, dtype) @ vectors[b] for r in range(n_rows) for b in range(batch))
+
+    return rows_dot_f32
+
+
+def make_rows_add(
+    dtype: str, n_rows: int, batch: int, chunks: int, row_stride: int, chunk_stride: int
+) -> Callable[..., Any]:
+    """As in ``device``."""
+
+    def rows_add(rows: int, v: tuple[Any, ...], y: tuple[Any, ...]) -> tuple[Any, ...]:
+        total = np.array(y, np.float32).reshape(batch, chunks, -1)
+        for r in range(n_rows):
+            for c in range(chunks):
+                row = _vector(rows + r * row_stride + c * chunk_stride, dtype)
+                with np.errstate(all="ignore"):
+                    total[:, c] += np.outer(v[r * batch : (r + 1) * batch], row)
+        return tuple(total.ravel())
+
+    return rows_add
+
+
+def make_zeros(n: int) -> Callable[[], tuple[Any, ...]]:
+    """As in ``device``."""
+    return lambda: (np.float32(0.0),) * n
+
+
+def make_store_columns(dtype: str, batch: int, chunks: int, token_stride: int, chunk_stride: int) -> Callable[..., None]:
+    """As in ``device``."""
+    n = 4 if dtype == "float32" else 8
+
+    def store_columns(address: int, y: tuple[Any, ...], limit: int) -> None:
+        for c in range(min(limit, chunks)):
+            for b in range(batch):
+                at = (b * chunks + c) * n
+                _view(address + b * token_stride + c * chunk_stride, ctypes.c_float, n)[:] = [float(a) for a in y[at : at + n]]
+
+    return store_columns
+
+
+def make_sum_strided(n: int, stride: int) -> Callable[..., tuple[Any, ...]]:
+    """As in ``device``."""
+
+    def sum_strided(address: int, count: int) -> tuple[Any, ...]:
+        total = np.zeros(4, np.float32)
+        for i in range(min(n, count)):
+            total += np.array(_view(address + i * stride, ctypes.c_float, 4)[:], np.float32)
+        return tuple(total)
+
+    return sum_strided
+
+
+# warps ----------------------------------------------------------------------------------------------------------------
+def _tid() -> int:
+    return int(_thread().threadIdx.x)
+
+
+def _all_lanes(value: Any) -> list[Any]:
+    """Values of the 32 threads of this thread's warp."""
+    tid = _tid()
+    _exchange[tid] = value
+    syncthreads()
+    lanes = [_exchange[(tid & ~31) + i] for i in range(32)]
+    syncthreads()
+    return lanes
+
+
+def make_lanes_sum(n: int) -> Callable[..., Any]:
+    """As in ``device``."""
+    width = 32 // (1 << (n - 1).bit_length())
+
+    def lanes_sum(values: tuple[Any, ...]) -> Any:
+        lanes, number = _all_lanes(values), (_tid() & 31) // width
+        with np.errstate(all="ignore"):
+            return np.float32(sum(lane[number] for lane in lanes)) if number < n else np.float32(0.0)
+
+    return lanes_sum
+
+
+def make_lanes_fold(width: int) -> Callable[..., Any]:
+    """As in ``device``."""
+
+    def lanes_fold(value: Any) -> Any:
+        lanes, first = _all_lanes(value), (_tid() & 31) // width * width
+        with np.errstate(all="ignore"):
+            return np.float32(sum(lanes[first : first + width]))
+
+    return lanes_fold
+
+
+def make_lanes_spread(n: int, stride: int) -> Callable[..., Any]:
+    """As in ``device``."""
+
+    def lanes_spread(value: Any) -> tuple[Any, ...]:
+        lanes = _all_lanes(value)
+        return tuple(lanes[i * stride] for i in range(n))
+
+    return lanes_spread
+
+
+def lane_xor(value: Any, mask: int) -> Any:
+    """As in ``device``."""
+    return _all_lanes(value)[(_tid() & 31) ^ mask]
+
+
+def lanes_scan(value: int) -> int:
+    """As in ``device``."""
+    return int(sum(_all_lanes(value)[: (_tid() & 31) + 1]))
+
+
+def lane_last(value: int) -> int:
+    """As in ``device``."""
+    return int(_all_lanes(value)[31])
+
+
+def ballot(predicate: bool) -> int:
+    """As in ``device``."""
+    return sum(1 << i for i, lane in enumerate(_all_lanes(bool(predicate))) if lane)
+
+
+def make_load_narrow(dtype: str) -> Callable[[int], Any]:
+    """As in ``device``."""
+    if dtype == "float32":
+        return load_f32
+    return lambda address: _widen(bytes(_view(address, ctypes.c_uint16)), dtype)[0]
+
+
+def make_store_narrow(dtype: str) -> Callable[[int, Any], None]:
+    """As in ``device``; bf16 rounds to nearest even."""
+    if dtype == "float32":
+        return store_f32
+
+    def store(address: int, value: Any) -> None:
+        if dtype == "float16":
+            bits = int(np.float16(value).view(np.uint16))
+        else:
+            word = int(np.float32(value).view(np.uint32))
+            nan = value != value
+            bits = 0x7FC0 if nan else (word + 0x7FFF + ((word >> 16) & 1)) >> 16
+        _view(address, ctypes.c_uint16)[0] = bits
+
+    return store
