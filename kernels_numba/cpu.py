@@ -23,7 +23,9 @@ Array = TypeVar("Array", torch.Tensor, NDArray[Any])
 AnyArray = torch.Tensor | NDArray[Any]
 
 
-def _view(name: str, value: AnyArray, shape: tuple[int | None, ...], dtypes: tuple[str, ...] = ("float32",)) -> NDArray[Any]:
+def _view(
+    name: str, value: AnyArray, shape: tuple[int | None, ...], dtypes: tuple[str, ...] = ("float32",)
+) -> NDArray[Any]:
     """Numpy view of a C-contiguous CPU tensor or array, checked against a shape (None is any length)."""
     if isinstance(value, torch.Tensor):
         if value.device.type != "cpu":
@@ -286,9 +288,9 @@ def sparse_down_proj(
     used = _indices(listed[:count], len(weights))
     d_model = weights.shape[1]
     if out is None:
-        out = torch.empty(d_model) if isinstance(values, torch.Tensor) else np.empty(d_model, dtype=np.float32)  # type: ignore[assignment]
-    target = _view("out", out, (d_model,))  # type: ignore[arg-type]
+        out = torch.empty(d_model) if isinstance(values, torch.Tensor) else np.empty(d_model, dtype=np.float32)
+    target = _view("out", out, (d_model,))
     n_threads = _threads(threads)
     numba.set_num_threads(n_threads)
     cpu_kernels.down_proj(v[:count], used, weights, target, np.empty((n_threads, d_model), dtype=np.float32))
-    return out  # type: ignore[return-value]
+    return out

@@ -161,7 +161,9 @@ def wrongly_selected(
     expected = ~(reference_scores < threshold)
     finite = reference_scores[np.isfinite(reference_scores)]
     largest = float(finite.max()) if len(finite) else 0.0
-    band = UNIT_ROUNDOFF["float32"] * max(4.0 * math.sqrt(d_model) * largest, 8.0 * abs(threshold) if math.isfinite(threshold) else 0.0)
+    band = UNIT_ROUNDOFF["float32"] * max(
+        4.0 * math.sqrt(d_model) * largest, 8.0 * abs(threshold) if math.isfinite(threshold) else 0.0
+    )
     with np.errstate(invalid="ignore"):
         close = np.abs(reference_scores - threshold) <= band
     return np.flatnonzero((kept != expected) & ~close)
