@@ -30,8 +30,9 @@ def test_counts_and_ids(name, least):
     assert len(content) == len(items)
     for item in items:
         for value in item.values():
-            assert value == value.strip() if isinstance(value, str) else True
             assert value != ""
+            if isinstance(value, str):  # a prompt may end with a line break
+                assert value == value.strip(" ").lstrip()
 
 
 # grammar --------------------------------------------------------------------------------------------------------------
@@ -116,9 +117,9 @@ def test_generation_items():
     assert max(templates.values()) == min(templates.values())
     for item in items:
         assert "\n" not in item["answer"]
-        assert not item["prompt"].endswith((" ", "\n"))
+        assert not item["prompt"].endswith(" ")
         # an answer that already stands in the prompt as an example's answer could be had by echoing
-        examples = [line.split(": ", 1)[1] for line in item["prompt"].splitlines()[:-1]]
+        examples = [line.split(": ", 1)[1] for line in item["prompt"].splitlines()[:-1] if ": " in line]
         assert item["answer"] not in examples or item["template"] in COPYING, item["id"]
 
 
