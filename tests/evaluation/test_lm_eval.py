@@ -146,14 +146,16 @@ def test_chance_is_one_over_the_number_of_choices(evaluator):
 def test_local_data_feeds_the_builtin_task(tiny, tmp_path):
     (tmp_path / "piqa").mkdir()
     row = {"goal": "open a jar", "sol1": "twist the lid", "sol2": "sing to it", "label": 0}
-    (tmp_path / "piqa" / "validation.jsonl").write_text("".join(json.dumps(row | {"label": i % 2}) + "\n" for i in range(4)))
+    (tmp_path / "piqa" / "validation.jsonl").write_text(
+        "".join(json.dumps(row | {"label": i % 2}) + "\n" for i in range(4))
+    )
     result = evaluate(tiny, ["piqa"], DENSE, data_dir=tmp_path)["piqa"]
     assert {m.name: m.value for m in result.metrics} == {"acc": 0.5, "acc_norm": 0.5}  # one prompt, both labels
     assert {m.chance for m in result.metrics} == {0.5}
 
 
 def test_hub_task_offline_is_one_line(tiny):
-    with pytest.raises(InputError, match="piqa cannot be loaded .hub.") as error:
+    with pytest.raises(InputError, match=r"piqa cannot be loaded \(hub\)") as error:
         evaluate(tiny, ["piqa"], DENSE)
     assert "\n" not in str(error.value)
 

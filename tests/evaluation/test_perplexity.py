@@ -101,4 +101,6 @@ def test_a_text_of_short_lines_is_refused(tiny, tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("ab\n\ncd\n")
     with pytest.raises(InputError, match="no document of at least"):
-        Evaluator(tiny).run(resolve_task("decode_perplexity", options={"text": str(path)}), get_method("dense"), mode="none")
+        Evaluator(tiny).run(
+            resolve_task("decode_perplexity", options={"text": str(path)}), get_method("dense"), mode="none"
+        )
