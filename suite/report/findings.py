@@ -1,0 +1,188 @@
+"""What a run found, in plain sentences made from its numbers; unfavourable findings as prominently as favourable ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from suite.report.claims import BASELINES
+from suite.report.frames import Average, Interval, Quality, are_unequal, cell_value
+from suite.report.series import Material
+from suite.report.speed import panel_title, panels, speed_label
+from suite.report.tables import perplexity_text, text_rows
+from suite.report.text import markdown_table, percent, shortened, signed
+
+OURS = ("m-countdown", "d-countdown", "s-countdown")
+
+
+@dataclass(frozen=True)
+class Duel:
+    """One method against another on one task at one sparsity; ``gain`` > 0 means that the first is better."""
+
+    where: str
+    gain: float
+    settled: bool
+    text: str
+
+
+def summary(material: Material) -> str:
+    """Bullet points of the report's first section."""
+    quality = material.quality
+    lines = [*_quality_lines(quality), *_perplexity_lines(quality), *_realized_lines(quality)]
+    lines += _speed_lines(material.speed)
+    return "".join(f"* {line}\n" for line in lines) or "* No finished cell yet.\n"
+
+
+def _where(block: dict[str, Any]) -> str:
+    scope = f", scope {block['scope']}" if block["scope"] else ""
+    return f"{block['model']}, {block['mode']}, sparsity {block['sparsity_target']:g}{scope}"
+
+
+def _quality_lines(quality: Quality) -> list[str]:
+    lines = []
+    for block, settings in quality.blocks(quality.summary):
+        tasks, dense = quality.tasks_of(block), quality.dense_of(block, settings)
+        top = None if dense is None else quality.average(dense, tasks)
+        found = [(quality.average(one, tasks), one) for one in settings if one.method != "dense"]
+        known = sorted(((v, one) for v, one in found if v is not None), key=lambda pair: -pair[0])
+        if dense is None or top is None or not known:
+            lines.append(f"{_where(block)}: no average over the {len(tasks)} tasks yet, cells are missing or failed.")
+            continue
+        parts = []
+        for value, one in known:
+            loss = quality.quantity([one, dense], tasks, _relative_change)
+            parts.append(f"{one.label} {percent(value)} ({signed(loss, digits=0)} %)")
+        lines.append(
+            f"{_where(block)}: average of {len(tasks)} tasks, dense {percent(top)}; in brackets the change relative to "
+            f"dense with its 95 % interval: {', '.join(parts)}."
+        )
+    return lines
+
+
+def _relative_change(means: list[Any]) -> Any:
+    return sum(m[0] for m in means) / sum(m[1] for m in means) - 1
+
+
+def _perplexity_lines(quality: Quality) -> list[str]:
+    rows = text_rows(quality)
+    lines = []
+    for block, settings in quality.blocks(rows[rows["metric"].isin(("perplexity", "word_perplexity"))]):
+        for task in sorted({task for one in settings for task in one.cells}):
+            values = [(cell_value(one.cells.get(task)), one) for one in settings]
+            known = sorted(((v, one) for v, one in values if v is not None), key=lambda pair: pair[0])
+            if len(known) > 1:
+                order = ", ".join(f"{one.label} {perplexity_text(v)}" for v, one in known)
+                lines.append(f"{_where(block)}: {task.replace('_', ' ')}, best first: {order}.")
+    return lines
+
+
+def _realized_lines(quality: Quality) -> list[str]:
+    worst: tuple[float, Average] | None = None
+    pairs = []
+    for _, settings in quality.blocks(quality.summary):
+        practical = [s for s in settings if s.setting["mode"] == "practical" and s.realized is not None]
+        for one in practical:
+            gap = abs((one.realized or 0.0) - float(one.setting["sparsity_target"]))
+            if worst is None or gap > worst[0]:
+                worst = (gap, one)
+        pairs += [
+            f"{a.label} {a.realized:.3f} and {b.label} {b.realized:.3f}"
+            for i, a in enumerate(practical)
+            for b in practical[i + 1 :]
+            if are_unequal(a, b)
+        ]
+    if worst is None:
+        return []
+    one = worst[1]
+    lines = [
+        f"Practical methods miss their target sparsity by at most {worst[0]:.3f} ({one.label} at "
+        f"{one.setting['sparsity_target']:g} realises {one.realized:.3f})."
+    ]
+    if pairs:
+        lines.append(f"Practical settings of unequal realised sparsity, not compared: {shortened(pairs)}.")
+    return lines
+
+
+def _speed_lines(speed: pd.DataFrame) -> list[str]:
+    lines = []
+    for panel in panels(speed) if not speed.empty else []:
+        sparse = panel[(panel["method"] != "dense") & panel["speed_up"].notna()]
+        if sparse.empty:
+            continue
+        best = sparse.sort_values("speed_up").groupby(["method", "rank", "backend"], sort=False).tail(1)
+        parts = [
+            f"{speed_label(row)} {row['speed_up']:.2f}x at {row['sparsity_target']:g}" for _, row in best.iterrows()
+        ]
+        lines.append(f"Speed, {panel_title(panel.iloc[0])}: over the fastest dense {', '.join(parts)}.")
+        slow = sparse[sparse["speed_up"] < 1]
+        if len(slow):
+            names = [f"{speed_label(r)} {r['variant']} at {r['sparsity_target']:g}" for _, r in slow.iterrows()]
+            lines.append(f"Slower than dense there: {shortened(names)}.")
+    return lines
+
+
+def duels_table(quality: Quality) -> str:
+    """How often COUNTDOWN's methods beat or lose to the baselines, task by task, with every loss listed."""
+    rows = []
+    for ours in OURS:
+        for other in BASELINES:
+            found = _duels(quality, ours, other)
+            if not found:
+                continue
+            won = [d for d in found if d.gain > 0 and d.settled]
+            lost = [d for d in found if d.gain < 0 and d.settled]
+            behind = sorted((d for d in found if d.gain < 0), key=lambda d: not d.settled)
+            listed = shortened([d.where + " " + d.text + ("" if d.settled else " (not settled)") for d in behind], 8)
+            counts = [str(len(won)), str(len(lost)), str(len(found) - len(won) - len(lost))]
+            rows.append([f"{ours} against {other}", *counts, listed or "nowhere"])
+    if not rows:
+        return "No pair of methods with finished cells on the same documents.\n"
+    header = ["pair", "better", "worse", "not settled", "where the first is behind"]
+    return markdown_table(header, rows)
+
+
+def _duels(quality: Quality, ours: str, other: str) -> list[Duel]:
+    text = text_rows(quality)
+    perplexities = text[text["metric"].isin(("perplexity", "word_perplexity"))]
+    found = []
+    for rows, lower_is_better in ((quality.summary, False), (perplexities, True)):
+        for block, settings in quality.blocks(rows):
+            for one, rival in _pairs(settings, ours, other):
+                found += _duels_of(quality, block, one, rival, lower_is_better)
+    return found
+
+
+def _pairs(settings: Sequence[Average], ours: str, other: str) -> list[tuple[Average, Average]]:
+    return [
+        (one, rival)
+        for one in settings
+        for rival in settings
+        if one.method == ours
+        and rival.method == other
+        and not ("practical" in (one.setting["mode"], rival.setting["mode"]) and are_unequal(one, rival))
+    ]
+
+
+def _duels_of(quality: Quality, block: dict[str, Any], one: Average, rival: Average, lower: bool) -> list[Duel]:
+    found = []
+    for task in one.cells:
+        ours, theirs = one.cells[task], rival.cells.get(task)
+        if cell_value(ours) is None or theirs is None or cell_value(theirs) is None:
+            continue
+        difference = quality.difference(ours, theirs)
+        if difference is None:
+            continue
+        sign = -1 if lower else 1
+        where = f"{task.partition(' ')[0]} {block['mode']} {block['sparsity_target']:g}"
+        text = signed(difference, 1, 2) if lower else signed(difference)
+        found.append(Duel(where, sign * difference[0], _excludes_zero(difference), text))
+    return found
+
+
+def _excludes_zero(found: Interval) -> bool:
+    _, low, high = found
+    return low is not None and high is not None and bool(np.sign(low) == np.sign(high) != 0)

@@ -1,0 +1,130 @@
+"""Read a run folder into data frames; works on an unfinished run, refuses a newer schema or a broken file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from suite import schema
+from suite.errors import InputError
+
+SAMPLES_FILE = "samples.csv.gz"
+# Columns of numbers; every other column is text. A missing number is NaN, a missing text is "".
+_NUMBERS = frozenset(
+    "sparsity_target sparsity_realized sparse_share bytes_share value stderr chance delta_dense delta_ci_low "
+    "delta_ci_high n_samples elapsed_s d_model d_ff n_layers rounds latency_us_median latency_us_q25 latency_us_q75 "
+    "latency_us_min jit_s capture_s launch_us tokens_per_s mlp_share bytes_read_mib read_bandwidth_gb_s efficiency "
+    "peak_memory_mib extra_memory_mib max_rel_error threshold n_tokens recall precision overlap_at_k mass_kept "
+    "mass_kept_ideal train_tokens loss fit_s ci_low ci_high sparsity cif_alive cif_dead caf_alive caf_dead".split()
+)
+# Whole numbers that name a setting: text, but "2.0" as a spreadsheet writes it is the same as "2".
+_WHOLE = frozenset("rank num_fewshot limit batch_size seed threads context_tokens layer".split())
+
+
+@dataclass(frozen=True)
+class Results:
+    """One run as data frames with the columns of :mod:`suite.schema`; a file that is not there yet gives no rows.
+
+    Numbers are float64 with NaN for an empty cell; all other columns are text with ``""``.
+    """
+
+    folder: Path
+    accuracy: pd.DataFrame
+    samples: pd.DataFrame
+    speed: pd.DataFrame
+    sparsity: pd.DataFrame
+    predictor: pd.DataFrame
+    claims: pd.DataFrame
+    cif_caf: pd.DataFrame
+    manifest: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """The run's id, else the folder's name."""
+        return str(self.manifest.get("run_id") or self.folder.resolve().name)
+
+
+def load_results(folder: str | Path) -> Results:
+    """Load a run folder.
+
+    Parameters
+    ----------
+    folder : path
+        ``results/reference/<run>`` or ``results/runs/<run>``.
+
+    Raises
+    ------
+    InputError
+        No run folder, a newer schema than this version reads, or a file that is broken (named with line and column).
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"run folder {folder}: no such folder; `ls results/runs` shows the runs there are")
+    manifest = _read_manifest(folder / "manifest.json")
+    frames = {
+        "accuracy": _read(folder / "accuracy.csv", schema.ACCURACY),
+        "samples": _read(folder / SAMPLES_FILE, schema.SAMPLES),
+        "speed": _read(folder / "speed.csv", schema.SPEED),
+        "sparsity": _read(folder / "sparsity.csv", schema.SPARSITY),
+        "predictor": _read(folder / "predictor.csv", schema.PREDICTOR),
+        "claims": _read(folder / "claims.csv", schema.CLAIMS),
+        "cif_caf": _read(folder / "cif_caf.csv", schema.CIF_CAF),
+    }
+    if not manifest and not any((folder / f"{name}.csv").is_file() for name in ("accuracy", "speed")):
+        raise InputError(f"{folder} is no run folder: it has neither manifest.json nor accuracy.csv nor speed.csv")
+    return Results(folder=folder, manifest=manifest, **frames)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"{path} is broken ({error}); run the suite again to rewrite it from the cell store"
+        ) from error
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path} must hold a JSON object, got {type(manifest).__name__}")
+    version = manifest.get("schema_version", schema.SCHEMA_VERSION)
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise InputError(f"{path}: schema_version {version!r} is no whole number")
+    if version > schema.SCHEMA_VERSION:
+        raise InputError(
+            f"{path}: schema_version {version} is newer than {schema.SCHEMA_VERSION}, the newest this version reads; "
+            "update countdown-suite"
+        )
+    return manifest
+
+
+def _read(path: Path, columns: list[str]) -> pd.DataFrame:
+    if not path.is_file():
+        return _typed(pd.DataFrame(columns=columns, dtype=str), path)
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+    except (OSError, EOFError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise InputError(f"{path} is no readable CSV: {' '.join(str(error).split())}") from error
+    missing = [column for column in columns if column not in frame]
+    if missing:
+        raise InputError(f"{path} has no column {missing[0]!r}; is it of this suite?")
+    return _typed(frame, path)
+
+
+def _typed(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
+    for column in frame.columns:
+        if column in _NUMBERS:
+            text = frame[column]
+            number = pd.to_numeric(text.where(text != ""), errors="coerce").astype("float64")
+            wrong = number.isna() & (text != "") & (text.str.lower() != "nan")
+            if wrong.any():
+                row = int(wrong.to_numpy().argmax())
+                raise InputError(f"{path} line {row + 2}, column {column}: {text.iloc[row]!r} is no number")
+            frame[column] = number
+        elif column in _WHOLE:
+            frame[column] = frame[column].str.replace(r"^(\d+)\.0$", r"\1", regex=True)
+    return frame

@@ -1,0 +1,156 @@
+"""Speed rows with their speed-up over the fastest dense row of the same run and shape, and the byte bound on it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from suite.report.frames import method_order
+from suite.report.text import MISSING, fixed, markdown_table, shortened
+
+# Rows that share these are of one shape on one device and may be compared; backend and variant are what competes.
+SHAPE = ["level", "model_shape", "model", "dtype", "batch_size", "threads", "context_tokens", "cache", "device_name"]
+LINE = ["method", "rank", "predictor", "backend", "variant", "clock"]
+
+
+def with_speed_up(speed: pd.DataFrame) -> pd.DataFrame:
+    """Add what follows from rows of one run.
+
+    ``against`` names the fastest dense row of the same shape and clock (of any clock where none has the same);
+    ``speed_up`` is its median latency over the row's, ``speed_up_low`` and ``speed_up_high`` the same between
+    quartiles; ``bytes_share`` the row's bytes over dense's; ``bound`` the speed-up that the row would have if it read
+    its bytes at the read bandwidth measured in the run, so that efficiency = speed_up / bound. NaN where a row or its
+    dense reference is not ok.
+    """
+    frame = speed.reset_index(drop=True).copy()
+    added: list[dict[str, object]] = []
+    dense = frame[(frame["method"] == "dense") & (frame["status"] == "ok") & (frame["latency_us_median"] > 0)]
+    by_shape: dict[object, pd.DataFrame] = {}
+    for key, group in dense.groupby(SHAPE, dropna=False):
+        by_shape[key] = group
+    for _, row in frame.iterrows():
+        same = by_shape.get(tuple(row[SHAPE]))
+        if row["status"] != "ok" or same is None or not row["latency_us_median"] > 0:
+            added.append({"against": ""})
+            continue
+        clocked = same[same["clock"] == row["clock"]]
+        best = (same if clocked.empty else clocked).sort_values("latency_us_median").iloc[0]
+        at_bandwidth = row["bytes_read_mib"] * 2**20 / (row["read_bandwidth_gb_s"] * 1e9) * 1e6  # us
+        added.append(
+            {
+                "against": f"{best['backend']} {best['variant']}, {best['clock']}",
+                "speed_up": best["latency_us_median"] / row["latency_us_median"],
+                "speed_up_low": best["latency_us_q25"] / row["latency_us_q75"],
+                "speed_up_high": best["latency_us_q75"] / row["latency_us_q25"],
+                "bytes_share": row["bytes_read_mib"] / best["bytes_read_mib"],
+                "bound": best["latency_us_median"] / at_bandwidth,
+            }
+        )
+    numbers = ["speed_up", "speed_up_low", "speed_up_high", "bytes_share", "bound"]
+    extra = pd.DataFrame(added, columns=["against", *numbers], index=frame.index)
+    extra[numbers] = extra[numbers].astype("float64")
+    return pd.concat([frame, extra], axis=1)
+
+
+def speed_label(row: pd.Series) -> str:
+    """Method, with its predictor's rank where it has one."""
+    return f"{row['method']} (r={row['rank']})" if row["rank"] else str(row["method"])
+
+
+def panel_title(row: pd.Series) -> str:
+    """Shape, level, dtype, batch and threads of a speed row in one line."""
+    parts = [row["model_shape"] or row["model"], row["level"], row["dtype"], f"batch {row['batch_size']}"]
+    if row["context_tokens"]:
+        parts.append(f"context {row['context_tokens']}")
+    if row["threads"]:
+        parts.append(f"{row['threads']} threads")
+    if row["cache"] and row["cache"] != "cold":
+        parts.append(f"{row['cache']} cache")
+    return ", ".join(str(part) for part in parts if part)
+
+
+def panels(frame: pd.DataFrame) -> list[pd.DataFrame]:
+    """Rows by shape, shapes with a result first, methods in print order."""
+    ordered = frame.assign(_order=frame["method"].map(method_order))
+    groups = [group for _, group in ordered.groupby(SHAPE, sort=True, dropna=False)]
+    groups.sort(key=lambda group: not (group["status"] == "ok").any())
+    return [g.sort_values(["_order", *LINE, "sparsity_target"]).drop(columns="_order") for g in groups]
+
+
+def speed_table(frame: pd.DataFrame) -> str:
+    """Speed-up (efficiency) of every method by sparsity, a block per shape."""
+    text = (
+        "# Speed\n\nSpeed-up against the fastest dense row of the same run, shape and clock; in brackets the "
+        "efficiency: needed bytes over time x the read bandwidth measured in the same run. Per cent of the dense "
+        "latency's bytes and the quartiles stand in `speed_rows`. A row whose check failed has no time.\n\n"
+    )
+    for panel in panels(frame):
+        ok = panel[(panel["status"] == "ok") & (panel["method"] != "dense")]
+        dense = panel[(panel["status"] == "ok") & (panel["method"] == "dense")].sort_values("latency_us_median")
+        sparsities = sorted(set(ok["sparsity_target"].dropna()))
+        rows = []
+        if not dense.empty:
+            best = dense.iloc[0]
+            note = f"dense ({best['backend']} {best['variant']}): {microseconds(best['latency_us_median'])} us"
+            rows.append([note, "1.00", fixed(best["efficiency"], 2), *[MISSING] * len(sparsities)])
+        for _, line in ok.groupby(LINE, sort=False, dropna=False):
+            first = line.iloc[0]
+            values = {r["sparsity_target"]: r for _, r in line.iterrows()}
+            cells = [_speed_cell(values.get(s)) for s in sparsities]
+            backend = " ".join(str(first[c]) for c in ("backend", "variant", "clock") if first[c])
+            rows.append([f"{speed_label(first)}, {backend}", "", "", *cells])
+        text += f"### {_heading(panel)}\n\n"
+        if rows:
+            text += markdown_table(["method", "speed-up", "efficiency", *(f"s={s:g}" for s in sparsities)], rows)
+        text += _notes(panel) + "\n"
+    return text
+
+
+def _heading(panel: pd.DataFrame) -> str:
+    first = panel.iloc[0]
+    return panel_title(first) + (f" ({first['device_name']})" if first["device_name"] else "")
+
+
+def _speed_cell(row: pd.Series | None) -> str:
+    if row is None or not math.isfinite(row["speed_up"]):
+        return MISSING
+    return f"{row['speed_up']:.2f} ({fixed(row['efficiency'], 2)})"
+
+
+def microseconds(value: float) -> str:
+    """Microseconds with three significant digits at least."""
+    return fixed(value, 1 if value < 1000 else 0)
+
+
+def _notes(panel: pd.DataFrame) -> str:
+    notes: dict[str, list[str]] = {}
+    for _, row in panel[panel["status"] != "ok"].iterrows():
+        sparsity = "" if np.isnan(row["sparsity_target"]) else f" {row['sparsity_target']:g}"
+        reason = str(row["reason"]) or "no reason recorded"
+        notes.setdefault(f"{row['status']} ({row['backend']}): {reason}", []).append(speed_label(row) + sparsity)
+    return "".join(f"\n{note}: {shortened(which)}.\n" for note, which in notes.items())
+
+
+def speed_rows_table(frame: pd.DataFrame) -> str:
+    """Every timed row: latency, quartiles, speed-up, bound, efficiency, memory."""
+    text = (
+        "# Speed, row by row\n\nLatencies in microseconds. Bytes: the row's over dense's. Bound: the speed-up at the read "
+        "bandwidth measured in the run; efficiency = speed-up / bound.\n\n"
+    )
+    columns = ["method", "sparsity", "realised", "backend", "median", "quartiles", "speed-up", "between quartiles"]
+    columns += ["bytes", "bound", "efficiency", "extra MiB", "max rel error", "against"]
+    for panel in panels(frame):
+        rows = []
+        for _, row in panel[panel["status"] == "ok"].iterrows():
+            backend = " ".join(str(row[c]) for c in ("backend", "variant", "clock") if row[c])
+            quartiles = f"{microseconds(row['latency_us_q25'])} to {microseconds(row['latency_us_q75'])}"
+            between = f"{fixed(row['speed_up_low'], 2)} to {fixed(row['speed_up_high'], 2)}"
+            error = f"{row['max_rel_error']:.1e}" if math.isfinite(row["max_rel_error"]) else MISSING
+            cells = [speed_label(row), fixed(row["sparsity_target"], 2), fixed(row["sparsity_realized"], 3), backend]
+            cells += [microseconds(row["latency_us_median"]), quartiles, fixed(row["speed_up"], 2), between]
+            cells += [fixed(row["bytes_share"], 3), fixed(row["bound"], 2), fixed(row["efficiency"], 2)]
+            rows.append([*cells, fixed(row["extra_memory_mib"], 1), error, str(row["against"]) or MISSING])
+        text += f"### {_heading(panel)}\n\n" + (markdown_table(columns, rows) if rows else "") + _notes(panel) + "\n"
+    return text

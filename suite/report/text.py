@@ -1,0 +1,42 @@
+"""Markdown tables and numbers as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from suite.report.frames import Interval
+
+MISSING = "–"  # noqa: RUF001  (an en dash, as printed tables have it)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown table, first column left, others right."""
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def fixed(value: float | None, digits: int) -> str:
+    """Number with so many decimals, a dash where there is none."""
+    return MISSING if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Share as percent without sign, a dash where there is none."""
+    return MISSING if value is None else fixed(100 * value, digits)
+
+
+def signed(interval: Interval | None, scale: float = 100.0, digits: int = 1) -> str:
+    """Difference with its interval: ``-3.2 [-6.1, -0.4]``."""
+    if interval is None:
+        return MISSING
+    value, low, high = (None if end is None else scale * end for end in interval)
+    if value is None or low is None or high is None:
+        return MISSING if value is None else f"{value:+.{digits}f}"
+    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def shortened(names: Sequence[str], most: int = 4) -> str:
+    """Names in a row, the rest as a count."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
