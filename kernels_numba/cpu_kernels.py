@@ -169,6 +169,15 @@ def down_proj(values, indices, w_down_t, y, partial):  # type: ignore[no-untyped
     sum_partials(partial, y)
 
 
+@njit(cache=True)
+def out_of_range(indices, limit):  # type: ignore[no-untyped-def]
+    """Whether an index is negative or not below ``limit``."""
+    wrong = 0
+    for i in range(indices.size):
+        wrong += (indices[i] < 0) | (indices[i] >= limit)
+    return wrong > 0
+
+
 @njit(cache=True, fastmath=FLAGS)
 def _sum(block):  # type: ignore[no-untyped-def]
     total = np.float32(0.0)

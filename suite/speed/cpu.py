@@ -188,11 +188,13 @@ def check(case: SpeedCase, bound: Bound, data: LayerData, x: Array, reference: R
     active = bound.active()
     if case.level == "op":
         indices = np.arange(case.d_ff) if active is None else active
-        expected = combine(np.multiply(*data.act_up)[indices], indices, data.w_down_t)
+        values = np.multiply(*data.act_up)[indices]
+        expected = combine(values, indices, data.w_down_t)
+        limit = error_bound(expected, values, indices, data.w_down_t)
     else:
         expected = reference.output(active)
+        limit = reference.error_bound(expected, case.d_model, active)
     error = relative_error(out, expected)
-    limit = error_bound(case.d_model, case.d_ff if active is None else len(active))
     reason = ""
     if not error <= limit:
         reason = f"check failed: error {error:.3g} over the bound {limit:.3g} against float64"
