@@ -42,7 +42,13 @@ class Evaluator:
         self._built: dict[str, BuiltTask | BuiltText] = {}
 
     def run(
-        self, task: TaskSpec, method: Method, *, mode: Mode, state: ThresholdState | None = None, scope: Scope = "scored"
+        self,
+        task: TaskSpec,
+        method: Method,
+        *,
+        mode: Mode,
+        state: ThresholdState | None = None,
+        scope: Scope = "scored",
     ) -> tuple[TaskResult, list[LayerSparsity]]:
         """Run one task under one setting; ``method`` dense ignores the scope.
 

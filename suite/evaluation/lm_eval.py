@@ -207,7 +207,11 @@ class BuiltTask:
     def __init__(self, spec: TaskSpec, seed: int) -> None:
         self.spec = spec
         self.task = build_task(spec, seed)
-        self.documents = sample_indices(len(self.task.eval_docs), spec.limit, seed)
+        n_documents = len(self.task.eval_docs)
+        # the pack's files are in a seeded order in which any first items are balanced over the templates
+        limit = spec.limit or n_documents
+        in_order = spec.source == "pack"
+        self.documents = [*range(n_documents)][:limit] if in_order else sample_indices(n_documents, limit, seed)
         with quiet():
             self.task.build_all_requests(samples=self.documents)
         self.version = str(self.task.VERSION)
