@@ -41,7 +41,7 @@ def make_claims(quality: Quality, speed: pd.DataFrame) -> pd.DataFrame:
         From :func:`suite.report.speed.with_speed_up`.
     """
     rows: list[Row] = []
-    for block, settings in quality.blocks(quality.summary):
+    for block, settings in quality.summary_blocks:
         dense = quality.dense_of(block, settings)
         if dense is not None:
             rows += _c1(quality, block, settings, dense) + _c2_pairs(quality, block, settings, dense)

@@ -13,7 +13,7 @@ from suite.report.claims import BASELINES
 from suite.report.frames import Average, Interval, Quality, are_unequal, cell_value
 from suite.report.series import Material
 from suite.report.speed import panel_title, panels, speed_label
-from suite.report.tables import perplexity_text, text_rows
+from suite.report.tables import perplexity_text
 from suite.report.text import markdown_table, percent, shortened, signed
 
 OURS = ("m-countdown", "d-countdown", "s-countdown")
@@ -44,7 +44,7 @@ def _where(block: dict[str, Any]) -> str:
 
 def _quality_lines(quality: Quality) -> list[str]:
     lines = []
-    for block, settings in quality.blocks(quality.summary):
+    for block, settings in quality.summary_blocks:
         tasks, dense = quality.tasks_of(block), quality.dense_of(block, settings)
         top = None if dense is None else quality.average(dense, tasks)
         found = [(quality.average(one, tasks), one) for one in settings if one.method != "dense"]
@@ -68,9 +68,8 @@ def _relative_change(means: list[Any]) -> Any:
 
 
 def _perplexity_lines(quality: Quality) -> list[str]:
-    rows = text_rows(quality)
     lines = []
-    for block, settings in quality.blocks(rows[rows["metric"].isin(("perplexity", "word_perplexity"))]):
+    for block, settings in quality.perplexity_blocks:
         for task in sorted({task for one in settings for task in one.cells}):
             values = [(cell_value(one.cells.get(task)), one) for one in settings]
             known = sorted(((v, one) for v, one in values if v is not None), key=lambda pair: pair[0])
@@ -83,7 +82,7 @@ def _perplexity_lines(quality: Quality) -> list[str]:
 def _realized_lines(quality: Quality) -> list[str]:
     worst: tuple[float, Average] | None = None
     pairs = []
-    for _, settings in quality.blocks(quality.summary):
+    for _, settings in quality.summary_blocks:
         practical = [s for s in settings if s.setting["mode"] == "practical" and s.realized is not None]
         for one in practical:
             gap = abs((one.realized or 0.0) - float(one.setting["sparsity_target"]))
@@ -146,11 +145,9 @@ def duels_table(quality: Quality) -> str:
 
 
 def _duels(quality: Quality, ours: str, other: str) -> list[Duel]:
-    text = text_rows(quality)
-    perplexities = text[text["metric"].isin(("perplexity", "word_perplexity"))]
     found = []
-    for rows, lower_is_better in ((quality.summary, False), (perplexities, True)):
-        for block, settings in quality.blocks(rows):
+    for blocks, lower_is_better in ((quality.summary_blocks, False), (quality.perplexity_blocks, True)):
+        for block, settings in blocks:
             for one, rival in _pairs(settings, ours, other):
                 found += _duels_of(quality, block, one, rival, lower_is_better)
     return found

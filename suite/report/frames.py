@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,9 +20,13 @@ VARIANT = ["estimator", "predictor", "rank", "calibration", "seed"]
 BLOCK = ["model", "dtype", "scope", "mode", "sparsity_target"]
 SETTING = [*BLOCK, "method", *VARIANT]
 SUMMARY_METRICS = ("acc_norm", "acc", "exact_match")
+TEXT_METRICS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "kl_dense", "top1_agreement")
+PERPLEXITIES = ("perplexity", "word_perplexity")
 FILTERS = ("none", "", "strict-match")  # preferred where a task reports one metric through several filters
 REALIZED_TOLERANCE = 0.01  # practical methods further apart than this are not compared
 Interval = tuple[float, float | None, float | None]
+Cell = Mapping[Any, Any]  # one row of accuracy.csv
+Blocks = list[tuple[dict[str, Any], list["Average"]]]
 
 
 def method_order(method: str) -> tuple[int, str]:
@@ -65,7 +69,7 @@ class Average:
     label: str
     realized: float | None
     bytes_share: float | None
-    cells: dict[str, pd.Series]
+    cells: dict[str, Cell]
 
     @property
     def method(self) -> str:
@@ -124,6 +128,29 @@ class Quality:
             keep |= (self.rows["task"] == task) & (self.rows["metric"] == metric) & (self.rows["filter"] == name)
         return self.rows[keep].drop_duplicates([*SETTING, "task"])
 
+    @cached_property
+    def summary_blocks(self) -> Blocks:
+        """Blocks of the summary metrics."""
+        return self.blocks(self.summary)
+
+    @cached_property
+    def text(self) -> pd.DataFrame:
+        """Rows of perplexities, KL and agreement, ``task`` turned into ``task metric``; a failed cell stands for each."""
+        ok = self.ok[self.ok["metric"].isin(TEXT_METRICS)]
+        failed = self.failed.drop(columns="metric").merge(ok[["task", "metric"]].drop_duplicates(), on="task")
+        rows = pd.concat([ok, failed[ok.columns]], ignore_index=True)
+        return rows.assign(task=rows["task"] + " " + rows["metric"]).drop_duplicates([*SETTING, "task"])
+
+    @cached_property
+    def text_blocks(self) -> Blocks:
+        """Blocks of :attr:`text`, cells keyed ``task metric``."""
+        return self.blocks(self.text)
+
+    @cached_property
+    def perplexity_blocks(self) -> Blocks:
+        """The perplexities of :attr:`text_blocks` alone."""
+        return self.blocks(self.text[self.text["metric"].isin(PERPLEXITIES)])
+
     def tasks_of(self, block: dict[str, Any]) -> list[str]:
         """Summary tasks that a sparse setting of the block's model, dtype and scope has been given."""
         same = self.summary[self.summary["method"] != "dense"]
@@ -142,12 +169,12 @@ class Quality:
                     label=str(group["label"].iloc[0]),
                     realized=number(ok["sparsity_realized"].mean()),
                     bytes_share=number(ok["bytes_share"].mean()),
-                    cells={str(row["task"]): row for _, row in group.iterrows()},
+                    cells={str(row["task"]): row for row in group.to_dict("records")},
                 )
             )
         return sorted(found, key=lambda a: (method_order(a.method), a.label))
 
-    def blocks(self, rows: pd.DataFrame) -> list[tuple[dict[str, Any], list[Average]]]:
+    def blocks(self, rows: pd.DataFrame) -> Blocks:
         """Blocks (model, dtype, scope, mode, sparsity) with dense and random of the same model in each.
 
         random has no practical mode: its ideal row stands in practical blocks as the floor.
@@ -189,7 +216,7 @@ class Quality:
         known = [value for value in values if value is not None]
         return float(np.mean(known)) if known and len(known) == len(values) else None
 
-    def _arrays(self, cell: pd.Series) -> tuple[pd.Series, pd.Series | None] | None:
+    def _arrays(self, cell: Cell) -> tuple[pd.Series, pd.Series | None] | None:
         metric = str(cell["metric"])
         for name in (f"{metric},{cell['filter']}", metric):
             values = self._by_cell.get((str(cell["cell_id"]), name))
@@ -197,7 +224,7 @@ class Quality:
                 return values, self._by_cell.get((str(cell["cell_id"]), f"{name}.weight"))
         return None
 
-    def units(self, cells: Sequence[pd.Series | None]) -> Units | None:
+    def units(self, cells: Sequence[Cell | None]) -> Units | None:
         """Samples of several cells of one task and metric; None unless all have the same documents."""
         values, weights = [], []
         documents: pd.Index | None = None
@@ -213,7 +240,7 @@ class Quality:
         groups = [resampling_group(str(d)) for d in documents]
         return Units.of(np.stack(values), np.stack(weights), groups)
 
-    def difference(self, one: pd.Series, other: pd.Series) -> Interval | None:
+    def difference(self, one: Cell, other: Cell) -> Interval | None:
         """Paired difference of two cells of one task and metric, ``one - other``, with its 95 % interval."""
         key = (one["cell_id"], other["cell_id"], one["metric"], one["filter"])
         if key not in self._cache:
@@ -260,12 +287,12 @@ def _mode_order(mode: str) -> int:
     return ["none", "ideal", "practical"].index(mode) if mode in ("none", "ideal", "practical") else 3
 
 
-def cell_value(cell: pd.Series | None) -> float | None:
+def cell_value(cell: Cell | None) -> float | None:
     """Value of a cell that is there and ok."""
     return None if cell is None or cell["status"] != "ok" else number(cell["value"])
 
 
-def above_chance(dense: pd.Series | None) -> tuple[bool, str]:
+def above_chance(dense: Cell | None) -> tuple[bool, str]:
     """Whether dense is more than 3 standard errors above chance on a task; else the reason."""
     value = cell_value(dense)
     if dense is None or value is None:

@@ -9,13 +9,12 @@ from typing import Any
 
 import pandas as pd
 
-from suite.report.frames import Average, Quality, cell_value, number, task_order
+from suite.report.frames import Average, Blocks, Quality, cell_value, number, task_order
 from suite.report.load import Results
 from suite.report.speed import SHAPE as SPEED_SHAPE
 from suite.report.speed import speed_label, with_speed_up
-from suite.report.tables import text_order, text_rows
+from suite.report.tables import text_order
 
-PERPLEXITIES = ("perplexity", "word_perplexity")
 POINT = ["model", "dtype", "scope", "mode", "method", "label", "sparsity_target", "sparsity_realized", "bytes_share"]
 
 
@@ -44,7 +43,7 @@ def _point(one: Average) -> dict[str, Any]:
 def quality_averages(material: Material) -> pd.DataFrame:
     """Task average of every setting; its interval is that of the paired difference to dense, set upon dense's value."""
     quality, rows = material.quality, []
-    for block, settings in quality.blocks(quality.summary):
+    for block, settings in quality.summary_blocks:
         tasks, dense = quality.tasks_of(block), quality.dense_of(block, settings)
         for one in settings:
             value = quality.average(one, tasks)
@@ -73,10 +72,11 @@ def _frame(rows: list[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).drop_duplicates().reset_index(drop=True)
 
 
-def _cells(material: Material, rows: pd.DataFrame, order: Callable[[str], Any]) -> pd.DataFrame:
+def _cells(material: Material, blocks: Blocks, order: Callable[[str], Any]) -> pd.DataFrame:
     """Value of every cell with the interval of its paired difference to dense set upon dense's value."""
-    quality, found = material.quality, []
-    for block, settings in quality.blocks(rows):
+    quality: Quality = material.quality
+    found: list[dict[str, Any]] = []
+    for block, settings in blocks:
         dense = quality.dense_of(block, settings)
         for one in settings:
             for task in sorted(one.cells, key=order):
@@ -101,8 +101,8 @@ def _cells(material: Material, rows: pd.DataFrame, order: Callable[[str], Any]) 
 def quality_per_task(material: Material) -> pd.DataFrame:
     """Summary metric of every setting on every task."""
     quality = material.quality
-    frame = _cells(material, quality.summary, task_order)
-    tasks = {(str(b["model"]), str(b["scope"])): quality.tasks_of(b) for b, _ in quality.blocks(quality.summary)}
+    frame = _cells(material, quality.summary_blocks, task_order)
+    tasks = {(str(b["model"]), str(b["scope"])): quality.tasks_of(b) for b, _ in quality.summary_blocks}
     keep = [
         task in tasks.get((model, scope), [])
         for model, scope, task in zip(frame["model"], frame["scope"], frame["task"], strict=True)
@@ -112,9 +112,7 @@ def quality_per_task(material: Material) -> pd.DataFrame:
 
 def perplexities(material: Material) -> pd.DataFrame:
     """Perplexity of every setting on every text that any sparse setting of its model and scope ran."""
-    rows = text_rows(material.quality)
-    rows = rows[rows["metric"].isin(PERPLEXITIES)]
-    frame = _cells(material, rows, text_order)
+    frame = _cells(material, material.quality.perplexity_blocks, text_order)
     sparse = frame[frame["method"] != "dense"]
     pairs = set(zip(sparse["model"], sparse["scope"], sparse["task"], strict=True))
     keep = [key in pairs for key in zip(frame["model"], frame["scope"], frame["task"], strict=True)]

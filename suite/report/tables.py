@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 
 from suite.report.frames import (
-    SETTING,
+    TEXT_METRICS,
     Average,
+    Cell,
     Interval,
     Quality,
     above_chance,
@@ -25,7 +26,6 @@ from suite.report.speed import speed_rows_table, speed_table
 from suite.report.text import MISSING, fixed, markdown_table, percent, signed
 
 UNEQUAL = "≠"
-TEXT_METRICS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "kl_dense", "top1_agreement")
 METRIC_TITLES = {
     "perplexity": "perplexity",
     "word_perplexity": "word perplexity",
@@ -37,7 +37,7 @@ METRIC_TITLES = {
 Compare = Callable[[Average, Average], Interval | None]
 
 
-def shown(cell: pd.Series | None, text: Callable[[float], str]) -> str:
+def shown(cell: Cell | None, text: Callable[[float], str]) -> str:
     """Text of a cell, ``failed`` or ``skipped`` where it is not ok, a dash where it is not there or not run yet."""
     if cell is None or cell["status"] == "missing":
         return MISSING
@@ -110,7 +110,7 @@ def _block_notes(settings: Sequence[Average], marked: set[str]) -> str:
 def accuracy_table(quality: Quality) -> str:
     """Summary metric of every task and the average over tasks, in percent, best in bold."""
     text = "# Accuracy\n\nPercent. " + _bold_rule()
-    for block, settings in quality.blocks(quality.summary):
+    for block, settings in quality.summary_blocks:
         marked, tasks = unequal(settings), quality.tasks_of(block)
         metrics = [f"{task} ({(quality.metric_of(task) or ('', ''))[0]})" for task in tasks]
         best = {task: best_of(settings, *_on_task(quality, task)) for task in tasks}
@@ -161,7 +161,7 @@ def delta_table(quality: Quality) -> str:
         "documents (generated items: over templates); the average resamples documents within each task. Intervals are "
         "not corrected for the number of comparisons.\n\n"
     )
-    for block, settings in quality.blocks(quality.summary):
+    for block, settings in quality.summary_blocks:
         dense, tasks = quality.dense_of(block, settings), quality.tasks_of(block)
         rows = []
         for one in settings:
@@ -177,11 +177,11 @@ def delta_table(quality: Quality) -> str:
     return text
 
 
-def _delta_text(cell: pd.Series, _: float) -> str:
+def _delta_text(cell: Cell, _: float) -> str:
     return signed(_stored_delta(cell))
 
 
-def _stored_delta(cell: pd.Series) -> Interval | None:
+def _stored_delta(cell: Cell) -> Interval | None:
     if (value := number(cell["delta_dense"])) is None:
         return None
     return value, number(cell["delta_ci_low"]), number(cell["delta_ci_high"])
@@ -195,7 +195,7 @@ def chance_table(quality: Quality) -> str:
         "the average is over those tasks.\n\n"
     )
     reasons: dict[str, None] = {}
-    for block, settings in quality.blocks(quality.summary):
+    for block, settings in quality.summary_blocks:
         dense, tasks = quality.dense_of(block, settings), quality.tasks_of(block)
         eligible = []
         for task in tasks:
@@ -225,15 +225,6 @@ def share_kept(one: Average, dense: Average | None, task: str) -> float | None:
     return (value - chance) / (top - chance)
 
 
-def text_rows(quality: Quality) -> pd.DataFrame:
-    """Rows of perplexities, KL and agreement, ``task`` replaced by ``task metric``; a failed cell stands for each."""
-    ok = quality.ok[quality.ok["metric"].isin(TEXT_METRICS)]
-    metrics = ok[["task", "metric"]].drop_duplicates()
-    failed = quality.failed.drop(columns="metric").merge(metrics, on="task")
-    rows = pd.concat([ok, failed[ok.columns]], ignore_index=True)
-    return rows.assign(task=rows["task"] + " " + rows["metric"]).drop_duplicates([*SETTING, "task"])
-
-
 def text_order(column: str) -> tuple[Any, ...]:
     """Sort key of a ``task metric`` column."""
     task, _, metric = column.partition(" ")
@@ -248,15 +239,14 @@ def text_title(column: str) -> str:
 
 def perplexity_table(quality: Quality) -> str:
     """Perplexities, KL to dense and top-1 agreement; best in bold by the paired interval (log-ratio for perplexities)."""
-    rows = text_rows(quality)
     text = "# Perplexity, KL to dense, top-1 agreement\n\n"
-    if rows.empty:
+    if not quality.text_blocks:
         return text + "No such rows in this run.\n"
     text += (
         "Perplexity: lower is better. KL(dense || sparse) in nats per scored token: lower is better. Top-1 agreement "
         "with dense in percent: higher is better. " + _bold_rule()
     )
-    for block, settings in quality.blocks(rows):
+    for block, settings in quality.text_blocks:
         marked = unequal(settings)
         columns = sorted(columns_of(settings), key=text_order)
         best = {c: best_of(settings, *_on_task(quality, c), c.endswith("top1_agreement")) for c in columns}
