@@ -156,7 +156,7 @@ def _run(config: MatrixConfig, results: Path | None, out: Path | None, rerun: st
         rerun=_rerun(rerun),
         no_fit=no_fit,
         argv=sys.argv[1:],
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     finished = run_matrix(config, _world(config), LocalExecutor(), options, _say, report)
     return _tell(finished)
@@ -232,4 +232,6 @@ def benchmark(
 
 
 def _say(line: str) -> None:
-    typer.echo(line, err=True)
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)  # above the progress bar, if there is one

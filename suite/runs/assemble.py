@@ -72,13 +72,22 @@ class Assembly:
         self._dense = {cell.base: cell for cell in accuracy if cell.mode == "none"}
 
     def files(self) -> dict[str, bytes]:
-        """Content of accuracy.csv, samples.csv.gz, sparsity.csv and speed.csv."""
-        return {
+        """Content of accuracy.csv, samples.csv.gz, sparsity.csv, speed.csv and the logs of failed cells."""
+        return self._logs() | {
             "accuracy.csv": csv_bytes(schema.ACCURACY, _sorted(self._accuracy_rows(), schema.ACCURACY)),
             "samples.csv.gz": gzip_bytes(csv_bytes(schema.SAMPLES, self._sample_rows(), exact="value")),
             "sparsity.csv": csv_bytes(schema.SPARSITY, self._sparsity_rows()),
             "speed.csv": csv_bytes(schema.SPEED, _sorted(self._speed_rows(), schema.SPEED)),
         }
+
+    def _logs(self) -> dict[str, bytes]:
+        logs = {}
+        cells: list[AccuracyCell | TimedCell] = [*self._accuracy, *self._speed]
+        for cell in cells:
+            record = self._records[cell.key]
+            if record is not None and record["log"]:
+                logs[f"logs/{cell.id}.txt"] = f"{cell.label}\n{self._scrub.text(record['log'])}".encode()
+        return logs
 
     def _accuracy_rows(self) -> list[Row]:
         return [row for cell in self._accuracy for row in self._rows_of(cell)]
@@ -185,6 +194,7 @@ class Assembly:
             record = self._records[cell.key]
             common = {"run_id": self._run_id, "cell_id": cell.id}
             fields = {c: v for c, v in cell.key_fields.items() if c in schema.SPEED} | common
+            fields["sparsity_target"] = cell.case.sparsity
             if record is None:
                 rows.append(fields | _NOT_RUN)
                 continue

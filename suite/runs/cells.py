@@ -8,7 +8,16 @@ from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from suite.config import AccuracyBlock, CalibrationConfig, MatrixConfig, MethodConfig, ModelConfig, Scope, TaskConfig
+from suite.config import (
+    AccuracyBlock,
+    CalibrationConfig,
+    Estimator,
+    MatrixConfig,
+    MethodConfig,
+    ModelConfig,
+    Scope,
+    TaskConfig,
+)
 from suite.errors import InputError
 from suite.registry import get_method, method_class
 from suite.runs.store import canonical, sha256_of
@@ -29,6 +38,9 @@ class World(Protocol):
     """What keys are made of, as this machine has it; the runs' own is ``suite.runs.world.LocalWorld``."""
 
     device: Device
+
+    def speed_device(self, kind: str) -> Device | None:
+        """Device that speed cases of a kind, cpu or cuda, run on; None if there is none."""
 
     def model_name(self, spec: str) -> str:
         """Short name of a model for the tables."""
@@ -61,7 +73,7 @@ class FitRequest:
     method: str
     params: Mapping[str, Any] = field(hash=False)
     sparsity: float
-    estimator: str
+    estimator: Estimator
     calibration: str
     max_tokens: int
     seed: int
@@ -159,7 +171,7 @@ def _scopes(task: TaskSpec, block: AccuracyBlock) -> list[Scope]:
 
 def _settings(
     block: AccuracyBlock, calibration: CalibrationConfig, seed: int, place: str
-) -> Iterator[tuple[MethodConfig, Mode, float, str]]:
+) -> Iterator[tuple[MethodConfig, Mode, float, Estimator | None]]:
     """Settings (method, mode, sparsity, estimator) of a block, each checked by building its method."""
     for method in block.methods:
         cls = method_class(method.name)
@@ -167,7 +179,7 @@ def _settings(
             method = method.model_copy(update={"params": {**method.params, "seed": seed}})
         _check_params(method, place)
         if cls.modes == ("none",):
-            yield method, "none", 0.0, ""
+            yield method, "none", 0.0, None
             continue
         for mode, sparsity in product(block.modes, block.sparsities):
             if mode not in cls.modes:
@@ -179,7 +191,7 @@ def _settings(
                     "use mode ideal"
                 )
             get_method(method.name, sparsity=sparsity, **method.params)
-            for estimator in calibration.estimators if mode == "practical" else [""]:
+            for estimator in calibration.estimators if mode == "practical" else [None]:
                 yield method, mode, sparsity, estimator
 
 
@@ -200,11 +212,11 @@ def _cell(
     method: MethodConfig,
     mode: Mode,
     sparsity: float,
-    estimator: str,
+    estimator: Estimator | None,
     scope: CellScope,
 ) -> AccuracyCell:
     request = None
-    if mode == "practical":
+    if estimator is not None:
         calibration = config.calibration
         request = FitRequest(
             model.id, model.dtype, method.name, method.params, sparsity, estimator, calibration.source,

@@ -36,7 +36,8 @@ class LocalExecutor:
         """Time the cells of one group interleaved; one partial speed row a cell, in order."""
         from suite.speed.cases import run_group
 
-        return [dict(row) for row in run_group([cell.case for cell in cells])]
+        rows = run_group([cell.case for cell in cells], seed=cells[0].seed, progress=lambda label: None)
+        return [dict(row) for row in rows]
 
 
 class LocalSession:

@@ -49,6 +49,7 @@ def build_manifest(
         "config": resolved,
         "config_sha256": sha256_of(resolved),
         "git": provenance.git_state(),
+        "report_code": provenance.code_hash(provenance.REPORT_ROOMS),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": provenance.versions(),
@@ -110,6 +111,22 @@ def seal(folder: Path) -> None:
     manifest = read_manifest(folder)
     manifest["files"] = file_hashes(folder)
     write_atomically(folder / NAME, manifest_bytes(manifest))
+
+
+def is_same(folder: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> bool:
+    """Whether a sealed run folder already holds these files with a report by the same code, and nothing was changed."""
+    try:
+        old = read_manifest(folder)
+    except InputError:
+        return False
+    recorded = old.get("files") or {}
+    names = ("config_sha256", "report_code", "cells", "device", "packages")
+    return (
+        "REPORT.md" in recorded
+        and all(old.get(name) == manifest[name] for name in names)
+        and all(recorded.get(name) == hashlib.sha256(data).hexdigest() for name, data in files.items())
+        and recorded == file_hashes(folder)
+    )
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from suite.config import MatrixConfig
 from suite.errors import InputError
 from suite.runs import provenance
 from suite.runs.cells import World, expand
-from suite.runs.manifest import build_manifest, manifest_bytes
+from suite.runs.manifest import build_manifest, is_same, manifest_bytes
 from suite.runs.runner import Executor, Matrix, Rerun, Runner, Say
 from suite.runs.speed_cells import expand_speed
 from suite.runs.store import CellStore, write_atomically
@@ -124,6 +124,12 @@ def make_fits(config: MatrixConfig, world: World, executor: Executor, results: P
     return len(cells)
 
 
+def _remove_stale_logs(folder: Path, files: Mapping[str, bytes]) -> None:
+    for path in folder.glob("logs/*.txt"):
+        if path.relative_to(folder).as_posix() not in files:
+            path.unlink()
+
+
 def _write(
     config: MatrixConfig,
     world: World,
@@ -148,9 +154,12 @@ def _write(
     assembly = Assembly(run_id, matrix.accuracy, matrix.speed, records, scrub)
     manifest = build_manifest(run_id, config, matrix, records, world.device, scrub, options.argv)
     with store.lock(f"run-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}"):
-        for name, data in assembly.files().items():
-            write_atomically(folder / name, data)
-        write_atomically(folder / "manifest.json", manifest_bytes(manifest))
-        report(folder)
+        files = assembly.files()
+        if not is_same(folder, files, manifest):  # a finished run repeated: its report takes longer than all the rest
+            _remove_stale_logs(folder, files)
+            for name, data in files.items():
+                write_atomically(folder / name, data)
+            write_atomically(folder / "manifest.json", manifest_bytes(manifest))
+            report(folder)
     states = [record["status"] if record else "missing" for record in records.values()]
     return Finished(folder, *(states.count(state) for state in ("ok", "skipped", "failed", "missing")))

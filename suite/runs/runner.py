@@ -119,7 +119,15 @@ class Runner:
         self._say(f"{len(self._matrix.keys)} cells: {cached} cached, {total} to run")
         if not total:
             return
-        with tqdm(total=total, unit="cell", disable=not self._progress, file=sys.stderr, dynamic_ncols=True) as bar:
+        quiet_s = 0.1 if sys.stderr.isatty() else 30  # a log file gets a line of progress now and then
+        with tqdm(
+            total=total,
+            unit="cell",
+            disable=not self._progress,
+            file=sys.stderr,
+            mininterval=quiet_s,
+            dynamic_ncols=True,
+        ) as bar:
             for _, cells in groupby(accuracy, key=lambda cell: cell.load_group):
                 self._run_model(list(cells), bar)
             for group in speed:

@@ -72,6 +72,10 @@ class LocalWorld:
             prepare_model(ref, say)
             self.model.cache_clear()
 
+    def speed_device(self, kind: str) -> provenance.Device | None:
+        """Device that speed cases of a kind run on, whatever the device of the accuracy cells; None if there is none."""
+        return provenance.cpu() if kind == "cpu" else provenance.gpu()
+
     def model_name(self, spec: str) -> str:
         """Short name of a model for the tables."""
         return self.model(spec).name

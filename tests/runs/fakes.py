@@ -45,6 +45,9 @@ class FakeWorld:
     def model(self, spec: str) -> ModelRef:
         return ModelRef(spec, "folder", spec.upper() + "-135M", Path(spec), True, "", 1000)
 
+    def speed_device(self, kind: str) -> Device | None:
+        return self.device if kind == "cpu" else None
+
     def model_name(self, spec: str) -> str:
         return spec.upper()
 
@@ -75,6 +78,7 @@ class FakeExecutor:
         self.loads: list[str] = []
         self.ran: list[str] = []
         self.fitted: list[str] = []
+        self.timed: list[list[str]] = []
         self.fit_text = "fit"
 
     @contextlib.contextmanager
@@ -117,4 +121,13 @@ class FakeExecutor:
         return Outcome([row], layers, samples)
 
     def time(self, cells: Sequence[Any]) -> list[dict[str, Any]]:
-        return [{"latency_us_median": 1.0, "status": "ok"} for _ in cells]
+        self.timed.append([cell.label for cell in cells])
+        rows = []
+        for cell in cells:
+            failed = any(text in cell.label for text in self.fail)
+            status = {"status": "failed", "reason": "check failed"} if failed else {"status": "ok", "reason": ""}
+            median = None if failed else random.Random(cell.key).uniform(1, 100)
+            rows.append(
+                {"sparsity_target": cell.case.sparsity, "latency_us_median": median, "check": "passed"} | status
+            )
+        return rows

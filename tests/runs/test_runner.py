@@ -68,12 +68,16 @@ def test_failed_cells_are_recorded_and_retried_only_when_told(tmp_path):
     store = CellStore(tmp_path)
     records = [store.get(path.name.removesuffix(".json.gz")) for path in tmp_path.glob("cells/*/*.json.gz")]
     assert ["Traceback" in record["log"] for record in records if record["status"] == "failed"] == [True]
+    (log,) = finished.folder.glob("logs/*.txt")
+    assert log.stem == failed[0]["cell_id"]
+    assert log.read_text().startswith("B t1 cats ideal 0.5 scored\nTraceback")
 
     executor = FakeExecutor()
     assert go(tmp_path, executor).n_failed == 1
     assert executor.ran == []
     assert go(tmp_path, executor, rerun="failed").n_failed == 0
     assert executor.ran == ["B t1 cats ideal 0.5 scored"]
+    assert not list(finished.folder.glob("logs/*.txt"))
 
 
 def test_a_model_that_does_not_load_fails_its_cells_and_no_others(tmp_path):
@@ -223,7 +227,7 @@ def test_csvs_have_the_columns_of_the_schema_and_no_machine_path(tmp_path):
     assert list(rows(finished.folder, "sparsity.csv")[0]) == schema.SPARSITY
     with gzip.open(finished.folder / "samples.csv.gz", "rt") as file:
         assert next(csv.reader(file)) == schema.SAMPLES
-    for path in finished.folder.iterdir():
+    for path in filter(Path.is_file, finished.folder.rglob("*")):
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         assert str(results).encode() not in data
         assert str(Path.home()).encode() + b"/" not in data
@@ -245,3 +249,78 @@ def test_sealed_folder_verifies_and_a_changed_one_does_not(tmp_path):
     assert any("extra.txt: is not in the manifest" in problem for problem in problems)
     assert any("speed.csv: is missing" in problem for problem in problems)
     assert set(file_hashes(folder)) == {"accuracy.csv", "samples.csv.gz", "sparsity.csv", "extra.txt"}
+
+
+SPEED = {"shapes": ["embedded"], "methods": ["dense", "cats", "given"], "sparsities": [0.5, 0.9], "threads": [1]}
+
+
+def timing(**changes):
+    return matrix(accuracy=[], models=[], speed=[SPEED | changes])
+
+
+def test_speed_cells_of_a_group_are_timed_together_and_cached(tmp_path):
+    executor = FakeExecutor()
+    finished = go(tmp_path, executor, timing(shapes=["embedded", "llama-3.1-8b"]))
+    assert finished.n_ok == 10
+    assert [len(group) for group in executor.timed] == [5, 5]
+    table = rows(finished.folder, "speed.csv")
+    assert {(row["device_name"], row["threads"], row["status"]) for row in table} == {("fake", "1", "ok")}
+    go(tmp_path, executor, timing(shapes=["embedded", "llama-3.1-8b"]))
+    assert len(executor.timed) == 2
+
+
+def test_one_missing_case_times_its_whole_group_again(tmp_path):
+    executor = FakeExecutor()
+    go(tmp_path, executor, timing(sparsities=[0.5]))
+    go(tmp_path, executor, timing())
+    assert [len(group) for group in executor.timed] == [3, 5]
+
+
+def test_a_failed_check_has_no_time(tmp_path):
+    finished = go(tmp_path, FakeExecutor(fail=["cats s=0.9"]), timing())
+    assert (finished.n_ok, finished.n_failed) == (4, 1)
+    failed = [row for row in rows(finished.folder, "speed.csv") if row["status"] == "failed"]
+    assert [(row["method"], row["latency_us_median"], row["reason"]) for row in failed] == [
+        ("cats", "", "check failed")
+    ]
+    executor = FakeExecutor()
+    assert go(tmp_path, executor, timing(), rerun="failed").n_failed == 0
+    assert [len(group) for group in executor.timed] == [5]
+
+
+def test_cases_without_a_gpu_are_rows_with_a_reason(tmp_path, monkeypatch):
+    """The real timing room, which looks for the GPU before anything else."""
+    from suite.runs.executor import LocalExecutor
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = timing(backends=["torch", "numba-cuda"], dtypes=["bfloat16"])
+    finished = run(config, FakeWorld(), LocalExecutor(), Options(tmp_path))
+    assert finished.n_skipped == 5
+    for row in rows(finished.folder, "speed.csv"):
+        assert (row["status"], row["latency_us_median"]) == ("skipped", "")
+        assert "no CUDA device" in row["reason"]
+
+
+def test_a_finished_run_repeated_leaves_its_sealed_folder_alone(tmp_path):
+    reports = []
+
+    def report(folder):
+        reports.append(folder)
+        (folder / "REPORT.md").write_text("report")
+        seal(folder)
+
+    def again():
+        return run(matrix(), FakeWorld(), FakeExecutor(), Options(tmp_path), report=report)
+
+    folder = again().folder
+    manifest = (folder / "manifest.json").read_bytes()
+    again()
+    assert len(reports) == 1
+    assert (folder / "manifest.json").read_bytes() == manifest
+    (folder / "REPORT.md").write_text("changed by hand")
+    again()
+    assert len(reports) == 2
+    (folder / "accuracy.csv").unlink()
+    again()
+    assert len(reports) == 3
+    assert verify_files(folder) == []
