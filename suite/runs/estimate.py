@@ -48,6 +48,9 @@ class Models(Protocol):
     def model(self, spec: str) -> ModelRef:
         """Resolve a model without loading it."""
 
+    def speed_device(self, kind: str) -> Device | None:
+        """Device that speed cases of a kind run on."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -91,10 +94,25 @@ def estimate(matrix: Matrix, store: CellStore, world: Models, results: Path) -> 
     room = psutil.disk_usage(str(_existing(results))).free
     if download > room:
         missing.append(f"disk: {download / 2**30:.0f} GiB to download, {room / 2**30:.0f} GiB free")
+    missing += _elsewhere(todo, matrix, world)
     n_failed = states.count("failed")
     n_missing = states.count("missing")
     n_ok = len(states) - n_failed - n_missing
     return Estimate(len(states), n_ok, n_failed, n_missing, seconds, memory, download, missing, blocking)
+
+
+def _elsewhere(todo: Sequence[AccuracyCell], matrix: Matrix, world: Models) -> list[str]:
+    """Data that only the hub has while it is offline, and speed cases without their GPU."""
+    lines = []
+    tasks = list(dict.fromkeys(cell.task.name for cell in todo if cell.task.source == "hub"))
+    if tasks and settings.hub_offline():
+        lines.append(
+            f"data: {', '.join(tasks)} come from the hub, which is offline: give --data-dir, unless they are in its cache"
+        )
+    n_gpu = sum(cell.case.device == "cuda" for cell in matrix.speed)
+    if n_gpu and world.speed_device("cuda") is None:
+        lines.append(f"gpu: there is none here; {n_gpu} speed cells are recorded as skipped")
+    return lines
 
 
 def _existing(folder: Path) -> Path:

@@ -33,6 +33,7 @@ _MANIFEST_PACKAGES = (
 )  # fmt: skip
 
 
+@cache
 def version(package: str) -> str:
     """Installed version of a distribution, "" if it is not installed."""
     try:
