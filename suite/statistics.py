@@ -172,23 +172,25 @@ def bootstrap_interval(
     tuple of (value, low, high)
         low and high are None where a task has fewer than two units, or where the quantity is not finite.
     """
-    value = float(quantity([task.means() for task in tasks]))
+    with np.errstate(divide="ignore", invalid="ignore"):  # a ratio to a system that gets nothing right
+        value = float(quantity([task.means() for task in tasks]))
     if not np.isfinite(value) or any(task.n_units < 2 for task in tasks):
         return value, None, None
 
     def resampled(*indices: NDArray[np.intp], axis: int = -1) -> FloatArray:
         return np.asarray(quantity([task.means(index) for task, index in zip(tasks, indices, strict=True)]))
 
-    result = stats.bootstrap(
-        [np.arange(task.n_units) for task in tasks],
-        resampled,
-        n_resamples=n_resamples,
-        batch=max(1, _BATCH_ELEMENTS // sum(task.n_units for task in tasks)),
-        vectorized=True,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        result = stats.bootstrap(
+            [np.arange(task.n_units) for task in tasks],
+            resampled,
+            n_resamples=n_resamples,
+            batch=max(1, _BATCH_ELEMENTS // sum(task.n_units for task in tasks)),
+            vectorized=True,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
     low, high = (float(end) for end in result.confidence_interval)
     return (value, low, high) if np.isfinite(low) and np.isfinite(high) else (value, None, None)
 

@@ -134,6 +134,16 @@ def test_average_over_tasks_resamples_within_each_task():
     assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.12)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_ratio_to_nothing_has_no_interval():
+    tasks = [Units.of([[1, 1, 0, 1], [0, 0, 0, 0]])]
+    value, low, high = bootstrap_interval(tasks, lambda means: means[0][0] / means[0][1])
+    assert (value, low, high) == (math.inf, None, None)
+    tasks = [Units.of([[1, 1, 0, 1], [0, 0, 1, 0]])]  # a resample without the third document
+    value, low, high = bootstrap_interval(tasks, lambda means: means[0][0] / means[0][1])
+    assert (value, low, high) == (3.0, None, None)
+
+
 @given(own=binary, seed=st.integers(0, 5))
 @settings(max_examples=25, deadline=None)
 def test_swapping_the_systems_turns_the_sign_round(own, seed):

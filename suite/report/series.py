@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from suite.report.frames import Average, Blocks, Quality, cell_value, number, task_order
@@ -107,7 +108,7 @@ def quality_per_task(material: Material) -> pd.DataFrame:
         task in tasks.get((model, scope), [])
         for model, scope, task in zip(frame["model"], frame["scope"], frame["task"], strict=True)
     ]
-    return frame[keep].reset_index(drop=True)
+    return frame[np.array(keep, dtype=bool)].reset_index(drop=True)
 
 
 def perplexities(material: Material) -> pd.DataFrame:
@@ -116,7 +117,7 @@ def perplexities(material: Material) -> pd.DataFrame:
     sparse = frame[frame["method"] != "dense"]
     pairs = set(zip(sparse["model"], sparse["scope"], sparse["task"], strict=True))
     keep = [key in pairs for key in zip(frame["model"], frame["scope"], frame["task"], strict=True)]
-    return frame[keep].reset_index(drop=True)
+    return frame[np.array(keep, dtype=bool)].reset_index(drop=True)
 
 
 def speed_ups(material: Material) -> pd.DataFrame:

@@ -271,3 +271,30 @@ def manifest(**more: Any) -> dict[str, Any]:
         "models": {MODEL: {"weights": "a" * 64, "dtype": "float32"}},
         "data": {"pack_grammar": "d" * 16},
     } | more
+
+
+Setting = tuple[str, str, float, float]  # method, mode, target, realised
+
+
+def hand_run(
+    folder: Path, answers: dict[Setting, dict[str, list[float]]], metric: str = "acc", chance: float = 0.25, **more: Any
+) -> Path:
+    """A run of hand-made answers, one list of document values per setting and task (for perplexity: nats, one token)."""
+    accuracy, samples = [], []
+    dense = next(tasks for (method, *_), tasks in answers.items() if method == "dense")
+    for (method, mode, target, realized), tasks in answers.items():
+        for task, values in tasks.items():
+            row = accuracy_row(method, task, metric, statistic(values, None, metric), mode=mode, sparsity=target)
+            row |= {"sparsity_realized": realized, "stderr": standard_error(values, None, metric)}
+            row |= {"chance": chance if metric != "perplexity" else "", "n_samples": len(values)}
+            if method != "dense":
+                delta = paired_delta(values, None, dense[task], None, metric)
+                row |= dict(zip(("delta_dense", "delta_ci_low", "delta_ci_high"), delta, strict=True))
+            accuracy.append(row)
+            samples += [(str(row["cell_id"]), task, str(i), metric, v) for i, v in enumerate(values)]
+    return write_run(folder, accuracy, samples, manifest=manifest(), **more)
+
+
+def hits(n: int, of: int = 100) -> list[float]:
+    """n right answers, then wrong ones: runs of equal length share their documents."""
+    return [1.0] * n + [0.0] * (of - n)

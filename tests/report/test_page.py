@@ -1,0 +1,184 @@
+"""The whole report of a realistic run, of unfinished ones, and the check that it follows from the files."""
+
+import hashlib
+import itertools
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from suite.errors import InputError
+from suite.report import figures, style
+from suite.report.load import load_results
+from suite.report.page import rebuild_problems, write_report
+from suite.report.series import Material
+from tests.report.synthetic import accuracy_row, hand_run, hits, manifest, speed_rows, write_run
+
+DENSE = ("dense", "none", 0.0, 0.0)
+
+
+@pytest.fixture
+def copy(reported, tmp_path):
+    return shutil.copytree(reported, tmp_path / "copy")
+
+
+def hashes(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file()}
+
+
+def test_every_part_is_there(reported):
+    page = (reported / "REPORT.md").read_text()
+    for heading in ("In short", "Claims of the abstract", "Figures", "Tables", "Failed and skipped", "Provenance"):
+        assert f"## {heading}" in page
+    assert "smoke-level instrument" in page
+    assert "out of domain" in page
+    assert "no CUDA device" in page
+    for target in re.findall(r"\]\(([^)]+)\)", page):
+        assert (reported / target).is_file(), target
+    assert {p.stem for p in (reported / "figures").glob("*.png")} == set(figures.FIGURES)
+    assert len(load_results(reported).claims) > 20
+    assert not re.search(r"\bnan\b", page)
+
+
+def test_the_report_follows_from_the_files(reported):
+    assert rebuild_problems(reported) == []
+
+
+def test_what_was_changed_by_hand_is_found(copy):
+    claims = pd.read_csv(copy / "claims.csv", dtype=str, keep_default_na=False)
+    claims.loc[claims["value"] != "", "value"] = "0.9"
+    claims.to_csv(copy / "claims.csv", index=False)
+    table = copy / "tables" / "accuracy.md"
+    table.write_text(table.read_text().replace("| dense | 0 |", "| dense | 1 |"))
+    (copy / "figures" / "quality_vs_bytes.png").unlink()
+    (copy / "figures" / "sparsity_per_layer.csv").unlink()
+    problems = "\n".join(rebuild_problems(copy))
+    assert re.search(r"claims\.csv: .* column value: '0.9', expected", problems)
+    assert "tables/accuracy.md: is not what the run's CSVs give" in problems
+    assert "figures/quality_vs_bytes.csv: has no .png" in problems
+    assert "figures/sparsity_per_layer.csv: is missing" in problems
+    assert len(problems.splitlines()) == 4
+
+
+def test_a_changed_value_in_the_csv_shows_in_the_report(copy):
+    frame = pd.read_csv(copy / "accuracy.csv", dtype=str, keep_default_na=False)
+    frame.loc[0, "value"] = "0.999"
+    frame.to_csv(copy / "accuracy.csv", index=False)
+    assert any(problem.startswith("tables/") for problem in rebuild_problems(copy))
+
+
+def test_figures_are_the_same_bytes_each_time(reported, tmp_path):
+    data = pd.read_csv(reported / "figures" / "sparsity_per_layer.csv")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        drawn = figures.draw("sparsity_per_layer", data)
+        style.save(drawn, tmp_path / name / "figure")
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+    assert b"<dc:date>" not in (tmp_path / "a" / "figure.svg").read_bytes()
+
+
+def test_dense_stands_once_in_the_figures_data(reported):
+    for name in ("quality_vs_sparsity", "quality_per_task", "perplexity_vs_sparsity"):
+        data = pd.read_csv(reported / "figures" / f"{name}.csv")
+        assert not data.drop(columns=["value"]).duplicated().any()
+    averages = pd.read_csv(reported / "figures" / "quality_vs_sparsity.csv")
+    assert len(averages) == 28
+    assert (averages["method"] == "dense").sum() == 1
+
+
+def test_sparsity_per_layer_is_weighted_by_tokens(tmp_path):
+    rows = [accuracy_row("cats", t, "acc", 0.5, mode="practical", cell_id=t) for t in ("a", "b")]
+    layers = [
+        {"cell_id": cell, "layer": 0, "sparsity_target": 0.8, "sparsity_realized": value, "n_tokens": n}
+        for cell, value, n in (("a", 0.9, 100), ("b", 0.7, 300))
+    ]
+    run = write_run(tmp_path, rows, sparsity=layers, manifest=manifest())
+    write_report(run)
+    data = pd.read_csv(run / "figures" / "sparsity_per_layer.csv")
+    assert data["sparsity_realized"].tolist() == [pytest.approx(0.75)]
+
+
+@pytest.mark.parametrize("part", ["nothing", "speed", "missing", "dense", "no manifest"])
+def test_unfinished_runs_are_reported(tmp_path, part):
+    if part == "nothing":
+        run = write_run(tmp_path, manifest=manifest())
+    elif part == "speed":
+        run = write_run(tmp_path, speed=speed_rows(), manifest=manifest())
+    elif part == "missing":
+        row = accuracy_row("cats", "pack_grammar", "", "", status="missing", reason="not run yet", chance="")
+        run = write_run(tmp_path, [row], [], manifest=manifest())
+    elif part == "dense":
+        run = hand_run(tmp_path, {DENSE: {"pack_grammar": hits(50)}})
+    else:
+        run = hand_run(tmp_path, {("cats", "ideal", 0.8, 0.8): {"a": hits(9)}, DENSE: {"a": hits(50)}})
+        (run / "manifest.json").unlink()
+    page = write_report(run).read_text()
+    assert rebuild_problems(run) == []
+    expected = {
+        "nothing": "Cells: none yet.",
+        "speed": "Speed, llama-3.1-8b",
+        "missing": "1 missing. The run is not finished",
+        "dense": "1 ok",
+        "no manifest": "There is no manifest.json",
+    }
+    assert expected[part] in page
+
+
+def test_a_value_that_is_not_finite_is_no_number(tmp_path):
+    rows = [accuracy_row("dense", "a", "acc", 0.9), accuracy_row("cats", "a", "acc", "nan")]
+    page = write_report(write_run(tmp_path, rows, manifest=manifest())).read_text()
+    assert not re.search(r"\bnan\b", page)
+
+
+def test_an_earlier_reports_leftovers_go_and_other_files_stay(copy):
+    (copy / "speed.csv").unlink()
+    (copy / "figures" / "mine.png").write_bytes(b"")
+    write_report(copy)
+    assert not list(copy.glob("figures/speedup_vs_sparsity.*"))
+    assert not (copy / "tables" / "speed.md").exists()
+    assert (copy / "figures" / "mine.png").exists()
+    assert rebuild_problems(copy) == []
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    run = hand_run(tmp_path, {DENSE: {"a": hits(50)}})
+    (run / "tables").write_text("in the way")
+    with pytest.raises(InputError, match="cannot write the report into"):
+        write_report(run)
+
+
+def test_losses_are_listed_as_plainly_as_wins(tmp_path):
+    answers = {
+        DENSE: {"pack_last_word": hits(90)},
+        ("cats", "ideal", 0.8, 0.8): {"pack_last_word": hits(80)},
+        ("m-countdown", "ideal", 0.8, 0.8): {"pack_last_word": hits(50)},
+    }
+    page = write_report(hand_run(tmp_path, answers)).read_text()
+    line = next(line for line in page.splitlines() if line.startswith("| m-countdown against cats"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:4] == ["0", "1", "0"]
+    assert cells[4].startswith("pack_last_word ideal 0.8 -30.0 [")
+
+
+def test_measured_speed_up_stands_beside_quality_only_for_the_same_model(reported, tmp_path):
+    data = pd.read_csv(reported / "figures" / "quality_vs_bytes.csv")
+    measured = data[data["quantity"].str.startswith("speed-up")]
+    assert set(measured["method"]) == {"cats", "m-countdown", "given"}
+    assert len(measured) == 12  # the embedded shape, not the Llama one
+    run = shutil.copytree(reported, tmp_path / "copy")
+    config = manifest(config={"models": [{"id": "owner/other"}]})
+    write_run(run, manifest=config)
+    found = figures.FIGURES["quality_vs_bytes"][0](Material(load_results(run)))
+    assert not found["quantity"].str.startswith("speed-up").any()
+
+
+@given(places=st.lists(st.floats(0, 1), max_size=12), gap=st.floats(0.01, 0.2))
+def test_labels_are_pushed_apart_and_keep_their_order(places, gap):
+    moved = style.spread(sorted(places), gap)
+    assert len(moved) == len(places)
+    assert all(b - a >= gap * (1 - 1e-9) for a, b in itertools.pairwise(moved))
+    assert np.mean(moved or [0]) == pytest.approx(np.mean(sorted(places) or [0]), abs=1e-9)

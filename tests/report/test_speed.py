@@ -1,0 +1,68 @@
+"""Speed rows: reference, bound, efficiency, rows without a time."""
+
+import numpy as np
+import pytest
+
+from suite.report.load import load_results
+from suite.report.speed import speed_rows_table, speed_table, with_speed_up
+from tests.report.synthetic import manifest, speed_row, write_run
+
+
+def frame(tmp_path, *rows):
+    return with_speed_up(load_results(write_run(tmp_path / "run", speed=list(rows), manifest=manifest())).speed)
+
+
+def by(found, method, **wanted):
+    for column, value in {"method": method, **wanted}.items():
+        found = found[found[column] == value]
+    assert len(found) == 1
+    return found.iloc[0]
+
+
+def test_the_reference_is_the_fastest_dense_of_the_same_shape_and_clock(tmp_path):
+    found = frame(
+        tmp_path,
+        speed_row("dense", 0.0, 100.0, variant="eager", clock="event"),
+        speed_row("dense", 0.0, 90.0, variant="graph", clock="graph"),
+        speed_row("dense", 0.0, 50.0, variant="graph", clock="graph", dtype="bfloat16"),
+        speed_row("dense", 0.0, 10.0, variant="compile", clock="graph", status="failed", reason="check"),
+        speed_row("cats", 0.9, 45.0, clock="graph"),
+        speed_row("m-countdown", 0.9, 45.0, clock="event"),
+        speed_row("given", 0.9, 45.0, clock="wall"),
+    )
+    assert (by(found, "cats")["speed_up"], by(found, "cats")["against"]) == (2.0, "torch graph, graph")
+    assert by(found, "m-countdown")["speed_up"] == pytest.approx(100 / 45)
+    assert by(found, "given")["speed_up"] == 2.0  # no dense row of this clock: the fastest of any
+    assert np.isnan(by(found, "dense", status="failed")["speed_up"])
+
+
+def test_bound_times_efficiency_is_the_speed_up(tmp_path):
+    found = frame(tmp_path, speed_row("dense", 0.0, 50000.0), speed_row("m-countdown", 0.9, 18000.0))
+    row = by(found, "m-countdown")
+    assert row["bound"] * row["efficiency"] == pytest.approx(row["speed_up"], rel=1e-12)
+    assert row["bytes_share"] == pytest.approx((3 - 1.8) / 3)
+    # quartiles of the fixture: .98 and 1.03 of the median
+    assert row["speed_up_low"] == pytest.approx(0.98 / 1.03 * row["speed_up"])
+    assert row["speed_up_high"] == pytest.approx(1.03 / 0.98 * row["speed_up"])
+
+
+def test_failed_and_skipped_rows_have_a_reason_and_no_time(tmp_path):
+    found = frame(
+        tmp_path,
+        speed_row("dense", 0.0, 50.0),
+        speed_row("cats", 0.9, 20.0) | {"status": "failed", "reason": "error 3e-2 above 1e-5"},
+        speed_row("m-countdown", 0.9, 20.0, backend="numba-cuda", device_name="")
+        | {"status": "skipped", "reason": "no CUDA device", "latency_us_median": ""},
+        speed_row("given", 0.9, 10.0),
+    )
+    for table in (speed_table(found), speed_rows_table(found)):
+        assert "failed (numba-cpu): error 3e-2 above 1e-5: cats 0.9." in table
+        assert "skipped (numba-cuda): no CUDA device: m-countdown 0.9." in table
+        assert "5.00" in table
+        assert "| cats" not in table
+
+
+def test_no_dense_row_no_speed_up(tmp_path):
+    found = frame(tmp_path, speed_row("cats", 0.9, 20.0))
+    assert np.isnan(found["speed_up"].iloc[0])
+    assert "| cats" in speed_rows_table(found)

@@ -1,0 +1,165 @@
+"""Tables of hand-made runs with known answers."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from suite.report.frames import Quality, above_chance
+from suite.report.load import load_results
+from suite.report.tables import accuracy_table, chance_table, delta_table, perplexity_table
+from suite.report.text import MISSING
+from tests.report.synthetic import accuracy_row, hand_run, hits, manifest, write_run
+
+DENSE = ("dense", "none", 0.0, 0.0)
+
+
+def ideal(method):
+    return (method, "ideal", 0.8, 0.8)
+
+
+def row(table, method):
+    """Cells of a method's row in the last block."""
+    line = next(line for line in reversed(table.splitlines()) if line.startswith(f"| {method} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def quality(folder):
+    return Quality(load_results(folder))
+
+
+def test_best_is_bold_only_beyond_the_interval(tmp_path):
+    # clear: 40 documents apart; close: 1 of 100 documents, whose interval [-.03, .0] ends at 0
+    answers = {
+        DENSE: {"clear": hits(90), "close": hits(90)},
+        ideal("random"): {"clear": hits(25), "close": hits(25)},
+        ideal("cats"): {"clear": hits(40), "close": hits(79)},
+        ideal("m-countdown"): {"clear": hits(80), "close": hits(80)},
+    }
+    table = accuracy_table(quality(hand_run(tmp_path, answers)))
+    assert row(table, "m-countdown") == ["m-countdown", "0.800", "**80.0**", "80.0", "**80.0**"]
+    assert row(table, "cats") == ["cats", "0.800", "40.0", "79.0", "59.5"]
+    assert row(table, "dense")[2:] == ["90.0", "90.0", "90.0"]
+
+
+def test_a_better_average_needs_its_own_interval(tmp_path):
+    better, worse = hits(60), [1.0 - v for v in hits(60)]  # on other documents: the difference is not settled
+    answers = {
+        DENSE: {"task": hits(90)},
+        ideal("cats"): {"task": [*worse[:50], *hits(10, 50)]},
+        ideal("m-countdown"): {"task": [*better[:30], *worse[30:]]},
+    }
+    table = accuracy_table(quality(hand_run(tmp_path, answers)))
+    assert "**" in row(table, "m-countdown")[2]  # 70 against 10
+    answers[ideal("cats")] = {"task": [1.0 - v for v in hits(35)]}
+    table = accuracy_table(quality(hand_run(tmp_path / "b", answers)))
+    assert "**" not in table.partition("###")[2]
+
+
+def test_practical_methods_of_unequal_realised_sparsity_are_marked_and_not_compared(tmp_path):
+    answers = {
+        DENSE: {"task": hits(90)},
+        ideal("random"): {"task": hits(25)},
+        ("cats", "practical", 0.8, 0.78): {"task": hits(20)},
+        ("m-countdown", "practical", 0.8, 0.8): {"task": hits(80)},
+    }
+    table = accuracy_table(quality(hand_run(tmp_path, answers)))
+    assert row(table, "cats")[1:3] == ["0.780 ≠", "20.0"]
+    assert row(table, "m-countdown")[1:3] == ["0.800 ≠", "80.0"]
+    assert "cats 0.780, m-countdown 0.800" in table
+    assert "random (ideal)" in table
+    answers[("cats", "practical", 0.8, 0.79)] = answers.pop(("cats", "practical", 0.8, 0.78))
+    table = accuracy_table(quality(hand_run(tmp_path / "equal", answers)))
+    assert row(table, "m-countdown")[1:3] == ["0.800", "**80.0**"]
+
+
+def test_failed_and_missing_cells_are_no_numbers(tmp_path):
+    answers = {
+        DENSE: {"a": hits(90), "b": hits(90)},
+        ideal("cats"): {"a": hits(40)},
+        ideal("m-countdown"): {"a": hits(80), "b": hits(80)},
+    }
+    run = hand_run(tmp_path, answers)
+    text = (run / "accuracy.csv").read_text()
+
+    failed = accuracy_row("cats", "b", "", "", status="failed", reason="NaN in the logits of layer 3", chance="")
+    missing = accuracy_row("d-countdown", "a", "", "", status="missing", reason="not run yet")
+    rows = pd.DataFrame([failed, missing]).reindex(columns=text.splitlines()[0].split(","))
+    rows.to_csv(run / "accuracy.csv", mode="a", header=False, index=False)
+    table = accuracy_table(quality(run))
+    assert row(table, "cats") == ["cats", "0.800", "40.0", "failed", MISSING]
+    assert row(table, "d-countdown")[2:] == [MISSING, MISSING, MISSING]
+    assert "cats on b: NaN in the logits of layer 3" in table
+
+
+def test_the_summary_takes_acc_norm_then_acc_then_exact_match(tmp_path):
+    rows = [
+        accuracy_row("cats", "a", "acc", 0.1),
+        accuracy_row("cats", "a", "acc_norm", 0.2),
+        accuracy_row("cats", "b", "exact_match", 0.3, filter="flexible-extract"),
+        accuracy_row("cats", "b", "exact_match", 0.4, filter="strict-match"),
+        accuracy_row("cats", "c", "word_perplexity", 30.0),
+    ]
+    table = accuracy_table(quality(write_run(tmp_path, rows, manifest=manifest())))
+    assert "a (acc_norm) | b (exact_match) | average" in table
+    assert row(table, "cats")[2:] == ["20.0", "40.0", "30.0"]
+
+
+def test_share_of_above_chance_accuracy_kept(tmp_path):
+    answers = {
+        DENSE: {"good": hits(85), "poor": hits(27)},
+        ideal("cats"): {"good": hits(55), "poor": hits(25)},
+    }
+    table = chance_table(quality(hand_run(tmp_path, answers)))
+    assert row(table, "cats") == ["cats", "50", MISSING, "50"]  # (.55 - .25) / (.85 - .25)
+    assert "poor: empty, dense 27.0 is not 3 standard errors (4.5) above chance 25.0" in table
+
+
+@pytest.mark.parametrize(("value", "fine"), [(0.40, True), (0.399, False)])
+def test_three_standard_errors_above_chance_is_the_border(value, fine):
+    cell = {"value": value, "stderr": 0.04999, "chance": 0.25, "status": "ok"}
+    assert above_chance(cell)[0] is fine
+
+
+def test_differences_to_dense_come_from_the_rows_and_the_average_from_the_samples(tmp_path):
+    answers = {
+        DENSE: {"a": hits(90), "b": hits(50)},
+        ideal("cats"): {"a": hits(80), "b": hits(50)},
+    }
+    cells = row(delta_table(quality(hand_run(tmp_path, answers))), "cats")
+    assert cells[1].startswith("-10.0 [-1")
+    assert cells[2] == "+0.0 [+0.0, +0.0]"
+    assert cells[3].startswith("-5.0 [")
+
+
+def test_the_lowest_perplexity_is_best(tmp_path):
+    rng = np.random.default_rng(0)
+    base = rng.normal(3, 0.3, 60)
+    answers = {
+        DENSE: {"decode_perplexity": list(base)},
+        ideal("cats"): {"decode_perplexity": list(base + 1.0)},
+        ideal("m-countdown"): {"decode_perplexity": list(base + 0.5)},
+    }
+    table = perplexity_table(quality(hand_run(tmp_path, answers, metric="perplexity")))
+    value = np.exp(base.mean() + 0.5)
+    assert row(table, "m-countdown")[2] == f"**{value:.2f}**"
+    assert row(table, "cats")[2] == f"{np.exp(base.mean() + 1.0):.2f}"
+
+
+def test_settings_of_one_method_are_told_apart(tmp_path):
+    answers = {DENSE: {"task": hits(90)}, ("cats", "practical", 0.8, 0.8): {"task": hits(70)}}
+    run = hand_run(tmp_path, answers)
+
+    frame = pd.read_csv(run / "accuracy.csv", dtype=str, keep_default_na=False)
+    frame.loc[frame["method"] == "cats", "estimator"] = "calibrated"
+    other = frame[frame["method"] == "cats"].assign(estimator="mean-kth", cell_id="other", value="0.6")
+    pd.concat([frame, other]).to_csv(run / "accuracy.csv", index=False)
+    table = accuracy_table(quality(run))
+    assert row(table, "cats (calibrated)")[2] == "70.0"
+    assert row(table, "cats (mean-kth)")[2] == "60.0"
+
+
+def test_without_samples_nothing_is_bold(tmp_path):
+    run = hand_run(tmp_path, {DENSE: {"t": hits(90)}, ideal("cats"): {"t": hits(10)}, ideal("random"): {"t": hits(1)}})
+    assert "**10.0**" in accuracy_table(quality(run))
+    (run / "samples.csv.gz").unlink()
+    assert "**" not in accuracy_table(quality(run)).partition("###")[2]
