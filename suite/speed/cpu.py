@@ -34,6 +34,7 @@ Array = NDArray[np.float32]
 
 _BUDGET_S = 0.6  # of timing a case, beside the rounds that are always run
 _MIN_LAYERS = 2
+_MIN_WORKING_SET = 256 << 20
 FIRST = {"cats": "gate", "m-countdown": "up"}
 
 
@@ -206,10 +207,10 @@ def check(case: SpeedCase, bound: Bound, data: LayerData, x: Array, reference: R
     return Check(error, reason, jit_s)
 
 
-def _layer_count(case: SpeedCase) -> int:
+def layer_count(case: SpeedCase) -> int:
     """Layers to rotate over: the dense weights are more than twice the last-level cache and a pass takes 1 ms or more."""
     layer_bytes = 3 * case.d_model * case.d_ff * 4
-    return max(_MIN_LAYERS, math.ceil(max(4 * last_level_cache_bytes(), 256 << 20) / layer_bytes))
+    return max(_MIN_LAYERS, math.ceil(max(4 * last_level_cache_bytes(), _MIN_WORKING_SET) / layer_bytes))
 
 
 def _memory_needed(case: SpeedCase, n_layers: int) -> int:
@@ -236,7 +237,7 @@ def time_group(
     ``budget_s`` bounds the timing after 5 rounds; default 0.6 s a case.
     """
     first = cases[0]
-    n_layers = _layer_count(first)
+    n_layers = layer_count(first)
     needed = _memory_needed(first, n_layers)
     reasons = [_unsupported(case) for case in cases]
     if needed > psutil.virtual_memory().available:

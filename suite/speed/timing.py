@@ -17,6 +17,7 @@ from suite.speed.cases import Row, SpeedCase, empty_row, needed_bytes
 
 # torch's and numba's OpenMP workers spin for some milliseconds after a region and would share cores with the next case.
 _SETTLE_S = 0.01
+_MIN_BUFFER = 128 << 20
 _MIN_ROUNDS = 5
 _MAX_ROUNDS = 50
 
@@ -45,7 +46,7 @@ class ReadBandwidth:
     """Reads a buffer several times the last-level cache: evicts it, and measures the ceiling with the same threads."""
 
     def __init__(self, threads: int) -> None:
-        size = max(4 * last_level_cache_bytes(), 128 << 20)
+        size = max(4 * last_level_cache_bytes(), _MIN_BUFFER)
         self._buffer = np.ones(size // 4, dtype=np.float32)
         self._sums = np.zeros(threads, dtype=np.float32)
         self._threads = threads
