@@ -293,7 +293,7 @@ def _check_and_time(
             rows.append(row | {"check": "failed", "status": "failed", "reason": found.reason})
             continue
         rows.append(row | {"check": "passed"})
-        timed[index] = _on_all_layers(case, [bound, *(bind(case, layer) for layer in layers[1:])], layers)
+        timed[index] = on_all_layers(case, [bound, *(bind(case, layer) for layer in layers[1:])], layers)
     bandwidth = ReadBandwidth(cases[0].threads)
     budget = _BUDGET_S * len(timed) if budget_s is None else budget_s
     time_interleaved(list(timed.values()), bandwidth, budget_s=budget, progress=tell)
@@ -302,7 +302,7 @@ def _check_and_time(
     return rows
 
 
-def _on_all_layers(case: SpeedCase, bounds: Sequence[Bound], layers: Sequence[LayerData]) -> Timed:
+def on_all_layers(case: SpeedCase, bounds: Sequence[Bound], layers: Sequence[LayerData]) -> Timed:
     """Pass over all layers, each with its own input; also runs it once to count the neurons used."""
     out = np.empty(case.d_model, dtype=np.float32)
     pairs = [(bound.call, layer.x) for bound, layer in zip(bounds, layers, strict=True)]
