@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kernels_numba.gpu.plan import Plan
-from kernels_numba.gpu.stream import HOLE, make_activation, make_barrier, make_block_sum, make_stream
+from kernels_numba.gpu.stream import HOLE, make_activation, make_block_sum, make_flags, make_stamp, make_stream
 
 
 def make_hold(plan: Plan, dev: Any) -> Any:
@@ -85,7 +85,7 @@ def make_append(plan: Plan, dev: Any) -> Any:
 
 
 def make_threshold_select(plan: Plan, dev: Any) -> Any:
-    """``select(...)`` of CATS and M-COUNTDOWN; returns (neurons found, neurons held, ring packet, scratch parity)."""
+    """``select(...)`` of CATS and M-COUNTDOWN; returns (found, held, ring packet, scratch parity, epoch)."""
     rows, depth, packet_bytes = plan.rows, plan.depth, plan.slots * plan.slot_bytes
     ring_at, x_at, scratch_at, scratch_bytes = (
         plan.shared["ring"],
@@ -94,25 +94,34 @@ def make_threshold_select(plan: Plan, dev: Any) -> Any:
         plan.scratch_floats * 4,
     )
     stream, hold, append = make_stream(plan, dev), make_hold(plan, dev), make_append(plan, dev)
-    copy_rows, load_x, overlap = stream.copy_rows, stream.load_x, plan.overlap
+    copy_rows, load_x, copy_x, overlap = stream.copy_rows, stream.load_x, stream.copy_x, plan.overlap
     commit, wait = dev.copy_commit, dev.make_copy_wait(plan.depth - 1)
     block_sum, ready = make_block_sum(plan, dev, plan.dense_sums), dev.grid_dependency_wait
+    read_epoch = make_flags(plan, dev).epoch
     dot = dev.make_rows_dot(plan.dtype, rows, plan.batch, plan.chunks, plan.slot_bytes, plan.chunk_bytes)
 
+    stamp = make_stamp(plan, dev)
+
     @dev.device_function
-    def select(shared, workspace, x, dense, a, b, down, first, end, threshold, n_tokens, tid):
+    def select(shared, workspace, x, dense, a, b, down, first, end, threshold, n_tokens, block, tid):
         steps = (end + rows - 1) // rows
+        if not overlap:
+            copy_x(shared, x, n_tokens, tid)
         for p in range(depth):
             if p < steps:
                 copy_rows(shared + ring_at + p * packet_bytes, dense, first, 1, p * rows, end, tid)
             commit()
         if overlap:
             ready()
-        load_x(shared, x, n_tokens, tid)
+            load_x(shared, x, n_tokens, tid)
+        stamp(workspace, block, 1, tid)
+        epoch = read_epoch(workspace, block)
         found, held, ring, parity = 0, 0, 0, 0
         for g in range(steps):
             packet = shared + ring_at + ring * packet_bytes
             wait()
+            if g == 0:
+                stamp(workspace, block, 2, tid)
             partial = dot(packet + tid * 16, shared + x_at + tid * 16)
             total = block_sum(shared + scratch_at + parity * scratch_bytes, tid, partial)
             parity ^= 1
@@ -123,7 +132,7 @@ def make_threshold_select(plan: Plan, dev: Any) -> Any:
             commit()
             found = append(shared, workspace, total, first, g * rows, end, found, threshold, n_tokens, tid)
             ring = ring + 1 if ring + 1 < depth else 0
-        return found, held, ring, parity
+        return found, held, ring, parity, epoch
 
     return select
 
@@ -185,11 +194,12 @@ def make_predictor_select(plan: Plan, dev: Any) -> Any:
     rows, depth, packet_bytes, rank, n_blocks = plan.rows, plan.depth, plan.slots * plan.slot_bytes, plan.rank, plan.n_blocks
     logits, threads, tokens, padded = plan.logit_rows * plan.logit_slots, plan.threads, plan.batch, plan.rank_padded
     ring_at, x_at, z_at, scratch_at = (plan.shared[k] for k in ("ring", "x", "z", "scratch"))
-    z_ws, counter_ws, scratch_bytes, width = plan.workspace["z"], plan.workspace["counter"], plan.scratch_floats * 4, 32 // plan.dense_sums
+    z_ws, z_done_ws, scratch_bytes, width = plan.workspace["z"], plan.workspace["z_done"], plan.scratch_floats * 4, 32 // plan.dense_sums
     stream, hold = make_stream(plan, dev), make_hold(plan, dev)
-    copy_rows, load_x, overlap = stream.copy_rows, stream.load_x, plan.overlap
+    copy_rows, load_x, copy_x, overlap = stream.copy_rows, stream.load_x, stream.copy_x, plan.overlap
     copy_logit_rows, append_logits = make_logits(plan, dev)
-    arrive, wait_grid = make_barrier(plan, dev)
+    flags = make_flags(plan, dev)
+    read_epoch, raise_flag, wait_grid = flags.epoch, flags.raise_flag, flags.wait
     commit, wait, ready = dev.copy_commit, dev.make_copy_wait(plan.depth - 1), dev.grid_dependency_wait
     block_sum, zero = make_block_sum(plan, dev, plan.dense_sums), np.float32(0.0)
     dot = dev.make_rows_dot(plan.dtype, rows, plan.batch, plan.chunks, plan.slot_bytes, plan.chunk_bytes)
@@ -207,12 +217,16 @@ def make_predictor_select(plan: Plan, dev: Any) -> Any:
         commit()
         return held
 
+    stamp = make_stamp(plan, dev)
+
     @dev.device_function
     def select(shared, workspace, x, v, u, a, b, down, first, end, threshold, n_tokens, block, tid):
         z_end = (rank - block + n_blocks - 1) // n_blocks if block < rank else 0
         z_steps = (z_end + rows - 1) // rows
         steps = z_steps + (end + logits - 1) // logits
         found, held, ring, parity = 0, 0, 0, 0
+        if not overlap:
+            copy_x(shared, x, n_tokens, tid)
         for p in range(depth):
             packet = shared + ring_at + p * packet_bytes
             if p < steps:
@@ -221,7 +235,9 @@ def make_predictor_select(plan: Plan, dev: Any) -> Any:
                 commit()
         if overlap:
             ready()
-        load_x(shared, x, n_tokens, tid)
+            load_x(shared, x, n_tokens, tid)
+        stamp(workspace, block, 1, tid)
+        epoch = read_epoch(workspace, block)
         for g in range(z_steps):
             packet = shared + ring_at + ring * packet_bytes
             wait()
@@ -234,7 +250,9 @@ def make_predictor_select(plan: Plan, dev: Any) -> Any:
             if tid < 32 and tid % width == 0 and i < z_end:
                 global_f(workspace + z_ws + ((number % tokens) * padded + block + i * n_blocks) * 4, total)
             ring = ring + 1 if ring + 1 < depth else 0
-        wait_grid(workspace + counter_ws, tid, arrive(workspace + counter_ws, tid))
+        raise_flag(workspace + z_done_ws, block, epoch, 0, tid)
+        wait_grid(workspace + z_done_ws, epoch, 0, tid)
+        stamp(workspace, block, 2, tid)
         for i in range(tid, tokens * padded, threads):
             value = zero
             if i % padded < rank:
@@ -254,6 +272,6 @@ def make_predictor_select(plan: Plan, dev: Any) -> Any:
                 shared, packet, g + depth, z_steps, steps, z_end, v, u, a, b, down, first, end, before, held, block, tid
             )
             ring = ring + 1 if ring + 1 < depth else 0
-        return found, held, ring, parity
+        return found, held, ring, parity, epoch
 
     return select

@@ -7,37 +7,25 @@ from typing import Any
 import numpy as np
 
 from kernels_numba.gpu.plan import Plan
-from kernels_numba.gpu.stream import HOLE, NEURON, make_activation, make_barrier, make_block_sum, make_stream
+from kernels_numba.gpu.stream import HOLE, make_activation, make_block_sum, make_stream
 
-_HELD_SHIFT = 16  # a block's count word: neurons found in the low bits, neurons held above
-
-
-def make_publish(plan: Plan, dev: Any) -> Any:
-    """``publish(...)``: tell every block how many neurons this one found and holds; returns the barrier's target."""
-    counts_ws, counter_ws, store = plan.workspace["counts"], plan.workspace["counter"], dev.store_i32
-    arrive, _ = make_barrier(plan, dev)
-
-    @dev.device_function
-    def publish(workspace, block, found, held, tid):
-        if tid == 0:
-            store(workspace + counts_ws + block * 4, found | (held << _HELD_SHIFT))
-        return arrive(workspace + counter_ws, tid)
-
-    return publish
+HELD_SHIFT = 16  # a block's count word: neurons found in the low bits, neurons held above
 
 
 def make_deal(plan: Plan, dev: Any) -> Any:
-    """``deal(...)``: fill the rest of the block's work list so that all blocks have equally many, to one neuron.
+    """``deal(...)``: from all blocks' counts in shared memory, fill the rest of the block's work list.
+
+    All blocks get equally many, to one neuron.
 
     Neurons found but not held form a pool in block order; each block takes what it lacks. Every block computes the same
     prefix sums, so the shares, and with them the order of every sum, depend on the active set alone.
     """
-    n_blocks, threads, tokens, held_places = plan.n_blocks, plan.threads, plan.batch, plan.held
-    per_lane, low, valued = -(-plan.n_blocks // 32), (1 << _HELD_SHIFT) - 1, plan.kind == "threshold"
+    n_blocks, threads, tokens, held_places, neurons = plan.n_blocks, plan.threads, plan.batch, plan.held, plan.neurons
+    per_lane, low, valued = -(-plan.n_blocks // 32), (1 << HELD_SHIFT) - 1, plan.kind == "threshold"
     counts_at, before_at, share_at, work_at, work_value_at = (
         plan.shared[k] for k in ("counts", "before", "share", "work", "work_value")
     )
-    counts_ws, index_ws, value_ws = (plan.workspace[k] for k in ("counts", "index", "value"))
+    index_ws, value_ws = plan.workspace["index"], plan.workspace["value"]
     rows, spare = plan.d_ff // plan.n_blocks, plan.d_ff % plan.n_blocks
     load_i, store_i, store_f = dev.shared_load_i32, dev.shared_store_i32, dev.shared_store_f32
     global_i, global_f, scan, last = dev.load_i32, dev.load_f32, dev.lanes_scan, dev.lane_last
@@ -59,28 +47,25 @@ def make_deal(plan: Plan, dev: Any) -> Any:
             if start + k < n_blocks:
                 word = load_i(shared + counts_at + (start + k) * 4)
                 target = base + (1 if start + k < extra else 0)
-                surplus += (word & low) - (word >> _HELD_SHIFT)
-                need += max(0, target - (word >> _HELD_SHIFT))
+                surplus += (word & low) - (word >> HELD_SHIFT)
+                need += max(0, target - (word >> HELD_SHIFT))
         surplus_before, need_before = scan(surplus) - surplus, scan(need) - need
         if tid < 32:
             for k in range(per_lane):
                 if start + k < n_blocks:
                     word = load_i(shared + counts_at + (start + k) * 4)
-                    wanted = max(0, base + (1 if start + k < extra else 0) - (word >> _HELD_SHIFT))
+                    wanted = max(0, base + (1 if start + k < extra else 0) - (word >> HELD_SHIFT))
                     store_i(shared + before_at + (start + k) * 4, surplus_before)
                     if start + k == block:
                         store_i(shared + share_at, need_before)
                         store_i(shared + share_at + 4, wanted)
-                    surplus_before += (word & low) - (word >> _HELD_SHIFT)
+                    surplus_before += (word & low) - (word >> HELD_SHIFT)
                     need_before += wanted
                     if start + k == n_blocks - 1:
                         store_i(shared + before_at + n_blocks * 4, surplus_before)
 
     @dev.device_function
     def deal(shared, workspace, block, tid):
-        for i in range(tid, n_blocks, threads):
-            store_i(shared + counts_at + i * 4, global_i(workspace + counts_ws + i * 4))
-        sync()
         sum_needs(shared, block, tid)
         sync()
         begin, wanted = load_i(shared + share_at), load_i(shared + share_at + 4)
@@ -93,13 +78,15 @@ def make_deal(plan: Plan, dev: Any) -> Any:
                     lower = middle
                 else:
                     upper = middle
-            held = load_i(shared + counts_at + lower * 4) >> _HELD_SHIFT
+            held = load_i(shared + counts_at + lower * 4) >> HELD_SHIFT
             source = lower * rows + min(lower, spare) + held + at - load_i(shared + before_at + lower * 4)
             store_i(shared + work_at + (held_places + i) * 4, global_i(workspace + index_ws + source * 4))
             if valued:
                 for t in range(tokens):
                     value = global_f(workspace + value_ws + (source * tokens + t) * 4)
                     store_f(shared + work_value_at + ((held_places + i) * tokens + t) * 4, value)
+        if tid < neurons:  # the last packet may not be full
+            store_i(shared + work_at + (held_places + taken + tid) * 4, HOLE)
         sync()
         return taken
 
@@ -116,7 +103,7 @@ def make_restore(plan: Plan, dev: Any) -> Any:
 
     @dev.device_function
     def restore(shared, workspace, block, first, tid):
-        held = global_i(workspace + counts_ws + block * 4) >> _HELD_SHIFT
+        held = global_i(workspace + counts_ws + block * 8) >> HELD_SHIFT
         for i in range(tid, held, threads):
             store_i(shared + work_at + i * 4, global_i(workspace + index_ws + (first + i) * 4))
             if valued:
@@ -131,6 +118,7 @@ def make_restore(plan: Plan, dev: Any) -> Any:
 def make_take(plan: Plan, dev: Any) -> Any:
     """``take(...)``: the block's share of a list given by the caller; returns the entries beyond the held places."""
     n_blocks, threads, tokens, held_places, d_ff = plan.n_blocks, plan.threads, plan.batch, plan.held, plan.d_ff
+    neurons = plan.neurons
     work_at, work_value_at, valued = plan.shared["work"], plan.shared["work_value"], plan.kind == "down"
     load_value, size = dev.make_load_narrow(plan.value_dtype), 4 if plan.value_dtype == "float32" else 2
     global_i, store_i, store_f = dev.load_i32, dev.shared_store_i32, dev.shared_store_f32
@@ -148,6 +136,8 @@ def make_take(plan: Plan, dev: Any) -> Any:
                 for t in range(tokens):
                     value = load_value(values + (t * stride + begin + i) * size)
                     store_f(shared + work_value_at + (i * tokens + t) * 4, value)
+        if tid < neurons:  # the last packet may not be full
+            store_i(shared + work_at + (mine + tid) * 4, HOLE)
         sync()
         return max(0, mine - held_places)
 
@@ -300,6 +290,3 @@ def make_reduce(plan: Plan, dev: Any) -> Any:
             sync()
 
     return reduce
-
-
-__all__ = ["NEURON", "make_deal", "make_publish", "make_reduce", "make_restore", "make_sparse", "make_store_partial", "make_take"]

@@ -22,6 +22,7 @@ _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.Floa
 _LTYPE = {types.int32: _I32, types.int64: _I64, types.float32: _F32}
 _LETTER = {types.int32: "r", types.int64: "l", types.float32: "f"}
 _FULL_WARP = 0xFFFFFFFF
+SPIN_LIMIT = -1  # wait for the other blocks as long as it takes
 
 
 def _asm(builder: Any, result: Any, text: str, constraints: str, args: Sequence[Any], *, pure: bool = False) -> Any:
@@ -74,8 +75,10 @@ load_i32 = _instruction("ld.relaxed.gpu.global.b32 $0, [$1];", types.int32, type
 load_f32 = _instruction("ld.relaxed.gpu.global.f32 $0, [$1];", types.float32, types.int64)
 store_i32 = _instruction("st.relaxed.gpu.global.b32 [$0], $1;", types.void, types.int64, types.int32)
 store_f32 = _instruction("st.relaxed.gpu.global.f32 [$0], $1;", types.void, types.int64, types.float32)
-counter_arrive = _instruction("atom.add.release.gpu.global.u64 $0, [$1], 1;", types.int64, types.int64)
-counter_read = _instruction("ld.acquire.gpu.global.u64 $0, [$1];", types.int64, types.int64)
+# Flags between blocks: what the block wrote before a release is seen by who reads the flag with acquire.
+flag_store = _instruction("st.release.gpu.global.u64 [$0], $1;", types.void, types.int64, types.int64)
+flag_load = _instruction("ld.acquire.gpu.global.u64 $0, [$1];", types.int64, types.int64)
+store_clock = _instruction("{ .reg .b64 t; mov.u64 t, %clock64; st.global.b64 [$0], t; }", types.void, types.int64)
 exp2 = _instruction("ex2.approx.f32 $0, $1;", types.float32, types.float32, pure=True)
 divide = _instruction("div.full.f32 $0, $1, $2;", types.float32, types.float32, types.float32, pure=True)
 popcount = _instruction("popc.b32 $0, $1;", types.int32, types.int32, pure=True)

@@ -1,7 +1,7 @@
 """The kernels: one persistent launch a layer, put together from the phases; read this file first.
 
-    threshold, predictor:  choose -> publish -> (barrier) -> deal -> sparse -> (barrier) -> reduce
-    given, down:           take                                   -> sparse -> (barrier) -> reduce
+    threshold, predictor:  choose -> (barrier) -> deal -> sparse -> (barrier) -> reduce
+    given, down:           take                        -> sparse -> (barrier) -> reduce
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from numba import cuda, float32, int32, int64, void
 
 from kernels_numba.gpu.choose import make_predictor_select, make_threshold_select
 from kernels_numba.gpu.combine import (
+    HELD_SHIFT,
     make_deal,
-    make_publish,
     make_reduce,
     make_restore,
     make_sparse,
@@ -22,7 +22,7 @@ from kernels_numba.gpu.combine import (
     make_take,
 )
 from kernels_numba.gpu.plan import Plan
-from kernels_numba.gpu.stream import HOLE, make_barrier
+from kernels_numba.gpu.stream import HOLE, make_flags, make_stamp, make_stream
 
 # Addresses, 0 where a kind does not use one: x, dense (first projection, or V of the predictor), U, a and b (other
 # projections), W_down transposed, residual, y, workspace, indices, values, count, distance of two tokens' values;
@@ -51,15 +51,19 @@ def make_clear(plan: Plan, dev: Any) -> Any:
 def make_finish(plan: Plan, dev: Any) -> Any:
     """``finish(...)``: the end of every kernel, from the block's share of y to the output."""
     store_partial, reduce = make_store_partial(plan, dev), make_reduce(plan, dev)
-    arrive, wait = make_barrier(plan, dev)
-    counter_ws, whole = plan.workspace["counter"], "reduce" in plan.phases
+    flags, done_ws = make_flags(plan, dev), plan.workspace["done"]
+    raise_flag, wait, whole, stamp = flags.raise_flag, flags.wait, "reduce" in plan.phases, make_stamp(plan, dev)
 
     @dev.device_function
-    def finish(shared, workspace, share, residual, y, n_tokens, block, tid):
+    def finish(shared, workspace, epoch, share, residual, y, n_tokens, block, tid):
+        stamp(workspace, block, 6, tid)
         store_partial(workspace, block, share, tid)
         if whole:
-            wait(workspace + counter_ws, tid, arrive(workspace + counter_ws, tid))
+            raise_flag(workspace + done_ws, block, epoch, 0, tid)
+            wait(workspace + done_ws, epoch, 0, tid)
+            stamp(workspace, block, 7, tid)
             reduce(shared, workspace, residual, y, n_tokens, block, tid)
+            stamp(workspace, block, 8, tid)
 
     return finish
 
@@ -68,41 +72,48 @@ def make_choosing_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
     """Kernel of CATS, M-COUNTDOWN and the predictor methods."""
     predictor, overlap = plan.kind == "predictor", plan.overlap
     select = make_predictor_select(plan, dev) if predictor else make_threshold_select(plan, dev)
-    publish, deal, restore, clear = (make(plan, dev) for make in (make_publish, make_deal, make_restore, make_clear))
+    deal, restore, clear = (make(plan, dev) for make in (make_deal, make_restore, make_clear))
     sparse, start = make_sparse(plan, dev)
     finish, reduce = make_finish(plan, dev), make_reduce(plan, dev)
-    _, wait = make_barrier(plan, dev)
+    flags, counts_ws, counts_at = make_flags(plan, dev), plan.workspace["counts"], plan.shared["counts"]
+    read_epoch, raise_flag, wait = flags.epoch, flags.raise_flag, flags.wait
+    stamp = make_stamp(plan, dev)
     selects, sums, reduces = ("select" in plan.phases), ("sparse" in plan.phases), ("reduce" in plan.phases)
-    n_rows, spare, counter_ws = plan.d_ff // plan.n_blocks, plan.d_ff % plan.n_blocks, plan.workspace["counter"]
-    shared_memory, load_x, launch_dependents = dev.shared_memory, make_load_x(plan, dev), dev.launch_dependents
+    n_rows, spare = plan.d_ff // plan.n_blocks, plan.d_ff % plan.n_blocks
+    shared_memory, copy_x, launch_dependents = dev.shared_memory, make_stream(plan, dev).copy_x, dev.launch_dependents
 
     def kernel(x, dense, u, a, b, down, residual, y, ws, indices, values, count, value_stride, threshold, n_tokens):
         tid, block, shared = cuda.threadIdx.x, cuda.blockIdx.x, shared_memory()
         if overlap:
             launch_dependents()
+        stamp(ws, block, 0, tid)
         first, end = block * n_rows + min(block, spare), n_rows + (1 if block < spare else 0)
-        ring, parity = 0, 0
+        ring, parity, epoch = 0, 0, 0
         if selects or sums:
             clear(shared, tid)
         if selects:
             if predictor:
-                found, held, ring, parity = select(
+                found, held, ring, parity, epoch = select(
                     shared, ws, x, dense, u, a, b, down, first, end, threshold, n_tokens, block, tid
                 )
             else:
-                found, held, ring, parity = select(
-                    shared, ws, x, dense, a, b, down, first, end, threshold, n_tokens, tid
+                found, held, ring, parity, epoch = select(
+                    shared, ws, x, dense, a, b, down, first, end, threshold, n_tokens, block, tid
                 )
-            target = publish(ws, block, found, held, tid)
-            if sums:
-                wait(ws + counter_ws, tid, target)
+            stamp(ws, block, 3, tid)
+            raise_flag(ws + counts_ws, block, epoch, found | (held << HELD_SHIFT), tid)
         elif sums:
-            load_x(shared, x, n_tokens, tid)
+            epoch = read_epoch(ws, block)
             restore(shared, ws, block, first, tid)
+            copy_x(shared, x, n_tokens, tid)
             start(shared, a, b, down, tid)
         if sums:
+            wait(ws + counts_ws, epoch, shared + counts_at, tid)
+            stamp(ws, block, 4, tid)
             taken = deal(shared, ws, block, tid)
-            finish(shared, ws, sparse(shared, taken, ring, parity, a, b, down, tid), residual, y, n_tokens, block, tid)
+            stamp(ws, block, 5, tid)
+            share = sparse(shared, taken, ring, parity, a, b, down, tid)
+            finish(shared, ws, epoch, share, residual, y, n_tokens, block, tid)
         elif reduces:
             reduce(shared, ws, residual, y, n_tokens, block, tid)
 
@@ -114,8 +125,8 @@ def make_listed_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
     take, clear, finish, reduce = (make(plan, dev) for make in (make_take, make_clear, make_finish, make_reduce))
     sparse, start = make_sparse(plan, dev)
     overlap, dots, sums = plan.overlap, plan.kind == "given", "sparse" in plan.phases
-    shared_memory, load_x, launch_dependents = dev.shared_memory, make_load_x(plan, dev), dev.launch_dependents
-    ready = dev.grid_dependency_wait
+    shared_memory, copy_x, launch_dependents = dev.shared_memory, make_stream(plan, dev).copy_x, dev.launch_dependents
+    ready, read_epoch = dev.grid_dependency_wait, make_flags(plan, dev).epoch
 
     def kernel(x, dense, u, a, b, down, residual, y, ws, indices, values, count, value_stride, threshold, n_tokens):
         tid, block, shared = cuda.threadIdx.x, cuda.blockIdx.x, shared_memory()
@@ -125,21 +136,15 @@ def make_listed_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
         if sums:
             clear(shared, tid)
             taken = take(shared, indices, values, count, value_stride, block, tid)
-            start(shared, a, b, down, tid)
             if dots:
-                load_x(shared, x, n_tokens, tid)
-            finish(shared, ws, sparse(shared, taken, 0, 0, a, b, down, tid), residual, y, n_tokens, block, tid)
+                copy_x(shared, x, n_tokens, tid)
+            start(shared, a, b, down, tid)
+            share = sparse(shared, taken, 0, 0, a, b, down, tid)
+            finish(shared, ws, read_epoch(ws, block), share, residual, y, n_tokens, block, tid)
         else:
             reduce(shared, ws, residual, y, n_tokens, block, tid)
 
     return kernel
-
-
-def make_load_x(plan: Plan, dev: Any) -> Any:
-    """``load_x(...)`` of the stream alone."""
-    from kernels_numba.gpu.stream import make_stream
-
-    return make_stream(plan, dev).load_x
 
 
 def make_kernel(plan: Plan, dev: Any) -> Callable[..., None]:

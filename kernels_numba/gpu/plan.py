@@ -12,6 +12,7 @@ Phase = Literal["select", "sparse", "reduce"]
 PHASES: tuple[Phase, ...] = ("select", "sparse", "reduce")
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_BATCH = 8
+STAMPS = ("start", "filled", "first packet", "chosen", "all chose", "dealt", "summed", "all summed", "end")
 _MAX_THREADS = 640  # a longer row gives each thread several 16-byte pieces
 _SHARED_LIMIT = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227}  # KiB a block may use
 
@@ -47,6 +48,8 @@ class Plan:
         Prefetch size of a copy, as PTX spells it.
     value_dtype : str
         Type of the coefficients of ``down``.
+    trace : bool
+        Write the clock of every block's first thread at each phase into the workspace (``STAMPS``).
     """
 
     kind: Kind
@@ -67,6 +70,7 @@ class Plan:
     capability: tuple[int, int] = (9, 0)
     hint: str = "L2::128B"
     value_dtype: str = "float32"
+    trace: bool = False
 
     # geometry of a row ------------------------------------------------------------------------------------------------
     @property
@@ -223,12 +227,14 @@ class Plan:
     def workspace(self) -> dict[str, int]:
         """Offset of every area, and ``total``."""
         sizes = {
-            "counter": 128,
-            "counts": self.n_blocks * 4,
+            "counts": self.n_blocks * 8,
+            "z_done": self.n_blocks * 8,
+            "done": self.n_blocks * 8,
             "z": self.batch * self.rank_padded * 4,
             "index": self.d_ff * 4,
             "value": self.d_ff * self.batch * 4,
             "partial": self.n_blocks * self.batch * self.d_model * 4,
+            "trace": self.n_blocks * len(STAMPS) * 8 if self.trace else 0,
         }
         offsets, at = {}, 0
         for name, size in sizes.items():

@@ -22,7 +22,7 @@ def device_function(function: Any) -> Any:
     return function
 
 
-_lock = threading.Lock()
+SPIN_LIMIT = 1  # blocks run one after another: a flag that is not up never will be
 _buffers: list[tuple[int, int]] = []
 _shared: list[int] = []
 _exchange: dict[int, Any] = {}
@@ -31,7 +31,7 @@ _exchange: dict[int, Any] = {}
 @contextmanager
 def allowed(*arrays: np.ndarray, shared_bytes: int) -> Iterator[None]:
     """Buffers that kernels may touch while the context lasts, and the size of a block's shared memory."""
-    shared = np.full(shared_bytes + 16, 0xA5, np.uint8)  # nothing may count on zeros
+    shared = np.full(shared_bytes + 16, 0xFF, np.uint8)  # NaN: nothing may count on zeros
     low = -(-shared.ctypes.data // 16) * 16
     _shared[:] = [low]
     _buffers.append((low, low + shared_bytes))
@@ -97,19 +97,19 @@ def shared_store_i32(address: int, value: int) -> None:
 store_i32 = shared_store_i32
 
 
-def counter_arrive(address: int) -> int:
-    """Old value of a counter that grows by one."""
-    with _lock:
-        counter = _view(address, ctypes.c_int64)
-        counter[0] += 1
-        return int(counter[0]) - 1
+def flag_store(address: int, value: int) -> None:
+    """64 bits."""
+    _view(address, ctypes.c_int64)[0] = int(value)
 
 
-def counter_read(address: int) -> int:
-    """Value of a counter. Only a lone block can wait here: blocks run one after another."""
-    if _thread()._manager._grid_dim[0] > 1:
-        raise RuntimeError("the simulator cannot wait for another block; compile one phase at a time")
+def flag_load(address: int) -> int:
+    """64 bits."""
     return int(_view(address, ctypes.c_int64)[0])
+
+
+def store_clock(address: int) -> None:
+    """No clock here: writes 0."""
+    _view(address, ctypes.c_int64)[0] = 0
 
 
 def exp2(x: Any) -> Any:
