@@ -80,9 +80,12 @@ def _row(claim: str, one: Average, against: str, quantity: str, found: Interval,
 def _judged(row: Row, figure: float, smaller_is_better: bool, text: str, what: str) -> Row:
     """Set verdict and reason by the side of ``figure`` (in words: ``what``) on which the point estimate lies."""
     value, low, high = row["value"], row["ci_low"], row["ci_high"]
-    meets = value <= figure if smaller_is_better else value >= figure
+    if smaller_is_better:
+        meets = value <= figure
+    else:
+        meets = value >= figure > 0 or value > figure  # keeping as much as a baseline is not better
     if low is None or high is None:
-        settled = "no interval"
+        settled = f"no interval: {NOT_SETTLED}"
     elif low <= figure <= high:
         settled = f"the interval includes {what}: {NOT_SETTLED}"
     else:
@@ -144,7 +147,7 @@ def _c2_pairs(quality: Quality, block: Row, settings: Sequence[Average], dense: 
             for quantity, found in (("retention_difference", difference), ("retention_ratio_minus_1", ratio)):
                 if found is not None and np.isfinite(found[0]):
                     row = _row("C2", one, other.label, quantity, found, SAYS_C2)
-                    row = _judged(row, 0.0, False, _c2_text(found[0], other.label), "no difference")
+                    row = _judged(row, 0.0, False, _c2_text(found[0], other.label, len(tasks)), "no difference")
                     if block["mode"] == "practical" and are_unequal(one, other):
                         row["reason"] += (
                             f"; unequal realised sparsity ({one.realized:.3f} against {other.realized:.3f}), "
@@ -154,8 +157,9 @@ def _c2_pairs(quality: Quality, block: Row, settings: Sequence[Average], dense: 
     return rows
 
 
-def _c2_text(value: float, other: str) -> str:
-    return f"keeps {'more' if value > 0 else 'less' if value < 0 else 'as much'} than {other}"
+def _c2_text(value: float, other: str, n_tasks: int) -> str:
+    amount = "more than" if value > 0 else "less than" if value < 0 else "as much as"
+    return f"average over {n_tasks} tasks: keeps {amount} {other}"
 
 
 def _retention_difference(means: list[FloatArray]) -> Any:

@@ -13,7 +13,7 @@ from suite.report.claims import BASELINES
 from suite.report.frames import Average, Interval, Quality, are_unequal, cell_value
 from suite.report.series import Material
 from suite.report.speed import panel_title, panels, speed_label
-from suite.report.tables import perplexity_text
+from suite.report.tables import perplexity_text, text_title
 from suite.report.text import markdown_table, percent, shortened, signed
 
 OURS = ("m-countdown", "d-countdown", "s-countdown")
@@ -32,9 +32,25 @@ class Duel:
 def summary(material: Material) -> str:
     """Bullet points of the report's first section."""
     quality = material.quality
-    lines = [*_quality_lines(quality), *_perplexity_lines(quality), *_realized_lines(quality)]
+    lines = [*_duel_lines(quality), *_quality_lines(quality), *_perplexity_lines(quality), *_realized_lines(quality)]
     lines += _speed_lines(material.speed)
     return "".join(f"* {line}\n" for line in lines) or "* No finished cell yet.\n"
+
+
+def _duel_lines(quality: Quality) -> list[str]:
+    """M-COUNTDOWN against the baselines, what it loses named beside what it wins."""
+    lines = []
+    for other in BASELINES:
+        found = _duels(quality, "m-countdown", other)
+        won, lost = ([d for d in found if d.settled and (d.gain > 0) is better] for better in (True, False))
+        if found:
+            n_open = len(found) - len(won) - len(lost)
+            where = f" ({', '.join(d.where for d in lost)})" if lost else ""
+            lines.append(
+                f"m-countdown is better than {other} in {len(won)} of {len(found)} comparisons (task x mode x "
+                f"sparsity), worse in {len(lost)}{where}, and {n_open} are not settled by these documents."
+            )
+    return lines
 
 
 def _where(block: dict[str, Any]) -> str:
@@ -50,17 +66,23 @@ def _quality_lines(quality: Quality) -> list[str]:
         found = [(quality.average(one, tasks), one) for one in settings if one.method != "dense"]
         known = sorted(((v, one) for v, one in found if v is not None), key=lambda pair: -pair[0])
         if dense is None or top is None or not known:
-            lines.append(f"{_where(block)}: no average over the {len(tasks)} tasks yet, cells are missing or failed.")
+            lines.append(
+                f"  * {_where(block)}: no average over the {len(tasks)} task(s) yet, cells are missing or failed."
+            )
             continue
         parts = []
         for value, one in known:
             loss = quality.quantity([one, dense], tasks, _relative_change)
-            parts.append(f"{one.label} {percent(value)} ({signed(loss, digits=0)} %)")
-        lines.append(
-            f"{_where(block)}: average of {len(tasks)} tasks, dense {percent(top)}; in brackets the change relative to "
-            f"dense with its 95 % interval: {', '.join(parts)}."
-        )
-    return lines
+            parts.append(f"{one.label} {percent(value)} ({signed(loss, digits=0)})")
+        lines.append(f"  * {_where(block)}: dense {percent(top)}, {', '.join(parts)}.")
+    head = (
+        "Averages over tasks, best first; in brackets the change relative to dense in percent with its 95 % interval:"
+    )
+    return [_nested(head, lines)] if lines else []
+
+
+def _nested(head: str, lines: list[str]) -> str:
+    return "\n".join([head, *lines])
 
 
 def _relative_change(means: list[Any]) -> Any:
@@ -68,15 +90,15 @@ def _relative_change(means: list[Any]) -> Any:
 
 
 def _perplexity_lines(quality: Quality) -> list[str]:
-    lines = []
+    by_task: dict[str, list[str]] = {}
     for block, settings in quality.perplexity_blocks:
         for task in sorted({task for one in settings for task in one.cells}):
             values = [(cell_value(one.cells.get(task)), one) for one in settings]
             known = sorted(((v, one) for v, one in values if v is not None), key=lambda pair: pair[0])
             if len(known) > 1:
                 order = ", ".join(f"{one.label} {perplexity_text(v)}" for v, one in known)
-                lines.append(f"{_where(block)}: {task.replace('_', ' ')}, best first: {order}.")
-    return lines
+                by_task.setdefault(task, []).append(f"  * {_where(block)}: {order}.")
+    return [_nested(f"{text_title(task)}, lowest first:", lines) for task, lines in by_task.items()]
 
 
 def _realized_lines(quality: Quality) -> list[str]:

@@ -64,7 +64,7 @@ def panel_title(row: pd.Series) -> str:
     parts = [row["model_shape"] or row["model"], row["level"], row["dtype"], f"batch {row['batch_size']}"]
     if row["context_tokens"]:
         parts.append(f"context {row['context_tokens']}")
-    if row["threads"]:
+    if row["threads"] not in ("", "0"):  # 0: a GPU
         parts.append(f"{row['threads']} threads")
     if row["cache"] and row["cache"] != "cold":
         parts.append(f"{row['cache']} cache")
@@ -83,8 +83,8 @@ def speed_table(frame: pd.DataFrame) -> str:
     """Speed-up (efficiency) of every method by sparsity, a block per shape."""
     text = (
         "# Speed\n\nSpeed-up against the fastest dense row of the same run, shape and clock; in brackets the "
-        "efficiency: needed bytes over time x the read bandwidth measured in the same run. Per cent of the dense "
-        "latency's bytes and the quartiles stand in `speed_rows`. A row whose check failed has no time.\n\n"
+        "efficiency: needed bytes over time x the read bandwidth measured in the same run. Bytes and quartiles stand in "
+        "`speed_rows`. A row whose check failed has no time.\n\n"
     )
     for panel in panels(frame):
         ok = panel[(panel["status"] == "ok") & (panel["method"] != "dense")]

@@ -112,3 +112,14 @@ def test_the_papers_models_stay_untested(tmp_path):
         assert set(rows["claim"]) == {"C1", "C2", "C3"}
         assert set(rows["verdict"]) == {"untested"}
         assert rows["value"].isna().all()
+
+
+def test_keeping_as_much_is_not_better(tmp_path):
+    answers = {
+        DENSE: {"a": hits(80)},
+        ("m-countdown", "ideal", 0.8, 0.8): {"a": hits(60)},
+        ("cats", "ideal", 0.8, 0.8): {"a": hits(60)},
+    }
+    row = pick(claims(hand_run(tmp_path, answers)), model=MODEL, against="cats", quantity="retention_difference")
+    assert (row["value"], row["verdict"]) == (0, "inconsistent here")
+    assert "keeps as much as cats" in row["reason"]
