@@ -45,7 +45,8 @@ def clean_python(archives, tmp_path_factory):
 
 def test_wheel_and_sdist_hold_configs_pack_and_licence(archives):
     wheel = set(zipfile.ZipFile(archives[0]).namelist())
-    sdist = {name.partition("/")[2] for name in tarfile.open(archives[1]).getnames()}
+    with tarfile.open(archives[1]) as archive:
+        sdist = {name.partition("/")[2] for name in archive.getnames()}
     data = [p for d in ("suite/configs", "suite/evaluation/pack") for p in (ROOT / d).iterdir() if p.is_file()]
     assert len(data) > 10
     for path in data:
