@@ -16,7 +16,7 @@ from suite.fitting.histogram import ScoreHistogram, exact_quantile
 from suite.fitting.keys import ESTIMATORS, Estimator, fit_key, key_of
 from suite.fitting.windows import batches, make_windows
 from suite.methods.base import Method, kept_count, select_threshold
-from suite.modeling.attach import LayerSparsity, Select, sparsified
+from suite.modeling.attach import LayerSparsity, Select, sparsified, threshold_selection
 from suite.modeling.gated_mlp import find_gated_mlps
 from suite.modeling.loading import LoadedModel, weights_fingerprint
 from suite.registry import did_you_mean
@@ -122,7 +122,7 @@ class _Fitter:
 
     def realized(self, windows: Sequence[list[int]], thresholds: Tensor) -> list[LayerSparsity]:
         """Sparsity that the thresholds realise, every token sparse."""
-        return self._run(windows, _select_by(thresholds))
+        return self._run(windows, threshold_selection(thresholds))
 
     def _run(self, windows: Sequence[list[int]], select: Select) -> list[LayerSparsity]:
         model, device = self._loaded.model, self._loaded.device
@@ -148,7 +148,7 @@ class _Fitter:
 
         self._run(first, set_and_apply)
         if len(first) < len(windows):
-            return self._pooled_quantile(windows, _select_by(thresholds))
+            return self._pooled_quantile(windows, threshold_selection(thresholds))
         return thresholds
 
     def _pooled_quantile(self, windows: Sequence[list[int]], apply: Select) -> Tensor:
@@ -178,12 +178,3 @@ class _Fitter:
 
 def _keep_all(_layer: int, score: Tensor) -> Tensor:
     return torch.ones_like(score, dtype=torch.bool)
-
-
-def _select_by(thresholds: Tensor) -> Select:
-    values = [float(threshold) for threshold in thresholds]
-
-    def select(layer: int, score: Tensor) -> Tensor:
-        return select_threshold(score, values[layer])
-
-    return select

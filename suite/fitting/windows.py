@@ -14,6 +14,9 @@ from suite.errors import InputError
 from suite.fitting.calibration import Calibration
 
 WINDOW = 256  # tokens
+# Tokens that one document gives at a time. Many documents matter more than long ones: with 4096 tokens in pieces of
+# 256, five documents are held out, and what they realise is off by as much as .007.
+_PIECE = 64
 _HELD_OUT_EVERY = 4  # each fourth document, and so a fourth of the tokens
 
 
@@ -26,7 +29,7 @@ class Windows:
 
 
 def make_windows(calibration: Calibration, tokenizer: Any, seed: int) -> Windows:
-    """Cut shuffled documents into windows of up to 256 tokens, the first windows of all documents first.
+    """Pieces of shuffled documents, the first pieces of all documents first, packed into windows of 256 tokens.
 
     Raises
     ------
@@ -47,25 +50,20 @@ def make_windows(calibration: Calibration, tokenizer: Any, seed: int) -> Windows
 
 
 def _take(documents: Sequence[str], tokenizer: Any, n_tokens: int) -> list[list[int]]:
-    """At most `n_tokens` of the documents, one window of each a round; tokenizes no more documents than that needs."""
-    taken: list[list[int]] = []
+    """Windows of `n_tokens` in all, or of all there are; tokenizes no more documents than that needs."""
+    taken: list[int] = []
     rest: list[list[int]] = []
-    left = n_tokens
     for text in documents:
-        if left <= 0:
-            return taken
+        if len(taken) >= n_tokens:
+            break
         ids = [int(token) for token in tokenizer(text)["input_ids"]]
-        window = ids[: min(WINDOW, left)]
-        left -= len(window)
-        taken += [window] if window else []
-        rest += [ids[WINDOW:]] if len(ids) > WINDOW else []
-    while rest and left > 0:
-        for ids in rest:
-            window = ids[: min(WINDOW, left)]
-            left -= len(window)
-            taken += [window] if window else []
-        rest = [ids[WINDOW:] for ids in rest if len(ids) > WINDOW]
-    return taken
+        taken += ids[:_PIECE]
+        rest.append(ids[_PIECE:])
+    while len(taken) < n_tokens and any(rest):
+        taken += [token for ids in rest for token in ids[:_PIECE]]
+        rest = [ids[_PIECE:] for ids in rest]
+    taken = taken[:n_tokens]
+    return [taken[start : start + WINDOW] for start in range(0, len(taken), WINDOW)]
 
 
 def batches(windows: Sequence[list[int]], n_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:

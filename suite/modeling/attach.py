@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from suite.errors import InputError
 from suite.methods.base import Activations, Method, Mode, kept_count, select_threshold, select_top_k
+from suite.modeling.decode import decode_kernels, why_not_numba
 from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
 from suite.modeling.scope import SCOPES, Explicit, Scope, ScopeRule, Tokens
 from suite.registry import did_you_mean
 
-Backend = Literal["auto", "masked", "numba"]
+if TYPE_CHECKING:
+    from kernels_numba.cpu import ThresholdLayer
+
+Backend = Literal["masked", "numba", "auto"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 Select = Callable[[int, Tensor], Tensor]
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -64,8 +69,11 @@ class _Run:
 class _Layer:
     """One attached MLP: its forward pass and its counters."""
 
-    def __init__(self, mlp: GatedMLP, method: Method, select: Select | None, run: _Run) -> None:
+    def __init__(
+        self, mlp: GatedMLP, method: Method, select: Select | None, run: _Run, kernel: ThresholdLayer | None
+    ) -> None:
         self.mlp = mlp
+        self._kernel = kernel
         self._method = method
         self._select = select
         self._run = run
@@ -83,12 +91,24 @@ class _Layer:
         if not self._run.under_way:
             name = self.mlp.module_name
             raise InputError(f"{name} ran outside the forward pass of the attached model: attach to the model you call")
+        tokens = self._run.tokens
+        if self._kernel is not None and tokens is not None and tokens.total == 1 and not x.requires_grad:
+            if tokens.alive is None or bool(tokens.alive):
+                return self._decode(self._kernel, x)
+            tokens = None
         gate, up = self.mlp.gate_up(x)
         act = self.mlp.act(gate)
         product = act * up
-        if self._run.tokens is not None:
-            product = self._sparsify(gate, act, up, product, self._run.tokens)
+        if tokens is not None:
+            product = self._sparsify(gate, act, up, product, tokens)
         return self.mlp.down(product)
+
+    def _decode(self, kernel: ThresholdLayer, x: Tensor) -> Tensor:
+        """The same for one token, by the kernel that skips what is dropped."""
+        y = kernel(x)
+        self.n_tokens += 1
+        self.kept += kernel.count
+        return y
 
     def _sparsify(self, gate: Tensor, act: Tensor, up: Tensor, product: Tensor, tokens: Tokens) -> Tensor:
         n_seen = product.numel() // self.mlp.d_ff
@@ -214,7 +234,13 @@ class Attached:
 
 @contextmanager
 def sparsified(
-    model: nn.Module, method: Method, select: Select | None, *, scope: Scope = "all", thresholds: Tensor | None = None
+    model: nn.Module,
+    method: Method,
+    select: Select | None,
+    *,
+    scope: Scope = "all",
+    thresholds: Tensor | None = None,
+    kernels: Sequence[ThresholdLayer | None] | None = None,
 ) -> Iterator[Attached]:
     """Install a method with a selection of one's own: what `attach` and the fit of thresholds share.
 
@@ -222,16 +248,21 @@ def sparsified(
     ----------
     select : callable (layer, score) -> keep, or None
         Gets the scores of the tokens in scope, shape (n_tokens, d_ff), and returns the kept set, bool; None keeps all.
+    thresholds : Tensor, shape (n_layers,), optional
+        Only shown in `Attached.sparsity`.
+    kernels : one a layer, optional
+        What computes a forward pass of a single token in scope.
     """
     if scope not in SCOPES:
         raise InputError(f"unknown scope {scope!r}{did_you_mean(str(scope), SCOPES)}")
-    mlps = find_gated_mlps(model)
-    if any(mlp.module in _attached for mlp in mlps):
+    if any(module in _attached for module in model.modules()):
         raise InputError(
             f"model {type(model).__name__} is attached already: leave that block first, nesting is refused"
         )
+    mlps = find_gated_mlps(model)
     rule, run = ScopeRule(model, scope), _Run()
-    layers = [_Layer(mlp, method, select, run) for mlp in mlps]
+    bound = kernels or [None] * len(mlps)
+    layers = [_Layer(mlp, method, select, run, kernel) for mlp, kernel in zip(mlps, bound, strict=True)]
 
     def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         run.tokens = rule.tokens(args, kwargs, run.explicit)
@@ -274,7 +305,7 @@ def attach(
     *,
     mode: Mode | None = None,
     scope: Scope = "all",
-    backend: Backend = "auto",
+    backend: Backend = "masked",
 ) -> Iterator[Attached]:
     """Sparsify the gated MLPs of a model inside a ``with`` block.
 
@@ -293,23 +324,34 @@ def attach(
     scope : {"all", "paper", "scored"}
         Tokens that are sparse, never padding: all; paper: prefill dense, decode steps sparse; scored: as paper, and
         the last token of the prefill sparse.
-    backend : {"auto", "masked", "numba"}
-        masked computes densely and then masks: the definition.
+    backend : {"masked", "numba", "auto"}
+        masked computes densely and then masks: the definition. numba computes passes of a single token (decode steps
+        of one sequence) with CPU kernels that skip what is dropped, equal up to rounding, at the price of a transposed
+        copy of every W_down; all other passes are masked. auto: numba where it is possible.
 
     Raises
     ------
     InputError
-        Model without gated MLPs or already attached, mode that the method has not, state missing or of another fit.
+        Model without gated MLPs or already attached, mode that the method has not, state missing or of another fit,
+        numba asked for where its kernels cannot run.
     """
+    if backend not in BACKENDS:
+        raise InputError(f"unknown backend {backend!r}{did_you_mean(str(backend), BACKENDS)}")
     mode = _resolve_mode(method, state, mode)
-    thresholds = None
+    thresholds = kernels = None
     select: Select | None = None
     if mode == "practical" and state is not None:
         thresholds = _checked_thresholds(model, method, state)
-        select = _threshold_selection(thresholds)
+        select = threshold_selection(thresholds)
     elif mode == "ideal":
         select = _top_k_selection(method)
-    with sparsified(model, method, select, scope=scope, thresholds=thresholds) as attached:
+    if backend != "masked":
+        refused = why_not_numba(model, method, mode)
+        if refused and backend == "numba":
+            raise InputError(f"backend numba cannot run here: {refused}; use backend masked")
+        if not refused and thresholds is not None:
+            kernels = decode_kernels(model, method, thresholds)
+    with sparsified(model, method, select, scope=scope, thresholds=thresholds, kernels=kernels) as attached:
         yield attached
 
 
@@ -337,10 +379,13 @@ def _checked_thresholds(model: nn.Module, method: Method, state: ThresholdState)
     n_layers = len(find_gated_mlps(model))
     if tuple(state.thresholds.shape) != (n_layers,):
         raise InputError(f"fit has {state.thresholds.numel()} thresholds, the model {n_layers} layers: fit anew")
+    if bool(state.thresholds.isnan().any()):
+        raise InputError(f"fit of {state.method} has a NaN threshold: fit anew")
     return state.thresholds.float()
 
 
-def _threshold_selection(thresholds: Tensor) -> Select:
+def threshold_selection(thresholds: Tensor) -> Select:
+    """Selection by one threshold a layer, shape (n_layers,)."""
     values = [float(threshold) for threshold in thresholds]
 
     def select(layer: int, score: Tensor) -> Tensor:

