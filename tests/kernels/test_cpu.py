@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels_numba import cpu
+from kernels_numba import cpu, cpu_kernels
 from kernels_numba.reference import Reference, combine, error_bound, relative_error, wrongly_selected
 
 THREADS = sorted({1, min(2, numba.config.NUMBA_NUM_THREADS)})
@@ -220,3 +220,12 @@ def test_the_bound_finds_one_missing_neuron():
         active = np.delete(np.arange(1536), dropped)
         y = cpu.GivenLayer(gate, up, down_t, activation="silu")(x, active)
         assert relative_error(y, reference.output()) > 10 * reference.error_bound(reference.output(), 576)
+
+
+@pytest.mark.parametrize("size", [5, 4 * 16384, 300_001])
+def test_the_ceiling_reads_every_element(size):
+    buffer = np.ones(size, dtype=np.float32)
+    sums = np.zeros(THREADS[-1], dtype=np.float32)
+    numba.set_num_threads(THREADS[-1])
+    cpu_kernels.read_all(buffer, sums)
+    assert sums.sum() == size  # whole numbers below 2**24 are exact
