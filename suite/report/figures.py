@@ -131,8 +131,8 @@ def draw_quality_per_task(data: pd.DataFrame) -> Figure:
             axes = grid[band * len(modes) + offset, column]
             axes.set_visible(True)
             _task_panel(axes, _of_mode(group, mode), group)
-            name = f"{task}\n{model}, {scope}" if several else task
-            axes.set_title(mode if offset else f"{name}: {mode}", fontsize=7.5)
+            name = f"{task}\n{model}\n{scope}" if several else task
+            axes.set_title(mode if offset else f"{name}: {mode}", fontsize=6.5 if several else 7.5)
             axes.set_ylabel(f"{group['metric'].iloc[0]}, %" if offset == 0 or column == 0 else "")
             if offset:
                 axes.sharey(grid[band * len(modes), column])

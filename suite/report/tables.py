@@ -52,13 +52,14 @@ def best_of(
 ) -> str | None:
     """Label of the sparse setting that is better than every other one of the block by more than the interval.
 
-    dense is the ceiling and takes no part. None if a difference's interval includes 0 or is not known, or if the
-    best and another one are practical and realise sparsities more than .01 apart.
+    dense is the ceiling and takes no part. None if a row has no value (yet), if a difference's interval includes 0 or
+    is not known, or if the best and another one are practical and realise sparsities more than .01 apart.
     """
-    sparse = [(s, v) for s in settings if s.method != "dense" and (v := value(s)) is not None]
-    if len(sparse) < 2:
+    sparse = [one for one in settings if one.method != "dense"]
+    known = [(one, v) for one in sparse if (v := value(one)) is not None]
+    if len(known) < 2 or len(known) < len(sparse):
         return None
-    ordered = sorted(sparse, key=lambda pair: -pair[1] if higher else pair[1])
+    ordered = sorted(known, key=lambda pair: -pair[1] if higher else pair[1])
     best = ordered[0][0]
     for other, _ in ordered[1:]:
         if are_unequal(best, other) and "practical" in (best.setting["mode"], other.setting["mode"]):
@@ -131,7 +132,8 @@ def accuracy_table(quality: Quality) -> str:
 def _bold_rule() -> str:
     return (
         "Bold: better than every other sparse row of the block, the paired 95 % interval of each difference excluding 0 "
-        "(not corrected for the number of comparisons); no bold otherwise. dense is the ceiling, random the floor. "
+        "(not corrected for the number of comparisons); no bold otherwise, nor while a row has no value. dense is the "
+        "ceiling, random the floor. "
         f"Realised: share of neurons not used, mean over layers and tasks. {MISSING}: no value (yet).\n\n"
     )
 

@@ -87,6 +87,7 @@ def test_failed_and_missing_cells_are_no_numbers(tmp_path):
     rows.to_csv(run / "accuracy.csv", mode="a", header=False, index=False)
     table = accuracy_table(quality(run))
     assert row(table, "cats") == ["cats", "0.800", "40.0", "failed", MISSING]
+    assert row(table, "m-countdown")[2:] == ["80.0", "80.0", "80.0"]  # nothing is best while a rival has no value
     assert row(table, "d-countdown")[2:] == [MISSING, MISSING, MISSING]
     assert "cats on b: NaN in the logits of layer 3" in table
 
