@@ -190,9 +190,11 @@ def verify(
     ] = 0,
     data_dir: DataDir = None,
     include_path: IncludePath = None,
+    model_dir: Annotated[str | None, typer.Option(help="Folder of the models that the run had as {model_dir}.")] = None,
 ) -> None:
     """Check a run folder: hashes, keys, values against samples, tables and claims against CSVs."""
-    raise typer.Exit(cli_actions.verify(folder, recompute, _overrides(locals())))
+    folders = {"data_dir": data_dir, "include_path": include_path, "model_dir": model_dir}
+    raise typer.Exit(cli_actions.verify(folder, recompute, folders))
 
 
 @app.command()

@@ -195,7 +195,7 @@ def compare(first: Path, second: Path) -> None:
         typer.echo(line)
 
 
-def verify(folder: Path, n_recompute: int, overrides: dict[str, Any]) -> int:
+def verify(folder: Path, n_recompute: int, folders: dict[str, str | None]) -> int:
     """Print the problems of a run folder; 1 if there are any."""
     from suite.report.page import rebuild_problems
     from suite.runs.executor import LocalExecutor
@@ -203,7 +203,7 @@ def verify(folder: Path, n_recompute: int, overrides: dict[str, Any]) -> int:
 
     problems = [*verify_files(folder), *rebuild_problems(folder)]
     if n_recompute:
-        config = config_of(folder, overrides)
+        config = config_of(folder, folders)
         problems += recompute(folder, config, _world(config), LocalExecutor(), n_recompute, _say)
     for problem in problems:
         typer.echo(f"problem: {problem}", err=True)

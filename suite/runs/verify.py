@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import json
 import math
 import random
 import tempfile
@@ -94,7 +95,7 @@ def _from_samples(row: Row, samples: Mapping[tuple[str, str], Mapping[str, float
 
 
 def config_of(folder: Path, overrides: Mapping[str, Any]) -> MatrixConfig:
-    """Matrix that a run folder was made from; its placeholders ``{data_dir}`` must be overridden.
+    """Matrix that a run folder was made from; its placeholders ``{data_dir}``, ``{model_dir}`` ... must be overridden.
 
     Raises
     ------
@@ -102,11 +103,14 @@ def config_of(folder: Path, overrides: Mapping[str, Any]) -> MatrixConfig:
         A placeholder is left.
     """
     data = dict(read_manifest(folder)["config"])
-    data.update({name: value for name, value in overrides.items() if value is not None})
-    for name in ("data_dir", "include_path"):
-        if str(data.get(name) or "").startswith("{"):
-            raise InputError(f"run {folder} was made with a {name}: give --{name.replace('_', '-')}")
-    return build_config(data, str(folder))
+    given = {name: str(value) for name, value in overrides.items() if value is not None}
+    text = json.dumps(data)
+    for name in ("data_dir", "include_path", "model_dir"):
+        if f"{{{name}}}" in text:
+            if name not in given:
+                raise InputError(f"run {folder} was made with a {name}: give --{name.replace('_', '-')}")
+            text = text.replace(f"{{{name}}}", json.dumps(given[name])[1:-1])
+    return build_config(json.loads(text), str(folder))
 
 
 def recompute(
