@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from suite.errors import CellError
-
 _SHIFT = 14  # of the 32 bits of a float 18 remain: sign, exponent, 9 of the mantissa
 _HALF = 1 << 17
 
@@ -22,16 +20,8 @@ class ScoreHistogram:
         self._counts = torch.zeros(2 * _HALF, dtype=torch.int64)
 
     def add(self, scores: Tensor) -> None:
-        """Count scores of any shape and float dtype.
-
-        Raises
-        ------
-        CellError
-            A score is NaN.
-        """
+        """Count scores of any shape and float dtype, none of them NaN."""
         scores = scores.detach().float().flatten()
-        if bool(scores.isnan().any()):
-            raise CellError("calibration met NaN scores: the model's activations overflow in this dtype")
         bits = scores.view(torch.int32)
         # order of the floats as order of integers: negative floats run backwards
         ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> _SHIFT
@@ -59,12 +49,10 @@ def _edge(ordered: int) -> float:
 def exact_quantile(scores: Tensor, share: float) -> float:
     """Threshold below which as near to a `share` in (0, 1) of the scores lies as ties allow, representable in fp32."""
     flat = scores.detach().float().flatten()
-    rank = min(flat.numel() - 1, round(share * flat.numel()))
-    value = _kth_smallest(flat, rank)
-    if bool(value.isnan()):
-        raise CellError("calibration met NaN scores: the model's activations overflow in this dtype")
+    wanted = share * flat.numel()
+    value = _kth_smallest(flat, min(flat.numel() - 1, round(wanted)))
     below, up_to = int((flat < value).sum()), int((flat <= value).sum())
-    if abs(up_to - rank) < abs(below - rank):  # many equal scores (bf16): dropping them all comes nearer
+    if abs(up_to - wanted) < abs(below - wanted):  # many equal scores (bf16): dropping them all comes nearer
         value = torch.nextafter(value, torch.tensor(torch.inf, device=value.device))
     return float(value)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from suite.errors import InputError
+from suite.errors import CellError, InputError
 from suite.fitting.artifacts import Fit
 from suite.fitting.calibration import Calibration
 from suite.fitting.histogram import ScoreHistogram, exact_quantile
@@ -126,7 +126,13 @@ class _Fitter:
 
     def _run(self, windows: Sequence[list[int]], select: Select) -> list[LayerSparsity]:
         model, device = self._loaded.model, self._loaded.device
-        with sparsified(model, self._method, select) as attached, torch.inference_mode():
+
+        def checked(layer: int, score: Tensor) -> Tensor:
+            if bool(score.isnan().any()):
+                raise CellError(f"NaN scores in layer {layer} of the calibration text: the activations overflow")
+            return select(layer, score)
+
+        with sparsified(model, self._method, checked) as attached, torch.inference_mode():
             for ids, mask in batches(windows, _CHUNK):
                 # logits of one position: those of all would take 0.8 GB
                 model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=1)

@@ -146,6 +146,8 @@ def _check_formula(name: str, mlp: GatedMLP) -> None:
     x = torch.linspace(-1, 1, mlp.d_model, dtype=weight.dtype, device=weight.device)[None]
     with torch.no_grad():
         gate, up = mlp.gate_up(x)
-        same = torch.equal(mlp.down(mlp.act(gate) * up), mlp.module.forward(x))  # not called: hooks see no probe
+        found = mlp.down(mlp.act(gate) * up)
+        expected = mlp.module.forward(x)  # not called: hooks must see no probe
+    same = torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True)
     if not same:
         raise InputError(f"model {name}: {type(mlp.module).__name__} does not compute W_down (act(W_gate x) * W_up x)")

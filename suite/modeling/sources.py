@@ -136,7 +136,7 @@ def _hub_snapshot(model_id: str, revision: str) -> Path | None:
 def _shards(index: Path) -> list[str]:
     try:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"model index {index} is damaged: {error}") from error
 
 
