@@ -102,6 +102,7 @@ def _result(
     sparse_share: float | None,
 ) -> TaskResult:
     metrics, samples = [], []
+    several = len({filter_name for _, filter_name in values}) > 1
     for (name, filter_name), rows in values.items():
         numbers = [value for _, value, _ in rows]
         weights = [1.0 if weight is None else weight for _, _, weight in rows]
@@ -119,7 +120,7 @@ def _result(
                 chance=built.chance(name) if isinstance(built, BuiltTask) else None,
             )
         )
-        samples += samples_of(name, rows)
+        samples += samples_of(f"{name},{filter_name}" if several else name, rows)
     n_samples = max(len(rows) for rows in values.values())
     return TaskResult(task.name, built.version, built.num_fewshot, n_samples, sparse_share, metrics, samples)
 

@@ -154,6 +154,20 @@ def test_local_data_feeds_the_builtin_task(tiny, tmp_path):
     assert {m.chance for m in result.metrics} == {0.5}
 
 
+def test_samples_of_a_task_with_several_filters_are_told_apart(tiny, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"q": "1 + 1 =", "a": "2"}) + "\n")
+    (tmp_path / "two.yaml").write_text(
+        f"task: two\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
+        "output_type: generate_until\ntest_split: test\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"
+        "generation_kwargs: {until: ['x'], max_gen_toks: 3}\nmetric_list: [{metric: exact_match}]\n"
+        "filter_list:\n  - {name: first, filter: [{function: take_first}]}\n"
+        "  - {name: digits, filter: [{function: regex, regex_pattern: '([0-9])'}, {function: take_first}]}\n"
+    )
+    result = evaluate(tiny, ["two"], DENSE, include_path=tmp_path)["two"]
+    assert sorted(m.filter for m in result.metrics) == ["digits", "first"]
+    assert sorted(metric for _, metric, _ in result.samples) == ["exact_match,digits", "exact_match,first"]
+
+
 def test_hub_task_offline_is_one_line(tiny):
     with pytest.raises(InputError, match=r"piqa cannot be loaded \(hub\)") as error:
         evaluate(tiny, ["piqa"], DENSE)
