@@ -22,7 +22,12 @@ def make_hold(plan: Plan, dev: Any) -> Any:
     neurons, tokens, stream = plan.neurons, plan.batch, make_stream(plan, dev)
     found_at, value_at = plan.shared["found"], plan.shared["found_value"]
     work_at, work_value_at, valued = plan.shared["work"], plan.shared["work_value"], plan.kind == "threshold"
-    load_i, load_f, store_i, store_f = dev.shared_load_i32, dev.shared_load_f32, dev.shared_store_i32, dev.shared_store_f32
+    load_i, load_f, store_i, store_f = (
+        dev.shared_load_i32,
+        dev.shared_load_f32,
+        dev.shared_store_i32,
+        dev.shared_store_f32,
+    )
     copy_neuron = stream.copy_neuron
 
     @dev.device_function
@@ -191,10 +196,21 @@ def make_predictor_select(plan: Plan, dev: Any) -> Any:
 
     The rows of U do not depend on z: they are on their way while the barrier is waited for. Returns as for a threshold.
     """
-    rows, depth, packet_bytes, rank, n_blocks = plan.rows, plan.depth, plan.slots * plan.slot_bytes, plan.rank, plan.n_blocks
+    rows, depth, packet_bytes, rank, n_blocks = (
+        plan.rows,
+        plan.depth,
+        plan.slots * plan.slot_bytes,
+        plan.rank,
+        plan.n_blocks,
+    )
     logits, threads, tokens, padded = plan.logit_rows * plan.logit_slots, plan.threads, plan.batch, plan.rank_padded
     ring_at, x_at, z_at, scratch_at = (plan.shared[k] for k in ("ring", "x", "z", "scratch"))
-    z_ws, z_done_ws, scratch_bytes, width = plan.workspace["z"], plan.workspace["z_done"], plan.scratch_floats * 4, 32 // plan.dense_sums
+    z_ws, z_done_ws, scratch_bytes, width = (
+        plan.workspace["z"],
+        plan.workspace["z_done"],
+        plan.scratch_floats * 4,
+        32 // plan.dense_sums,
+    )
     stream, hold = make_stream(plan, dev), make_hold(plan, dev)
     copy_rows, load_x, copy_x, overlap = stream.copy_rows, stream.load_x, stream.copy_x, plan.overlap
     copy_logit_rows, append_logits = make_logits(plan, dev)

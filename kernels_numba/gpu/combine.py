@@ -179,7 +179,11 @@ def make_coefficients(plan: Plan, dev: Any) -> Any:
 def make_sparse(plan: Plan, dev: Any) -> Any:
     """``sparse(...)``: stream the rows of the work list and sum ``v`` times the rows of W_down; returns the thread's y."""
     neurons, depth, matrices, tokens = plan.neurons, plan.depth, plan.matrices, plan.batch
-    packet_bytes, down_at, held_places = plan.slots * plan.slot_bytes, (plan.matrices - 1) * plan.neurons * plan.slot_bytes, plan.held
+    packet_bytes, down_at, held_places = (
+        plan.slots * plan.slot_bytes,
+        (plan.matrices - 1) * plan.neurons * plan.slot_bytes,
+        plan.held,
+    )
     ring_at, x_at, scratch_at, work_at = (plan.shared[k] for k in ("ring", "x", "scratch", "work"))
     scratch_bytes, copy_neuron = plan.scratch_floats * 4, make_stream(plan, dev).copy_neuron
     layout = (plan.batch, plan.chunks, plan.slot_bytes, plan.chunk_bytes)
@@ -188,7 +192,12 @@ def make_sparse(plan: Plan, dev: Any) -> Any:
     zeros = dev.make_zeros(plan.batch * plan.chunks * plan.vector)
     block_sum, coefficients = make_block_sum(plan, dev, plan.sparse_sums), make_coefficients(plan, dev)
     spread = dev.make_lanes_spread(neurons * tokens, 1 if matrices == 1 else 32 // plan.sparse_sums)
-    commit, wait, load_i, nothing = dev.copy_commit, dev.make_copy_wait(plan.depth - 1), dev.shared_load_i32, np.float32(0.0)
+    commit, wait, load_i, nothing = (
+        dev.copy_commit,
+        dev.make_copy_wait(plan.depth - 1),
+        dev.shared_load_i32,
+        np.float32(0.0),
+    )
 
     @dev.device_function
     def copy_work(shared, packet, p, end, a, b, down, tid):
@@ -231,7 +240,9 @@ def make_store_partial(plan: Plan, dev: Any) -> Any:
     """``store_partial(...)``: write the block's share of y, fp32, to the workspace."""
     threads, pieces, chunks, vector = plan.threads, plan.pieces, plan.chunks, plan.vector
     partial_ws, block_bytes = plan.workspace["partial"], plan.batch * plan.d_model * 4
-    store = dev.make_store_columns(plan.dtype, plan.batch, plan.chunks, plan.d_model * 4, plan.threads * plan.vector * 4)
+    store = dev.make_store_columns(
+        plan.dtype, plan.batch, plan.chunks, plan.d_model * 4, plan.threads * plan.vector * 4
+    )
 
     @dev.device_function
     def store_partial(workspace, block, y, tid):

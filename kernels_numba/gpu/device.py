@@ -34,7 +34,9 @@ def _shared(builder: Any, address: Any) -> Any:
     return builder.trunc(address, _I32)
 
 
-def _instruction(text: str, result: Any, *arguments: Any, shared: bool = False, pure: bool = False) -> Callable[..., Any]:
+def _instruction(
+    text: str, result: Any, *arguments: Any, shared: bool = False, pure: bool = False
+) -> Callable[..., Any]:
     """Device function that is one PTX instruction; ``shared``: the first argument is a shared address (32 bits)."""
     none = result is types.void
 
@@ -82,8 +84,6 @@ store_clock = _instruction("{ .reg .b64 t; mov.u64 t, %clock64; st.global.b64 [$
 exp2 = _instruction("ex2.approx.f32 $0, $1;", types.float32, types.float32, pure=True)
 divide = _instruction("div.full.f32 $0, $1, $2;", types.float32, types.float32, types.float32, pure=True)
 popcount = _instruction("popc.b32 $0, $1;", types.int32, types.int32, pure=True)
-
-
 
 
 def make_copy(hint: str = "L2::128B") -> Callable[..., Any]:
@@ -211,7 +211,9 @@ def make_rows_dot(
             at, x_at = args
             for c in range(chunks):
                 words = [
-                    _load16(builder, _shared(builder, _offset(builder, at, r * row_stride + c * chunk_stride)), "shared")
+                    _load16(
+                        builder, _shared(builder, _offset(builder, at, r * row_stride + c * chunk_stride)), "shared"
+                    )
                     for r in range(n_rows)
                 ]
                 for b in range(batch):

@@ -1,7 +1,7 @@
 """The kernels: one persistent launch a layer, put together from the phases; read this file first.
 
-    threshold, predictor:  choose -> (barrier) -> deal -> sparse -> (barrier) -> reduce
-    given, down:           take                        -> sparse -> (barrier) -> reduce
+threshold, predictor:  choose -> (barrier) -> deal -> sparse -> (barrier) -> reduce
+given, down:           take                        -> sparse -> (barrier) -> reduce
 """
 
 from __future__ import annotations

@@ -276,7 +276,9 @@ class Plan:
             raise ValueError(f"batch={self.batch}: a launch holds 1, 2, 4 or 8 tokens; pad with rows of zeros")
         if self.capability < (8, 0):
             major, minor = self.capability
-            raise ValueError(f"compute capability {major}.{minor}: the kernels need 8.0 (cp.async); use the masked backend")
+            raise ValueError(
+                f"compute capability {major}.{minor}: the kernels need 8.0 (cp.async); use the masked backend"
+            )
         for sums in (self.dense_sums if self.kind in ("threshold", "predictor") else 1, self.sparse_sums):
             if sums > 32 or sums & (sums - 1):
                 raise ValueError(f"{sums} sums a packet: rows and neurons times batch must be a power of 2 up to 32")
@@ -284,7 +286,9 @@ class Plan:
             raise ValueError(f"rank={self.rank}: a row of the predictor must fit in 1024 threads; use a lower rank")
         limit = shared_limit(self.capability)
         if self.shared["total"] > limit:
-            raise ValueError(f"{self.shared['total']} bytes of shared memory: over the {limit} a block may have; lower depth")
+            raise ValueError(
+                f"{self.shared['total']} bytes of shared memory: over the {limit} a block may have; lower depth"
+            )
         return self
 
 

@@ -119,7 +119,7 @@ def exp2(x: Any) -> Any:
 
 
 def divide(a: Any, b: Any) -> Any:
-    """a / b in fp32."""
+    """Quotient in fp32."""
     with np.errstate(all="ignore"):
         return np.float32(a) / np.float32(b)
 
@@ -198,7 +198,9 @@ def make_rows_dot_f32(dtype: str, n_rows: int, batch: int, row_stride: int, z_st
     def rows_dot_f32(rows: int, z: int) -> tuple[Any, ...]:
         vectors = [np.array(_view(z + b * z_stride, ctypes.c_float, n)[:], np.float32) for b in range(batch)]
         with np.errstate(all="ignore"):
-            return tuple(_vector(rows + r * row_stride, dtype) @ vectors[b] for r in range(n_rows) for b in range(batch))
+            return tuple(
+                _vector(rows + r * row_stride, dtype) @ vectors[b] for r in range(n_rows) for b in range(batch)
+            )
 
     return rows_dot_f32
 
@@ -225,7 +227,9 @@ def make_zeros(n: int) -> Callable[[], tuple[Any, ...]]:
     return lambda: (np.float32(0.0),) * n
 
 
-def make_store_columns(dtype: str, batch: int, chunks: int, token_stride: int, chunk_stride: int) -> Callable[..., None]:
+def make_store_columns(
+    dtype: str, batch: int, chunks: int, token_stride: int, chunk_stride: int
+) -> Callable[..., None]:
     """As in ``device``."""
     n = 4 if dtype == "float32" else 8
 
@@ -233,7 +237,9 @@ def make_store_columns(dtype: str, batch: int, chunks: int, token_stride: int, c
         for c in range(min(limit, chunks)):
             for b in range(batch):
                 at = (b * chunks + c) * n
-                _view(address + b * token_stride + c * chunk_stride, ctypes.c_float, n)[:] = [float(a) for a in y[at : at + n]]
+                _view(address + b * token_stride + c * chunk_stride, ctypes.c_float, n)[:] = [
+                    float(a) for a in y[at : at + n]
+                ]
 
     return store_columns
 

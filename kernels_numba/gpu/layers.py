@@ -1,0 +1,413 @@
+"""Sparse gated MLP layers on a CUDA device, for the few tokens of a decode step.
+
+    layer = ThresholdLayer(w_gate, w_up, transpose_down(w_down), activation="silu", first="up", threshold=0.8)
+    y = layer(x)             # x (..., d_model) of at most 8 tokens
+
+Weights are bound without a copy: their addresses are laid out for the driver once. Nothing waits for the device and
+nothing is allocated beside the output, so a call can be captured in a CUDA graph; counts stay on the device. A layer's
+workspace serves one stream at a time. Sums are made in a fixed order that depends on the active set alone: equal
+inputs give equal bits. NaN in x gives NaN in y.
+
+Batch 2 to 8: rows are read for the union of the tokens' active sets, and each token uses only its own neurons.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kernels_numba.gpu.compiled import Launch, Loaded, load_kernel
+from kernels_numba.gpu.plan import MAX_BATCH, Kind, Plan
+from kernels_numba.gpu.tuned import device_facts, launch_tokens, tuned_plan
+
+_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+_NEURON = (1 << 24) - 1
+
+
+def unavailable(device: str | torch.device = "cuda") -> str:
+    """Reason why the kernels cannot run on the device, with its remedy; empty if they can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device: torch.cuda.is_available() is False"
+    try:
+        import numba.cuda  # noqa: F401
+        from cuda.bindings import driver  # noqa: F401
+    except ImportError as error:
+        return f"numba-cuda cannot be imported ({error}): install numba-cuda[cu13] and numpy < 2.5"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]}: the kernels need 8.0 or newer"
+    return ""
+
+
+def transpose_down(w_down: Tensor, *, keep_dense: bool = True) -> Tensor:
+    """Contiguous transposed copy (d_ff, d_model) of ``w_down`` (d_model, d_ff).
+
+    ``keep_dense=False`` makes ``w_down`` itself a view of the copy and frees its own memory: dense passes still work
+    (the values are the same, the layout is not), and the layer needs no more memory than a dense one.
+    """
+    copy = w_down.detach().t().contiguous()
+    if not keep_dense:
+        w_down.data = copy.t()
+    return copy
+
+
+def _weight(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor | None) -> None:
+    """Raise ValueError unless a tensor is a contiguous CUDA matrix of a known dtype, this shape and ``like``'s device."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}: pass a torch tensor")
+    if value.device.type != "cuda":
+        raise ValueError(f"{name} is on {value.device}: the CUDA kernels need it on a CUDA device")
+    if value.dtype not in _NAMES:
+        raise ValueError(f"{name} has dtype {value.dtype}: convert it to {', '.join(_NAMES.values())}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {shape}")
+    if not value.is_contiguous():
+        raise ValueError(f"{name} is not contiguous (strides {value.stride()}): call contiguous() once, before binding")
+    if value.data_ptr() % 16:
+        raise ValueError(f"{name} starts at an address that is no multiple of 16 bytes: clone() it")
+    if like is not None and (value.dtype, value.device) != (like.dtype, like.device):
+        raise ValueError(
+            f"{name} is {value.dtype} on {value.device}: the other weights are {like.dtype} on {like.device}"
+        )
+
+
+class _Layer:
+    """Plans, launches and workspaces of one layer; one launch object for each batch size used."""
+
+    kind: Kind
+
+    def __init__(
+        self, w_down_t: Tensor, activation: str, *, rank: int = 0, first: Literal["gate", "up"] = "up"
+    ) -> None:
+        if not isinstance(w_down_t, Tensor) or w_down_t.dim() != 2:
+            raise ValueError("w_down_t must be a matrix (d_ff, d_model): pass transpose_down(w_down)")
+        _weight("w_down_t", w_down_t, tuple(w_down_t.shape), None)
+        reason = unavailable(w_down_t.device)
+        if reason:
+            raise RuntimeError(reason)
+        self.w_down_t, self.device, self.dtype = w_down_t, w_down_t.device, w_down_t.dtype
+        self.d_ff, self.d_model = w_down_t.shape
+        self._n_blocks, self._capability = device_facts(self.device)
+        self._options: dict[str, Any] = {"activation": activation, "rank": rank, "first": first}
+        self._addresses: dict[str, int | float] = {"down": w_down_t.data_ptr()}
+        self._launches: dict[int, tuple[Loaded, Launch, Tensor]] = {}
+        self._most = launch_tokens(self._plan(1))
+        self._last = 1
+
+    def _plan(self, batch: int) -> Plan:
+        return tuned_plan(
+            self.kind, self.d_model, self.d_ff, _NAMES[self.dtype], batch=batch, n_blocks=self._n_blocks,
+            capability=self._capability, **self._options,
+        )  # fmt: skip
+
+    def _launch(self, batch: int) -> tuple[Loaded, Launch, Tensor]:
+        if batch not in self._launches:
+            loaded = load_kernel(self._plan(batch), self.device.index or 0)
+            workspace = torch.zeros(loaded.plan.workspace["total"], dtype=torch.uint8, device=self.device)
+            launch = Launch(loaded, self._addresses | {"workspace": workspace.data_ptr()})
+            self._launches[batch] = loaded, launch, workspace
+        return self._launches[batch]
+
+    def prepare(self, n_tokens: int = 1) -> Loaded:
+        """Compile and load what ``n_tokens`` need; a call does it too, but not while a graph is captured."""
+        return self._launch(1 << (min(n_tokens, self._most) - 1).bit_length())[0]
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Device memory of the workspaces made so far."""
+        return sum(workspace.numel() for _, _, workspace in self._launches.values())
+
+    @property
+    def extra_bytes(self) -> int:
+        """Memory beyond the dense layer's, if W_down is kept beside its transposed copy: that copy and the workspaces."""
+        return self.w_down_t.numel() * self.w_down_t.element_size() + self.workspace_bytes
+
+    def _tokens(self, name: str, value: Tensor, shape: tuple[int, ...] | None = None) -> int:
+        if value.dtype != self.dtype or value.device != self.device:
+            raise ValueError(f"{name} is {value.dtype} on {value.device}: the layer is {self.dtype} on {self.device}")
+        if not value.dim() or value.shape[-1] != self.d_model or (shape is not None and tuple(value.shape) != shape):
+            wanted = f"(..., {self.d_model})" if shape is None else str(shape)
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {wanted}")
+        if not value.is_contiguous() or value.data_ptr() % 16:
+            raise ValueError(f"{name} is not contiguous from a multiple of 16 bytes on: call contiguous() or clone()")
+        n_tokens = value.numel() // self.d_model
+        if not 1 <= n_tokens <= MAX_BATCH:
+            raise ValueError(f"{name} holds {n_tokens} tokens: the kernels take 1 to {MAX_BATCH}; use the dense layer")
+        return n_tokens
+
+    def _run(self, x: Tensor, out: Tensor | None, residual: Tensor | None, **arguments: int) -> Tensor:
+        n_tokens = self._tokens("x", x)
+        if out is None:
+            out = torch.empty_like(x)
+        else:
+            self._tokens("out", out, tuple(x.shape))
+        if residual is not None:
+            self._tokens("residual", residual, tuple(x.shape))
+        self._go(n_tokens, x.data_ptr(), out, residual, arguments)
+        return out
+
+    def _go(self, n_tokens: int, x: int, out: Tensor, residual: Tensor | None, arguments: dict[str, int]) -> None:
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        row = self.d_model * out.element_size()
+        for begin in range(0, n_tokens, self._most):
+            now = min(self._most, n_tokens - begin)
+            self._last = 1 << (now - 1).bit_length()
+            launch = self._launch(self._last)[1]
+            launch.set("n_tokens", now)
+            launch.set("x", x + begin * row if x else 0)
+            launch.set("y", out.data_ptr() + begin * row)
+            launch.set("residual", residual.data_ptr() + begin * row if residual is not None else 0)
+            for name, value in arguments.items():
+                launch.set(name, value)
+            launch(stream)
+
+
+class _ChoosingLayer(_Layer):
+    """A layer that finds its active neurons itself."""
+
+    def __init__(self, w_down_t: Tensor, activation: str, threshold: float, **options: Any) -> None:
+        super().__init__(w_down_t, activation, **options)
+        self.threshold = threshold
+
+    @property
+    def threshold(self) -> float:
+        """Neurons scoring below it are skipped; compared in fp32. A graph keeps the value it was captured with."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        if math.isnan(value):
+            raise ValueError("threshold is NaN: fit it, or pass -inf to keep all neurons")
+        self._threshold = float(value)
+        self._addresses["threshold"] = self._threshold
+        for _, launch, _ in self._launches.values():
+            launch.set("threshold", self._threshold)
+
+    def active(self, token: int = 0) -> Tensor:
+        """Neurons of a token in the last launch, ascending, int64; waits for the device."""
+        loaded, _, workspace = self._launch(self._last)
+        plan = loaded.plan
+        at = plan.workspace["counts"]
+        counts = workspace[at : at + plan.n_blocks * 8].view(torch.int32)[::2].long() & 0xFFFF
+        at = plan.workspace["index"]
+        entries = workspace[at : at + plan.d_ff * 4].view(torch.int32).long()
+        rows, spare = divmod(plan.d_ff, plan.n_blocks)
+        blocks = torch.arange(plan.n_blocks, device=self.device)
+        starts = blocks * rows + blocks.clamp(max=spare)
+        places = torch.arange(plan.d_ff, device=self.device)
+        owner = torch.searchsorted(starts, places, right=True) - 1
+        found = entries[places - starts[owner] < counts[owner]]
+        return (found[(found >> (24 + token)) & 1 == 1] & _NEURON).sort().values
+
+
+class ThresholdLayer(_ChoosingLayer):
+    """CATS (``first="gate"``, score ``abs(act(g))``) and M-COUNTDOWN (``first="up"``, score ``abs(u)``).
+
+    Parameters
+    ----------
+    w_gate, w_up : Tensor, shape (d_ff, d_model), bf16, fp16 or fp32, contiguous, CUDA
+    w_down_t : Tensor, same
+        From `transpose_down`.
+    activation : "silu" or "gelu_tanh"
+    first : "up" or "gate"
+    threshold : float
+        A neuron is kept unless its score is below it; -inf keeps all.
+
+    Raises
+    ------
+    ValueError
+        Wrong dtype, device, shape, contiguity or name, sizes no multiple of 8, NaN threshold.
+    RuntimeError
+        The kernels cannot run on this machine.
+    """
+
+    kind: Kind = "threshold"
+
+    def __init__(
+        self, w_gate: Tensor, w_up: Tensor, w_down_t: Tensor, *, activation: str, first: str, threshold: float
+    ) -> None:
+        if first not in ("up", "gate"):
+            raise ValueError(f"first={first!r}: must be 'up' (M-COUNTDOWN) or 'gate' (CATS)")
+        super().__init__(w_down_t, activation, threshold, first=first)
+        for name, weight in (("w_gate", w_gate), ("w_up", w_up)):
+            _weight(name, weight, (self.d_ff, self.d_model), w_down_t)
+        self.first, self._weights = first, (w_gate, w_up)
+        dense, other = (w_gate, w_up) if first == "gate" else (w_up, w_gate)
+        self._addresses |= {"dense": dense.data_ptr(), "a": other.data_ptr()}
+
+    def __call__(self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None) -> Tensor:
+        """``y`` (plus ``residual``), of the shape and dtype of ``x`` (..., d_model), at most 8 tokens."""
+        return self._run(x, out, residual)
+
+
+class PredictorLayer(_ChoosingLayer):
+    """Methods with a low-rank predictor: a neuron is active unless its logit ``(x V^T) U^T`` is below the threshold.
+
+    Parameters as `ThresholdLayer`, and
+
+    v : Tensor, shape (rank, d_model)
+    u : Tensor, shape (d_ff, rank)
+        Copied with zero columns added if ``rank`` is no multiple of 256 (fp32: 128).
+    """
+
+    kind: Kind = "predictor"
+
+    def __init__(
+        self, w_gate: Tensor, w_up: Tensor, w_down_t: Tensor, v: Tensor, u: Tensor, *, activation: str, threshold: float
+    ) -> None:
+        if not isinstance(v, Tensor) or v.dim() != 2 or not v.shape[0]:
+            raise ValueError("v must be a matrix (rank, d_model) with at least one row")
+        rank = v.shape[0]
+        super().__init__(w_down_t, activation, threshold, rank=rank)
+        _weight("v", v, (rank, self.d_model), w_down_t)
+        _weight("u", u, (self.d_ff, rank), w_down_t)
+        for name, weight in (("w_gate", w_gate), ("w_up", w_up)):
+            _weight(name, weight, (self.d_ff, self.d_model), w_down_t)
+        missing = self._plan(1).rank_padded - rank
+        u = torch.nn.functional.pad(u, (0, missing)) if missing else u
+        self._weights = (w_gate, w_up, v, u)
+        self._addresses |= {k: w.data_ptr() for k, w in (("dense", v), ("u", u), ("a", w_gate), ("b", w_up))}
+
+    @property
+    def extra_bytes(self) -> int:
+        """As for all layers, and the predictor."""
+        return super().extra_bytes + sum(w.numel() * w.element_size() for w in self._weights[2:])
+
+    def __call__(self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None) -> Tensor:
+        """``y`` (plus ``residual``), of the shape and dtype of ``x`` (..., d_model), at most 8 tokens."""
+        return self._run(x, out, residual)
+
+
+def _list(name: str, value: Tensor, device: torch.device, *, one: bool = False) -> None:
+    if not isinstance(value, Tensor) or value.dtype != torch.int32 or value.device != device:
+        raise ValueError(f"{name} must be an int32 tensor on {device}: the kernel reads it there")
+    if not value.is_contiguous() or (one and value.numel() != 1) or (not one and value.dim() != 1):
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}: expected {'one element' if one else 'a contiguous vector'}"
+        )
+
+
+def _check_range(indices: Tensor, count: Tensor, d_ff: int) -> None:
+    n = int(count.item())
+    if not 0 <= n <= min(len(indices), d_ff):
+        raise ValueError(f"count={n}: must be 0 to {min(len(indices), d_ff)}")
+    used = indices[:n]
+    if n and (int(used.min()) < 0 or int(used.max()) >= d_ff):
+        raise ValueError(f"indices run from {int(used.min())} to {int(used.max())}: must be in [0, {d_ff})")
+
+
+class GivenLayer(_Layer):
+    """Gated MLP over a given active set, the same for all tokens; parameters as `ThresholdLayer`.
+
+    ``checked=True`` looks at every index before the launch (waits for the device; for tests): without it an index out
+    of range reads out of bounds.
+    """
+
+    kind: Kind = "given"
+
+    def __init__(
+        self, w_gate: Tensor, w_up: Tensor, w_down_t: Tensor, *, activation: str, checked: bool = False
+    ) -> None:
+        super().__init__(w_down_t, activation)
+        for name, weight in (("w_gate", w_gate), ("w_up", w_up)):
+            _weight(name, weight, (self.d_ff, self.d_model), w_down_t)
+        self.checked, self._weights = checked, (w_gate, w_up)
+        self._addresses |= {"a": w_gate.data_ptr(), "b": w_up.data_ptr()}
+
+    def __call__(
+        self, x: Tensor, indices: Tensor, count: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None
+    ) -> Tensor:
+        """``y`` of the neurons ``indices[:count]``; int32 (capacity,) and int32 (1,), both on the device."""
+        _list("indices", indices, self.device)
+        _list("count", count, self.device, one=True)
+        if self.checked:
+            _check_range(indices, count, self.d_ff)
+        return self._run(x, out, residual, indices=indices.data_ptr(), count=count.data_ptr())
+
+
+class DownProjection(_Layer):
+    """The op `sparse_down_proj` with its weight bound once: for decode loops and graphs."""
+
+    kind: Kind = "down"
+
+    def __init__(self, w_down_t: Tensor, *, checked: bool = False) -> None:
+        super().__init__(w_down_t, "silu")
+        self.checked = checked
+        self._options["value_dtype"] = _NAMES[self.dtype]
+
+    def __call__(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        count: Tensor,
+        out: Tensor | None = None,
+        *,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """``y = sum_{n < count} values[..., n] * W_down[:, indices[n]]``, shape (d_model,) or (batch, d_model)."""
+        _list("indices", indices, self.device)
+        _list("count", count, self.device, one=True)
+        if values.dtype != self.dtype or values.device != self.device or not values.is_contiguous():
+            raise ValueError(f"values must be contiguous, {self.dtype} on {self.device}, as w_down_t")
+        if values.dim() not in (1, 2) or values.shape[-1] != len(indices):
+            raise ValueError(f"values have shape {tuple(values.shape)}: expected (..., {len(indices)}), as indices")
+        if self.checked:
+            _check_range(indices, count, self.d_ff)
+        shape = (*values.shape[:-1], self.d_model)
+        if out is None:
+            out = torch.empty(shape, dtype=self.dtype, device=self.device)
+        n_tokens = self._tokens("out", out, shape)
+        if residual is not None:
+            self._tokens("residual", residual, shape)
+        lists = {"indices": indices.data_ptr(), "count": count.data_ptr(), "value_stride": values.shape[-1]}
+        for begin in range(0, n_tokens, self._most):
+            part = slice(begin, begin + self._most)
+            rows, whole = values.reshape(n_tokens, -1)[part], out.reshape(n_tokens, -1)[part]
+            extra = residual.reshape(n_tokens, -1)[part] if residual is not None else None
+            self._go(len(rows), 0, whole, extra, lists | {"values": rows.data_ptr()})
+        return out
+
+
+def sparse_down_proj(
+    values: Tensor,
+    indices: Tensor,
+    count: Tensor,
+    w_down_t: Tensor,
+    out: Tensor | None = None,
+    *,
+    checked: bool = False,
+) -> Tensor:
+    """Sparse down projection ``y = sum_{n < count} values[n] * W_down[:, indices[n]]``.
+
+    Parameters
+    ----------
+    values : Tensor, shape (capacity,) or (batch, capacity), dtype of ``w_down_t``
+    indices : Tensor, shape (capacity,), int32
+        Each in [0, d_ff): looked at only if ``checked`` (which waits for the device).
+    count : Tensor, one element, int32
+        Active neurons, on the device; more than d_ff counts as d_ff, less than 0 as 0.
+    w_down_t : Tensor, shape (d_ff, d_model)
+        From `transpose_down`.
+    out : Tensor, shape (d_model,) or (batch, d_model), optional
+
+    Returns
+    -------
+    Tensor
+        fp32 sums, rounded to the dtype of ``w_down_t``.
+
+    Raises
+    ------
+    ValueError
+        Wrong dtype, device, shape or contiguity; with ``checked`` also count or index out of range.
+    """
+    key = (w_down_t.data_ptr(), tuple(w_down_t.shape), w_down_t.dtype, checked)
+    if key not in _BOUND:
+        _BOUND.clear()  # one weight at a time: loops bind a DownProjection
+        _BOUND[key] = DownProjection(w_down_t, checked=checked)
+    return _BOUND[key](values, indices, count, out)
+
+
+_BOUND: dict[tuple[Any, ...], DownProjection] = {}

@@ -1,0 +1,150 @@
+"""Runs kernels on Numba's CUDA simulator and compares them with float64; started as a process of its own.
+
+    NUMBA_ENABLE_CUDASIM=1 python -m tests.kernels.cuda_cases CASE...        prints "CASE ok" or "CASE error ..."
+
+The simulator is chosen when numba is imported, hence the process. With several blocks the phases run one kernel after
+another, since a simulated block cannot wait for another; a lone block runs the whole kernel.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+from numba import cuda
+
+from kernels_numba.gpu import simulated
+from kernels_numba.gpu.kernel import ARGUMENTS, make_kernel
+from kernels_numba.gpu.plan import Plan
+from kernels_numba.reference import activate, relative_error
+
+BASE = {"d_model": 40, "d_ff": 24, "dtype": "float32", "rows": 2, "neurons": 2, "depth": 2}
+CASES = {
+    "m": Plan("threshold", **BASE, n_blocks=1),
+    "m-blocks": Plan("threshold", **BASE, n_blocks=3),
+    "m-bf16": Plan("threshold", **BASE | {"dtype": "bfloat16", "rows": 4, "depth": 3}, n_blocks=1),
+    "m-fp16-blocks": Plan("threshold", **BASE | {"dtype": "float16"}, n_blocks=2),
+    "cats": Plan("threshold", **BASE, first="gate", activation="gelu_tanh", n_blocks=1),
+    "cats-blocks": Plan("threshold", **BASE, first="gate", n_blocks=2),
+    "cats-batch": Plan("threshold", **BASE, first="gate", batch=4, n_blocks=1),
+    "m-batch": Plan("threshold", **BASE, batch=2, n_blocks=2),
+    "d": Plan("predictor", **BASE, rank=24, n_blocks=1),
+    "d-gelu": Plan("predictor", **BASE | {"neurons": 1}, rank=8, activation="gelu_tanh", n_blocks=1),
+    "d-batch": Plan("predictor", **BASE, rank=24, batch=2, n_blocks=1),
+    "given": Plan("given", **BASE, n_blocks=1),
+    "given-blocks": Plan("given", **BASE, n_blocks=5),
+    "given-gelu-batch": Plan("given", **BASE, batch=2, activation="gelu_tanh", n_blocks=1),
+    "down": Plan("down", **BASE, n_blocks=1),
+    "down-blocks": Plan("down", **BASE | {"neurons": 4}, n_blocks=3),
+    "down-batch": Plan("down", **BASE, batch=4, n_blocks=2),
+}
+
+
+def stored(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values as the kernel stores them (bf16: its upper 16 bits) and as float64."""
+    if dtype == "bfloat16":
+        bits = (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        return bits, (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    kept = np.ascontiguousarray(values, {"float16": np.float16, "float32": np.float32}[dtype])
+    return kept, kept.astype(np.float64)
+
+
+class Problem:
+    """Random weights, inputs and buffers of a plan."""
+
+    def __init__(self, plan: Plan, kept: int, seed: int = 0, tokens: int | None = None) -> None:
+        rng = np.random.default_rng(seed)
+        self.plan, self.kept, self.tokens = plan, kept, plan.batch if tokens is None else tokens
+        d, f = plan.d_model, plan.d_ff
+        self.raw, self.exact = {}, {}
+        shapes = {"gate": (f, d), "up": (f, d), "down": (f, d), "v": (max(1, plan.rank), d), "x": (plan.batch, d)}
+        for name, shape in (*shapes.items(), ("residual", (plan.batch, d)), ("u", (f, max(1, plan.rank_padded)))):
+            values = rng.standard_normal(shape) * (1.0 if name in ("x", "residual") else shape[1] ** -0.5)
+            if name == "u":
+                values[:, plan.rank :] = 0
+            self.raw[name], self.exact[name] = stored(values, plan.dtype)
+        self.values = rng.standard_normal((plan.batch, f)).astype(np.float32)
+        self.indices = rng.permutation(f).astype(np.int32)
+        self.count = np.array([kept], np.int32)
+        self.workspace = np.zeros(plan.workspace["total"], np.uint8)
+        self.y = np.full((plan.batch, d), np.nan, np.float32) if plan.dtype == "float32" else None
+        if self.y is None:
+            self.y = np.full((plan.batch, d), 0x7FFF, np.uint16)  # NaN in both
+
+    def scores(self) -> np.ndarray:
+        """(batch, d_ff), float64."""
+        e = self.exact
+        if self.plan.kind == "predictor":
+            return (e["x"] @ e["v"].T) @ e["u"][:, : self.plan.rank].T
+        gate = self.plan.first == "gate"
+        dots = e["x"] @ e["gate" if gate else "up"].T
+        return np.abs(activate(dots, self.plan.activation) if gate else dots)
+
+    @property
+    def threshold(self) -> float:
+        """Keeps ``kept`` neurons of the first token."""
+        ranked = np.sort(self.scores()[0])[::-1]
+        if self.kept == len(ranked):
+            return -np.inf
+        return float(ranked[0] + 1 if self.kept == 0 else (ranked[self.kept - 1] + ranked[self.kept]) / 2)
+
+    def expected(self) -> np.ndarray:
+        """(tokens, d_model), float64."""
+        e, n = self.exact, self.tokens
+        act, up = activate(e["x"] @ e["gate"].T, self.plan.activation), e["x"] @ e["up"].T
+        if self.plan.kind == "down":
+            v = np.zeros_like(up)
+            v[:, self.indices[: self.kept]] = self.values[:, : self.kept]
+        elif self.plan.kind == "given":
+            v = np.zeros_like(up)
+            used = self.indices[: self.kept]
+            v[:, used] = (act * up)[:, used]
+        else:
+            v = act * up * ~(self.scores() < self.threshold)
+        return (v @ e["down"] + e["residual"])[:n]
+
+    def run(self, module: object = simulated) -> np.ndarray:
+        """Output of the kernel on the simulator, float64; ``module`` may be a deliberately wrong twin."""
+        plan, raw = self.plan, self.raw
+        dense, a = (raw["gate"], raw["up"]) if plan.first == "gate" else (raw["up"], raw["gate"])
+        buffers = {"x": raw["x"], "down": raw["down"], "residual": raw["residual"], "y": self.y}
+        buffers |= {"workspace": self.workspace, "a": a, "dense": dense}
+        if plan.kind == "predictor":
+            buffers |= {"dense": raw["v"], "u": raw["u"], "a": raw["gate"], "b": raw["up"]}
+        if plan.kind in ("given", "down"):
+            buffers |= {"a": raw["gate"], "b": raw["up"], "indices": self.indices, "count": self.count}
+            buffers |= {"values": self.values}
+        arguments = [buffers[n].ctypes.data if n in buffers else 0 for n in ARGUMENTS[:12]]
+        arguments += [plan.d_ff, np.float32(self.threshold) if plan.kind in ("threshold", "predictor") else 0, self.tokens]
+        first = ["select"] if plan.kind in ("threshold", "predictor") else []
+        plans = [plan] if plan.n_blocks == 1 else [replace(plan, phases=(p,)) for p in (*first, "sparse", "reduce")]
+        with simulated.allowed(*buffers.values(), shared_bytes=plan.shared["total"]):
+            for part in plans:
+                kernel = cuda.jit(make_kernel(part, module))
+                kernel[part.n_blocks, part.threads, 0, 0](*arguments)
+        if plan.dtype == "bfloat16":
+            return ((self.y.astype(np.uint32) << 16).view(np.float32).astype(np.float64))[: self.tokens]
+        return self.y.view(np.float16 if plan.dtype == "float16" else np.float32).astype(np.float64)[: self.tokens]
+
+    def error(self, module: object = simulated) -> float:
+        """Relative error of the simulated kernel."""
+        return relative_error(self.run(module).ravel(), self.expected().ravel())
+
+
+LIMIT = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}  # 4 u sqrt(n) of the sums, 2 u of a narrow output
+
+
+def main(names: list[str]) -> None:
+    """Run cases NAME:KEPT[:TOKENS]."""
+    for name in names:
+        case, kept, *rest = name.split(":")
+        problem = Problem(CASES[case], int(kept), tokens=int(rest[0]) if rest else None)
+        error = problem.error()
+        if error <= LIMIT[problem.plan.dtype]:  # a second launch finds what the first left in the workspace
+            error = problem.error()
+        sys.stdout.write(f"{name} {'ok' if error <= LIMIT[problem.plan.dtype] else f'error {error:.3g}'}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

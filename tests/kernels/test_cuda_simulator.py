@@ -1,0 +1,35 @@
+"""Every CUDA kernel on Numba's simulator against float64: kinds, dtypes, activations, batches, edge counts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("numba.cuda", reason="needs numba-cuda or numba's own CUDA target")
+
+# case:kept[:tokens]; kept 0, 1 and all 24 are the edges
+GROUPS = {
+    "threshold": ["m:5", "m:0", "m:1", "m:24", "m-blocks:7", "m-blocks:24", "cats:6", "cats-blocks:5"],
+    "threshold-batch-and-narrow": ["m-bf16:6", "m-fp16-blocks:5", "cats-batch:4", "cats-batch:4:3", "m-batch:6"],
+    "predictor": ["d:5", "d:0", "d:1", "d:24", "d-gelu:6", "d-batch:4", "d-batch:4:1"],
+    "given": ["given:0", "given:1", "given:24", "given:9", "given-blocks:7", "given-gelu-batch:5"],
+    "down": ["down:0", "down:1", "down:24", "down:9", "down-blocks:10", "down-batch:7:3"],
+}
+
+
+def simulate(*names: str) -> list[str]:
+    """Lines that tests.kernels.cuda_cases prints."""
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.kernels.cuda_cases", *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_kernels_equal_float64(group: str) -> None:
+    names = GROUPS[group]
+    assert simulate(*names) == [f"{name} ok" for name in names]
