@@ -127,13 +127,12 @@ def select_top_k(score: Tensor, k: int) -> Tensor:
 
 
 def _break_ties(score: Tensor, kth: Tensor, k: int) -> Tensor:
-    """Of the scores equal to the kth, keep those of lowest index until there are k."""
+    """Of the scores equal to the kth, keep those of lowest index until there are k; NaN equals NaN, above infinity."""
     import torch  # late: listing the methods must not load it
 
-    # inf and NaN must not tie: finite and infinite scores keep their order below NaN
-    largest = torch.finfo(torch.float32).max
-    score, kth = (torch.where(x.isnan(), torch.inf, x.clamp(max=largest)) for x in (score, kth))
-    above, equal = score > kth, score == kth
+    nan, kth_nan = score.isnan(), kth.isnan()
+    above = (score > kth) | (nan & ~kth_nan)
+    equal = (score == kth) | (nan & kth_nan)
     room = k - above.sum(-1, keepdim=True)
     return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
 

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from suite.errors import InputError
-from suite.methods.base import kept_count, select_threshold, select_top_k
+from suite.methods.base import _break_ties, kept_count, select_threshold, select_top_k
 
-few = st.sampled_from([-math.inf, -2.0, -0.0, 0.0, 1.0, 1.0078125, 3e38, math.inf, math.nan])
+LARGEST = torch.finfo(torch.float32).max
+few = st.sampled_from([-math.inf, -2.0, -0.0, 0.0, 1.0, 1.0078125, LARGEST, math.inf, math.nan])
 scores = st.integers(1, 12).flatmap(
     lambda width: st.lists(
         st.lists(st.one_of(few, st.floats(width=32)), min_size=width, max_size=width), min_size=1, max_size=4
@@ -20,7 +21,7 @@ scores = st.integers(1, 12).flatmap(
 
 
 def by_definition(row: list[float], k: int) -> set[int]:
-    """Largest first, NaN above all, ties by lowest index."""
+    """Largest first, NaN above infinity, ties by lowest index."""
     order = sorted(range(len(row)), key=lambda i: (not math.isnan(row[i]), 0 if math.isnan(row[i]) else -row[i], i))
     return set(order[:k])
 
@@ -28,12 +29,10 @@ def by_definition(row: list[float], k: int) -> set[int]:
 @settings(max_examples=300, deadline=None)
 @given(scores, st.data())
 def test_top_k_is_the_definition(rows, data):
-    # infinities rank as the largest finite value and above it only NaN: ties among them go by index
-    largest = torch.finfo(torch.float32).max
     k = data.draw(st.integers(1, len(rows[0])))
     score = torch.tensor(rows, dtype=torch.float32)
     keep = select_top_k(score, k)
-    for row, kept in zip(score.clamp(max=largest).tolist(), keep, strict=True):
+    for row, kept in zip(score.tolist(), keep, strict=True):
         assert set(kept.nonzero().flatten().tolist()) == by_definition(row, k)
 
 
@@ -80,3 +79,12 @@ def test_no_tokens():
 
 def test_gradients_do_not_get_in_the_way():
     assert select_top_k(torch.rand(3, 8, requires_grad=True), 2).sum() == 6
+
+
+@settings(max_examples=200, deadline=None)
+@given(scores, st.data())
+def test_the_path_of_other_devices_selects_the_same(rows, data):
+    score = torch.tensor(rows, dtype=torch.float32)
+    k = data.draw(st.integers(1, len(rows[0])))
+    kth = torch.topk(score, k, dim=-1, sorted=True).values[:, -1:]
+    assert torch.equal(_break_ties(score, kth, k), select_top_k(score, k))
