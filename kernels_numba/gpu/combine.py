@@ -199,6 +199,8 @@ def make_sparse(plan: Plan, dev: Any) -> Any:
         np.float32(0.0),
     )
 
+    drain = dev.make_copy_wait(0)
+
     @dev.device_function
     def copy_work(shared, packet, p, end, a, b, down, tid):
         for j in range(neurons):
@@ -224,6 +226,7 @@ def make_sparse(plan: Plan, dev: Any) -> Any:
             copy_work(shared, packet, p + depth, held_places + taken, a, b, down, tid)
             commit()
             ring = ring + 1 if ring + 1 < depth else 0
+        drain()  # the reduction uses the ring's memory
         return y
 
     @dev.device_function

@@ -167,11 +167,16 @@ class Launch:
             config.attrs, config.numAttrs = [attribute], 1
         else:
             config.numAttrs = 0
-        self._config, self._launch, self._stream = config, driver.cuLaunchKernelEx, None
+        self._config, self._launch = config, driver.cuLaunchKernelEx
+        self._stream: int | None = None
 
     def set(self, name: str, value: float) -> None:
         """Change one argument for the launches to come (not for graphs captured before)."""
         self._cells[self._names.index(name)].value = value
+
+    def values(self) -> dict[str, int | float]:
+        """Arguments by name, as they stand."""
+        return {name: cell.value for name, cell in zip(self._names, self._cells, strict=True)}
 
     def __call__(self, stream: int) -> None:
         """Launch on the stream with this handle (``torch.cuda.current_stream().cuda_stream``)."""

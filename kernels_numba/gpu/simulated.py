@@ -31,7 +31,7 @@ _exchange: dict[int, Any] = {}
 @contextmanager
 def allowed(*arrays: np.ndarray, shared_bytes: int) -> Iterator[None]:
     """Buffers that kernels may touch while the context lasts, and the size of a block's shared memory."""
-    shared = np.full(shared_bytes + 16, 0xFF, np.uint8)  # NaN: nothing may count on zeros
+    shared = np.full(shared_bytes // 4 + 8, 0x7FC00001, np.uint32)  # NaN, and no hole: nothing may count on zeros
     low = -(-shared.ctypes.data // 16) * 16
     _shared[:] = [low]
     _buffers.append((low, low + shared_bytes))

@@ -122,7 +122,7 @@ def make_stream(plan: Plan, dev: Any) -> SimpleNamespace:
         for c in range(chunks):
             piece = tid + c * threads
             size = 16 if wanted and (whole or piece < pieces) else 0
-            copy(place + piece * 16, row + piece * 16, size)
+            copy(place + piece * 16, row + piece * size, size)  # size 0: an address that exists
 
     @dev.device_function
     def copy_rows(packet, matrix, first, step, begin, end, tid):
@@ -161,7 +161,7 @@ def make_stream(plan: Plan, dev: Any) -> SimpleNamespace:
             for c in range(chunks):
                 piece = tid + c * threads
                 size = 16 if t < n_tokens and (whole or piece < pieces) else 0
-                copy(shared + x_at + (t * chunks * threads + piece) * 16, x + (t * pieces + piece) * 16, size)
+                copy(shared + x_at + (t * chunks * threads + piece) * 16, x + (t * pieces + piece) * size, size)
 
     return SimpleNamespace(
         copy_row=copy_row, copy_rows=copy_rows, copy_neuron=copy_neuron, load_x=load_x, copy_x=copy_x

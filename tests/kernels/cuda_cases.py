@@ -23,6 +23,7 @@ BASE = {"d_model": 40, "d_ff": 24, "dtype": "float32", "rows": 2, "neurons": 2, 
 CASES = {
     "m": Plan("threshold", **BASE, n_blocks=1),
     "m-blocks": Plan("threshold", **BASE, n_blocks=3),
+    "m-odd": Plan("threshold", **BASE, n_blocks=5),
     "m-bf16": Plan("threshold", **BASE | {"dtype": "bfloat16", "rows": 4, "depth": 3}, n_blocks=1),
     "m-fp16-blocks": Plan("threshold", **BASE | {"dtype": "float16"}, n_blocks=2),
     "cats": Plan("threshold", **BASE, first="gate", activation="gelu_tanh", n_blocks=1),
@@ -116,7 +117,11 @@ class Problem:
             buffers |= {"a": raw["gate"], "b": raw["up"], "indices": self.indices, "count": self.count}
             buffers |= {"values": self.values}
         arguments = [buffers[n].ctypes.data if n in buffers else 0 for n in ARGUMENTS[:12]]
-        arguments += [plan.d_ff, np.float32(self.threshold) if plan.kind in ("threshold", "predictor") else 0, self.tokens]
+        arguments += [
+            plan.d_ff,
+            np.float32(self.threshold) if plan.kind in ("threshold", "predictor") else 0,
+            self.tokens,
+        ]
         first = ["select"] if plan.kind in ("threshold", "predictor") else []
         plans = [plan] if plan.n_blocks == 1 else [replace(plan, phases=(p,)) for p in (*first, "sparse", "reduce")]
         with simulated.allowed(*buffers.values(), shared_bytes=plan.shared["total"]):

@@ -12,11 +12,19 @@ pytest.importorskip("numba.cuda", reason="needs numba-cuda or numba's own CUDA t
 
 # case:kept[:tokens]; kept 0, 1 and all 24 are the edges
 GROUPS = {
-    "threshold": ["m:5", "m:0", "m:1", "m:24", "m-blocks:7", "m-blocks:24", "cats:6", "cats-blocks:5"],
-    "threshold-batch-and-narrow": ["m-bf16:6", "m-fp16-blocks:5", "cats-batch:4", "cats-batch:4:3", "m-batch:6"],
-    "predictor": ["d:5", "d:0", "d:1", "d:24", "d-gelu:6", "d-batch:4", "d-batch:4:1"],
-    "given": ["given:0", "given:1", "given:24", "given:9", "given-blocks:7", "given-gelu-batch:5"],
-    "down": ["down:0", "down:1", "down:24", "down:9", "down-blocks:10", "down-batch:7:3"],
+    "threshold": ["m:5", "m:0", "m:24", "m-blocks:7", "cats:1", "cats-blocks:24"],
+    "narrow": ["m-bf16:6", "m-fp16-blocks:5"],
+    "batch": ["cats-batch:4:3", "m-batch:6", "d-batch:4:1"],
+    "predictor": ["d:5", "d:0", "d:24", "d-gelu:1"],
+    "listed": [
+        "given:0",
+        "given:24",
+        "given-blocks:7",
+        "given-gelu-batch:5",
+        "down:1",
+        "down-blocks:10",
+        "down-batch:7:3",
+    ],
 }
 
 

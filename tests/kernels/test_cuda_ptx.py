@@ -1,0 +1,73 @@
+"""Every CUDA kernel compiles to PTX without a GPU: no local memory, 16-byte accesses; ptxas, if there, spills nothing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cuda.bindings", reason="needs numba-cuda[cu13]")
+
+PTXAS = shutil.which("ptxas")
+# name: arguments of tuned_plan, compute capability
+PLANS = {
+    "m-bf16-sm90": "('threshold', 4096, 14336, 'bfloat16', 'silu', n_blocks=132, capability=(9, 0))",
+    "d-bf16-sm90": "('predictor', 5120, 17920, 'bfloat16', 'silu', rank=512, n_blocks=132, capability=(9, 0))",
+    "given-gelu-fp32-sm80": "('given', 3584, 14336, 'float32', 'gelu_tanh', n_blocks=108, capability=(8, 0))",
+    "cats-batch8-fp16-sm86": "('threshold', 576, 1536, 'float16', 'silu', first='gate', batch=8, n_blocks=82, capability=(8, 6))",
+    "down-bf16-sm80": "('down', 4096, 14336, 'bfloat16', 'silu', n_blocks=108, capability=(8, 0), value_dtype='bfloat16')",
+}
+COMPILE = """
+import sys
+from unittest import mock
+from kernels_numba.gpu.compiled import make_ptx
+from kernels_numba.gpu.tuned import tuned_plan
+plan = tuned_plan{arguments}
+with mock.patch("numba.cuda.dispatcher.get_current_device") as device:  # no GPU: device functions ask for its capability
+    device.return_value.compute_capability = plan.capability
+    sys.stdout.write(make_ptx(plan))
+"""
+
+
+@pytest.fixture(scope="module")
+def ptx() -> dict[str, str]:
+    """PTX of every plan, each made in a process of its own (an earlier test may have started the simulator)."""
+    made = {}
+    running = {}
+    for name, arguments in PLANS.items():
+        command = [sys.executable, "-c", COMPILE.replace("{arguments}", arguments)]
+        running[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if len(running) == 2 or name == list(PLANS)[-1]:
+            for done, process in running.items():
+                out, error = process.communicate(timeout=300)
+                assert process.returncode == 0, error[-2000:]
+                made[done] = out
+            running = {}
+    return made
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_ptx(name: str, ptx: dict[str, str]) -> None:
+    text = ptx[name]
+    assert f".target sm_{name[-2:]}" in text
+    assert not re.search(r"\.local|\bld\.local|\bst\.local", text), "local memory: an array left the registers"
+    assert not re.search(r"^\s*call", text, re.MULTILINE), "a device function was not inlined"
+    assert re.search(r"cp\.async\.cg\.shared\.global\S* \[\S+\], \[\S+\], 16", text), "no 16-byte copies"
+    assert "ld.shared.v4.b32" in text
+    assert not re.search(r"fma\.rn\.f64|mul\.f64|add\.f64", text), "a constant made the arithmetic double"
+
+
+@pytest.mark.skipif(PTXAS is None, reason="ptxas is not installed")
+@pytest.mark.parametrize("name", PLANS)
+def test_no_spills(name: str, ptx: dict[str, str], tmp_path: Path) -> None:
+    # only the version line is newer than an older ptxas knows
+    source = tmp_path / "kernel.ptx"
+    source.write_text(re.sub(r"\.version \d+\.\d+", ".version 8.0", ptx[name], count=1))
+    command = [str(PTXAS), "-v", f"-arch=sm_{name[-2:]}", str(source), "-o", str(tmp_path / "kernel.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr
