@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from suite.cli import main
-from suite.evaluation.tasks import PACK_DIR
 
 GOOD: dict[str, Any] = {
     "name": "bad",
@@ -395,7 +394,3 @@ def test_as_a_program_of_its_own(folder, arguments):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
     assert "Traceback" not in done.stderr
-
-
-def test_pack_files_are_where_the_tests_think():
-    assert (PACK_DIR / "grammar.jsonl").is_file()
