@@ -16,9 +16,10 @@ from suite.fitting.histogram import ScoreHistogram, exact_quantile
 from suite.fitting.keys import ESTIMATORS, Estimator, fit_key, key_of
 from suite.fitting.windows import batches, make_windows
 from suite.methods.base import Method, kept_count, select_threshold
-from suite.modeling.attach import LayerSparsity, Select, sparsified, threshold_selection
+from suite.modeling.attach import LayerSparsity, sparsified
 from suite.modeling.gated_mlp import find_gated_mlps
 from suite.modeling.loading import LoadedModel, weights_fingerprint
+from suite.modeling.modes import Select, threshold_selection
 from suite.registry import did_you_mean
 
 __all__ = ["ESTIMATORS", "Estimator", "fit", "fit_key"]

@@ -8,42 +8,35 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from suite.errors import InputError
-from suite.methods.base import Activations, Method, Mode, kept_count, select_threshold, select_top_k
+from suite.methods.base import Activations, Method, Mode
 from suite.modeling.decode import decode_kernels, why_not_numba
 from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
+from suite.modeling.modes import (
+    Select,
+    ThresholdState,
+    checked_thresholds,
+    resolve_mode,
+    threshold_selection,
+    top_k_selection,
+)
 from suite.modeling.scope import SCOPES, Explicit, Scope, ScopeRule, Tokens
 from suite.registry import did_you_mean
 
 if TYPE_CHECKING:
     from kernels_numba.cpu import ThresholdLayer
 
+__all__ = ["BACKENDS", "Attached", "Backend", "LayerSparsity", "ThresholdState", "attach", "sparsified"]
+
 Backend = Literal["masked", "numba", "auto"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-Select = Callable[[int, Tensor], Tensor]
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-class ThresholdState(Protocol):
-    """What a practical mode needs of a fit (`suite.fitting.artifacts.Fit`)."""
-
-    @property
-    def method(self) -> str:
-        """Registry name of the method it was made for."""
-
-    @property
-    def sparsity(self) -> float:
-        """Target it was made for."""
-
-    @property
-    def thresholds(self) -> Tensor:
-        """One threshold a layer, shape (n_layers,), fp32."""
 
 
 @dataclass(frozen=True)
@@ -337,14 +330,14 @@ def attach(
     """
     if backend not in BACKENDS:
         raise InputError(f"unknown backend {backend!r}{did_you_mean(str(backend), BACKENDS)}")
-    mode = _resolve_mode(method, state, mode)
+    mode = resolve_mode(method, state, mode)
     thresholds = kernels = None
     select: Select | None = None
     if mode == "practical" and state is not None:
-        thresholds = _checked_thresholds(model, method, state)
+        thresholds = checked_thresholds(model, method, state)
         select = threshold_selection(thresholds)
     elif mode == "ideal":
-        select = _top_k_selection(method)
+        select = top_k_selection(method)
     if backend != "masked":
         refused = why_not_numba(model, method, mode)
         if refused and backend == "numba":
@@ -353,49 +346,3 @@ def attach(
             kernels = decode_kernels(model, method, thresholds)
     with sparsified(model, method, select, scope=scope, thresholds=thresholds, kernels=kernels) as attached:
         yield attached
-
-
-def _resolve_mode(method: Method, state: ThresholdState | None, mode: Mode | None) -> Mode:
-    if mode is None:
-        mode = "none" if "none" in method.modes else "ideal" if state is None else "practical"
-    if mode not in method.modes:
-        raise InputError(f"method {method.name} has no mode {mode!r}{did_you_mean(mode, method.modes)}")
-    if mode != "practical" and state is not None:
-        raise InputError(f"a fit was given but the mode of method {method.name} is {mode!r}: leave one of them out")
-    if mode == "practical" and method.needs_predictor:
-        raise InputError(
-            f"practical mode of {method.name} needs a trained predictor, not available yet: use mode ideal"
-        )
-    if mode == "practical" and state is None:
-        raise InputError(f"practical mode of {method.name} needs a fit: make one with suite.fit or use mode ideal")
-    return mode
-
-
-def _checked_thresholds(model: nn.Module, method: Method, state: ThresholdState) -> Tensor:
-    if (state.method, state.sparsity) != (method.name, method.sparsity):
-        raise InputError(
-            f"fit is of {state.method} at sparsity {state.sparsity}, not of {method.name} at {method.sparsity}: fit anew"
-        )
-    n_layers = len(find_gated_mlps(model))
-    if tuple(state.thresholds.shape) != (n_layers,):
-        raise InputError(f"fit has {state.thresholds.numel()} thresholds, the model {n_layers} layers: fit anew")
-    if bool(state.thresholds.isnan().any()):
-        raise InputError(f"fit of {state.method} has a NaN threshold: fit anew")
-    return state.thresholds.float()
-
-
-def threshold_selection(thresholds: Tensor) -> Select:
-    """Selection by one threshold a layer, shape (n_layers,)."""
-    values = [float(threshold) for threshold in thresholds]
-
-    def select(layer: int, score: Tensor) -> Tensor:
-        return select_threshold(score, values[layer])
-
-    return select
-
-
-def _top_k_selection(method: Method) -> Select:
-    def select(layer: int, score: Tensor) -> Tensor:
-        return select_top_k(score, kept_count(score.shape[-1], method.sparsity))
-
-    return select

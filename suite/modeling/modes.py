@@ -1,0 +1,82 @@
+"""Modes of a method: which one is meant, and the selection of neurons it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from suite.errors import InputError
+from suite.methods.base import Method, Mode, kept_count, select_threshold, select_top_k
+from suite.modeling.gated_mlp import find_gated_mlps
+from suite.registry import did_you_mean
+
+# (layer, scores of shape (n_tokens, d_ff)) -> kept set, bool
+Select = Callable[[int, Tensor], Tensor]
+
+
+class ThresholdState(Protocol):
+    """What a practical mode needs of a fit (`suite.fitting.artifacts.Fit`)."""
+
+    @property
+    def method(self) -> str:
+        """Registry name of the method it was made for."""
+
+    @property
+    def sparsity(self) -> float:
+        """Target it was made for."""
+
+    @property
+    def thresholds(self) -> Tensor:
+        """One threshold a layer, shape (n_layers,), fp32."""
+
+
+def resolve_mode(method: Method, state: ThresholdState | None, mode: Mode | None) -> Mode:
+    """The mode meant, refused with a reason where it is not possible."""
+    if mode is None:
+        mode = "none" if "none" in method.modes else "ideal" if state is None else "practical"
+    if mode not in method.modes:
+        raise InputError(f"method {method.name} has no mode {mode!r}{did_you_mean(mode, method.modes)}")
+    if mode != "practical" and state is not None:
+        raise InputError(f"a fit was given but the mode of method {method.name} is {mode!r}: leave one of them out")
+    if mode == "practical" and method.needs_predictor:
+        raise InputError(
+            f"practical mode of {method.name} needs a trained predictor, not available yet: use mode ideal"
+        )
+    if mode == "practical" and state is None:
+        raise InputError(f"practical mode of {method.name} needs a fit: make one with suite.fit or use mode ideal")
+    return mode
+
+
+def checked_thresholds(model: nn.Module, method: Method, state: ThresholdState) -> Tensor:
+    """Thresholds of a fit, fp32, if it is of this method and fits this model."""
+    if (state.method, state.sparsity) != (method.name, method.sparsity):
+        raise InputError(
+            f"fit is of {state.method} at sparsity {state.sparsity}, not of {method.name} at {method.sparsity}: fit anew"
+        )
+    n_layers = len(find_gated_mlps(model))
+    if tuple(state.thresholds.shape) != (n_layers,):
+        raise InputError(f"fit has {state.thresholds.numel()} thresholds, the model {n_layers} layers: fit anew")
+    if bool(state.thresholds.isnan().any()):
+        raise InputError(f"fit of {state.method} has a NaN threshold: fit anew")
+    return state.thresholds.float()
+
+
+def threshold_selection(thresholds: Tensor) -> Select:
+    """Selection by one threshold a layer, shape (n_layers,)."""
+    values = [float(threshold) for threshold in thresholds]
+
+    def select(layer: int, score: Tensor) -> Tensor:
+        return select_threshold(score, values[layer])
+
+    return select
+
+
+def top_k_selection(method: Method) -> Select:
+    """Selection of the ideal mode: exactly k neurons of each token."""
+
+    def select(layer: int, score: Tensor) -> Tensor:
+        return select_top_k(score, kept_count(score.shape[-1], method.sparsity))
+
+    return select
