@@ -22,7 +22,8 @@ def launch_tokens(plan: Plan) -> int:
 
 def _packets(plan: Plan) -> Plan:
     """Rows and neurons of a packet: at most 32 sums, and few enough that several packets fit."""
-    rows = min(4, 32 // plan.batch)
+    wide = plan.kind == "predictor" and plan.threads > 512  # 48 registers a thread: 4 rows would spill one
+    rows = min(2 if wide else 4, 32 // plan.batch)
     most = 32 // (max(1, plan.matrices - 1) * plan.batch)
     neurons = min(most, {"threshold": 2, "predictor": 1, "given": 1, "down": 4}[plan.kind])
     return replace(plan, rows=rows, neurons=max(1, neurons))

@@ -24,7 +24,6 @@ MUTANTS = {
     "lost-partial-sums": ("combine", "n_blocks - row + rows_at_once - 1", "n_blocks - row - 1", "given-blocks", 7),
     "no-residual": ("combine", "if residual != 0:", "if residual == 1:", "down", 9),
     "all-tokens-keep": ("combine", "(entry >> (24 + token)) & 1 == 0", "token < 0", "m-batch", 6),
-    "wrong-partial-row": ("stream", "((warp // width) * sums + number) * width + warp % width", "number * width", "d", 5),
     "logit-of-wrong-rank": ("choose", "if i % padded < rank:", "if i % padded < rank // 4:", "d", 9),
     "threshold-drops-nan": ("choose", "not (abs(value) < threshold)", "abs(value) >= threshold", "nan", 5),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Twelve deliberately wrong kernels, each of which the simulator's comparison with float64 must catch."""
+"""Eleven deliberately wrong kernels, each of which the simulator's comparison with float64 must catch."""
 
 from __future__ import annotations
 
