@@ -127,7 +127,9 @@ def git_state() -> dict[str, Any]:
     head = git("rev-parse", "HEAD")
     if head.returncode:
         return {"commit": None, "dirty": None}
-    return {"commit": head.stdout.strip(), "dirty": bool(git("status", "--porcelain").stdout.strip())}
+    # results/ is what a run writes; it decides no number
+    changes = git("status", "--porcelain", "--", ".", ":(exclude)results").stdout.strip()
+    return {"commit": head.stdout.strip(), "dirty": bool(changes)}
 
 
 class Scrubber:
