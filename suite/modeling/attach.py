@@ -18,9 +18,11 @@ from suite.methods.base import Activations, Method, Mode
 from suite.modeling.decode import decode_kernels, why_not_numba
 from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
 from suite.modeling.modes import (
+    PredictorState,
     Select,
     ThresholdState,
     checked_thresholds,
+    placed_predictor,
     resolve_mode,
     threshold_selection,
     top_k_selection,
@@ -63,9 +65,16 @@ class _Layer:
     """One attached MLP: its forward pass and its counters."""
 
     def __init__(
-        self, mlp: GatedMLP, method: Method, select: Select | None, run: _Run, kernel: ThresholdLayer | None
+        self,
+        mlp: GatedMLP,
+        method: Method,
+        select: Select | None,
+        run: _Run,
+        kernel: ThresholdLayer | None,
+        predictor: PredictorState | None,
     ) -> None:
         self.mlp = mlp
+        self._predictor = predictor
         self._kernel = kernel
         self._method = method
         self._select = select
@@ -93,7 +102,7 @@ class _Layer:
         act = self.mlp.act(gate)
         product = act * up
         if tokens is not None:
-            product = self._sparsify(gate, act, up, product, tokens)
+            product = self._sparsify(x, gate, act, up, product, tokens)
         return self.mlp.down(product)
 
     def _decode(self, kernel: ThresholdLayer, x: Tensor) -> Tensor:
@@ -103,7 +112,7 @@ class _Layer:
         self.kept += kernel.count
         return y
 
-    def _sparsify(self, gate: Tensor, act: Tensor, up: Tensor, product: Tensor, tokens: Tokens) -> Tensor:
+    def _sparsify(self, x: Tensor, gate: Tensor, act: Tensor, up: Tensor, product: Tensor, tokens: Tokens) -> Tensor:
         n_seen = product.numel() // self.mlp.d_ff
         if n_seen != tokens.total:
             raise InputError(f"{self.mlp.module_name} got {n_seen} tokens where the model got {tokens.total}")
@@ -113,16 +122,20 @@ class _Layer:
             self.kept = self.n_tokens * self.mlp.d_ff
             return product
         index = tokens.index if isinstance(tokens.index, slice) else tokens.index.to(product.device)
-        activations = Activations(
-            gate=_rows(gate, index),
-            act=_rows(act, index),
-            up=_rows(up, index),
-            down_norms=self._down_norms,
-            layer=self.mlp.layer,
-            documents=tokens.documents,
-            positions=tokens.positions,
-        )
-        keep = self._select(self.mlp.layer, self._score(activations))
+        if self._predictor is None:
+            activations = Activations(
+                gate=_rows(gate, index),
+                act=_rows(act, index),
+                up=_rows(up, index),
+                down_norms=self._down_norms,
+                layer=self.mlp.layer,
+                documents=tokens.documents,
+                positions=tokens.positions,
+            )
+            score = self._score(activations)
+        else:
+            score = self._predictor.logits(self.mlp.layer, _rows(x, index))
+        keep = self._select(self.mlp.layer, score)
         self.kept += keep.sum() if alive is None else (keep.sum(-1) * alive).sum()
         return _zero_dropped(product, index, keep if alive is None else keep | ~alive[:, None])
 
@@ -234,6 +247,7 @@ def sparsified(
     scope: Scope = "all",
     thresholds: Tensor | None = None,
     kernels: Sequence[ThresholdLayer | None] | None = None,
+    predictor: PredictorState | None = None,
 ) -> Iterator[Attached]:
     """Install a method with a selection of one's own: what `attach` and the fit of thresholds share.
 
@@ -245,6 +259,8 @@ def sparsified(
         Only shown in `Attached.sparsity`.
     kernels : one a layer, optional
         What computes a forward pass of a single token in scope.
+    predictor : PredictorState, optional
+        Its logits take the place of the method's scores.
     """
     if scope not in SCOPES:
         raise InputError(f"unknown scope {scope!r}{did_you_mean(str(scope), SCOPES)}")
@@ -255,7 +271,7 @@ def sparsified(
     mlps = find_gated_mlps(model)
     rule, run = ScopeRule(model, scope), _Run()
     bound = kernels or [None] * len(mlps)
-    layers = [_Layer(mlp, method, select, run, kernel) for mlp, kernel in zip(mlps, bound, strict=True)]
+    layers = [_Layer(mlp, method, select, run, kernel, predictor) for mlp, kernel in zip(mlps, bound, strict=True)]
 
     def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         run.tokens = rule.tokens(args, kwargs, run.explicit)
@@ -310,8 +326,8 @@ def attach(
     model : nn.Module
         Hugging Face causal language model with gated MLPs, the one whose forward pass or ``generate`` is called.
     method : Method
-    state : Fit, optional
-        Fitted thresholds, for the practical mode.
+    state : Fit or PredictorFit, optional
+        Fitted thresholds, or a trained predictor, for the practical mode.
     mode : {"none", "ideal", "practical"}, optional
         Default: none for a method without a ranking, practical with a state, else ideal.
     scope : {"all", "paper", "scored"}
@@ -331,11 +347,13 @@ def attach(
     if backend not in BACKENDS:
         raise InputError(f"unknown backend {backend!r}{did_you_mean(str(backend), BACKENDS)}")
     mode = resolve_mode(method, state, mode)
-    thresholds = kernels = None
+    thresholds = kernels = predictor = None
     select: Select | None = None
     if mode == "practical" and state is not None:
         thresholds = checked_thresholds(model, method, state)
         select = threshold_selection(thresholds)
+        if isinstance(state, PredictorState):
+            predictor = placed_predictor(model, state)
     elif mode == "ideal":
         select = top_k_selection(method)
     if backend != "masked":
@@ -344,5 +362,7 @@ def attach(
             raise InputError(f"backend numba cannot run here: {refused}; use backend masked")
         if not refused and thresholds is not None:
             kernels = decode_kernels(model, method, thresholds)
-    with sparsified(model, method, select, scope=scope, thresholds=thresholds, kernels=kernels) as attached:
+    with sparsified(
+        model, method, select, scope=scope, thresholds=thresholds, kernels=kernels, predictor=predictor
+    ) as attached:
         yield attached

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from suite.errors import InputError
@@ -32,6 +33,21 @@ class ThresholdState(Protocol):
         """One threshold a layer, shape (n_layers,), fp32."""
 
 
+@runtime_checkable
+class PredictorState(ThresholdState, Protocol):
+    """What the practical mode of a method that needs a predictor asks for (`suite.fitting.artifacts.PredictorFit`)."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d_model, d_ff)`` of the layers it was trained on."""
+
+    def logits(self, layer: int, x: Tensor) -> Tensor:
+        """What the thresholds are set on, shape (n_tokens, d_ff), fp32, from x of shape (n_tokens, d_model)."""
+
+    def to(self, device: torch.device | str) -> PredictorState:
+        """The same on another device."""
+
+
 def resolve_mode(method: Method, state: ThresholdState | None, mode: Mode | None) -> Mode:
     """The mode meant, refused with a reason where it is not possible."""
     if mode is None:
@@ -40,12 +56,9 @@ def resolve_mode(method: Method, state: ThresholdState | None, mode: Mode | None
         raise InputError(f"method {method.name} has no mode {mode!r}{did_you_mean(mode, method.modes)}")
     if mode != "practical" and state is not None:
         raise InputError(f"a fit was given but the mode of method {method.name} is {mode!r}: leave one of them out")
-    if mode == "practical" and method.needs_predictor:
-        raise InputError(
-            f"practical mode of {method.name} needs a trained predictor, not available yet: use mode ideal"
-        )
-    if mode == "practical" and state is None:
-        raise InputError(f"practical mode of {method.name} needs a fit: make one with suite.fit or use mode ideal")
+    if mode == "practical" and (state is None or isinstance(state, PredictorState) != method.needs_predictor):
+        wanted = "a trained predictor" if method.needs_predictor else "a fit of its thresholds"
+        raise InputError(f"practical mode of {method.name} needs {wanted}: make one with suite.fit or use mode ideal")
     return mode
 
 
@@ -61,6 +74,17 @@ def checked_thresholds(model: nn.Module, method: Method, state: ThresholdState) 
     if bool(state.thresholds.isnan().any()):
         raise InputError(f"fit of {state.method} has a NaN threshold: fit anew")
     return state.thresholds.float()
+
+
+def placed_predictor(model: nn.Module, state: PredictorState) -> PredictorState:
+    """A predictor, on the model's device, if its matrices fit the model's layers."""
+    mlp = find_gated_mlps(model)[0]
+    if state.shape != (mlp.d_model, mlp.d_ff):
+        raise InputError(
+            f"predictor of {state.method} is for layers of (d_model, d_ff) = {state.shape}, the model's are "
+            f"({mlp.d_model}, {mlp.d_ff}): fit anew"
+        )
+    return state.to(mlp.weights()[2].device)
 
 
 def threshold_selection(thresholds: Tensor) -> Select:

@@ -17,7 +17,7 @@ from suite.runs.speed_cells import TimedCell
 if TYPE_CHECKING:
     from suite.evaluation.evaluator import Evaluator
     from suite.evaluation.results import TaskResult
-    from suite.fitting.artifacts import Fit
+    from suite.fitting.artifacts import Fit, PredictorFit
     from suite.modeling.attach import LayerSparsity
     from suite.modeling.loading import LoadedModel
 
@@ -51,7 +51,7 @@ class LocalSession:
     def __init__(self, loaded: LoadedModel) -> None:
         self._loaded = loaded
         self._evaluators: dict[tuple[int, int], Evaluator] = {}
-        self._fits: dict[str, Fit] = {}
+        self._fits: dict[str, Fit | PredictorFit] = {}
 
     def ensure_fit(self, request: FitRequest, key: str, folder: Path, *, remake: bool) -> str:
         """Make the fit below ``folder`` unless it is there; returns its SHA-256."""

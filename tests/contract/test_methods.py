@@ -8,14 +8,18 @@ import torch
 from suite.errors import InputError
 from suite.methods.base import kept_count, select_top_k
 from suite.modeling.attach import attach
+from suite.modeling.gated_mlp import find_gated_mlps
 from suite.registry import METHODS, get_method, method_class
-from tests.conftest import D_FF, PAD, activations, tiny_model
+from tests.conftest import D_FF, PAD, activations, predictor_fit, tiny_model
 
 THIRD_PARTY = "tests.contract.third_party:PowerOfUp"
 ALL = [*METHODS, THIRD_PARTY]
 RANKING = [name for name in ALL if "ideal" in method_class(name).modes]
 WITH_THRESHOLD = [
     name for name in ALL if "practical" in method_class(name).modes and not method_class(name).needs_predictor
+]
+WITH_PREDICTOR = [
+    name for name in ALL if "practical" in method_class(name).modes and method_class(name).needs_predictor
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -158,6 +162,78 @@ def test_threshold_keeps_scores_not_below_it(name, ids):
             logits(model, ids)
         assert attached.realized == share
         assert attached.sparsity()[0].threshold == threshold
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "ternary"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", WITH_PREDICTOR)
+def test_predictor_keeps_logits_not_below_its_threshold(name, dtype, kind, ids):
+    model = tiny_model("llama", dtype)
+    method = get_method(name, sparsity=0.5)
+    dense = logits(model, ids)
+    shares = []
+    for threshold in (-torch.inf, -1.0, 1.0, torch.inf, torch.nan):
+        state = predictor_fit(name, kind=kind, threshold=threshold)
+        if threshold != threshold:
+            with pytest.raises(InputError, match="NaN threshold"), attach(model, method, state):
+                pass
+            continue
+        with attach(model, method, state) as attached:
+            sparse = logits(model, ids)
+        assert torch.equal(sparse, dense) == (threshold == -torch.inf)
+        shares.append(attached.realized)
+        assert attached.sparsity()[0].threshold == threshold
+    assert shares[0] == 0 < shares[1] < shares[2] < shares[3] == 1
+    assert torch.equal(logits(model, ids), dense)
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "ternary"])
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])
+def test_predictor_drops_what_its_logits_say(kind, architecture, ids):
+    model = tiny_model(architecture)
+    state = predictor_fit(kind=kind, threshold=0.3)
+    method = get_method("d-countdown", sparsity=0.5)
+    columns, rows = torch.arange(12)[3:], torch.ones(9, dtype=torch.int64)
+    seen, handles = {}, []
+    for mlp in find_gated_mlps(model):
+
+        def drop(_module, args, mlp=mlp):
+            x, v = seen.pop(mlp.layer), args[0].clone()
+            if state.scale is None:
+                logit = x @ state.v[mlp.layer] @ state.u[mlp.layer].T
+            else:
+                logit = x @ state.u[mlp.layer].T.float() * state.scale[mlp.layer]
+            v[1, 3:] = v[1, 3:] * (logit[1, 3:] >= 0.3)
+            return (v,)
+
+        def record(_module, args, mlp=mlp):
+            seen[mlp.layer] = args[0]
+
+        handles.append(mlp.module.register_forward_pre_hook(record))
+        handles.append(mlp.module.down_proj.register_forward_pre_hook(drop))
+    by_hand = logits(model, ids)
+    for handle in handles:
+        handle.remove()
+    with attach(model, method, state) as attached, attached.positions(rows, columns, rows, columns):
+        ours = logits(model, ids)
+    torch.testing.assert_close(ours, by_hand, rtol=0, atol=1e-4)
+    assert [layer.n_tokens for layer in attached.sparsity()] == [9, 9]
+
+
+@pytest.mark.parametrize("name", WITH_PREDICTOR)
+def test_predictor_and_thresholds_do_not_stand_in_for_each_other(name):
+    model = tiny_model("llama")
+    with pytest.raises(InputError, match="needs a trained predictor"):
+        attach(model, get_method(name, sparsity=0.5), State(name, 0.5, torch.zeros(2))).__enter__()
+    with pytest.raises(InputError, match="needs a fit of its thresholds"):
+        attach(model, get_method("cats", sparsity=0.5), predictor_fit("cats")).__enter__()
+    for state, match in (
+        (predictor_fit(name, sparsity=0.6), "at sparsity 0.6, not of"),
+        (predictor_fit(name, d_ff=40), r"\(d_model, d_ff\) = \(32, 40\), the model's are \(32, 48\)"),
+        (predictor_fit(name, thresholds=torch.zeros(3)), "3 thresholds"),
+    ):
+        with pytest.raises(InputError, match=match):
+            attach(model, get_method(name, sparsity=0.5), state).__enter__()
 
 
 @pytest.mark.parametrize("name", ALL)

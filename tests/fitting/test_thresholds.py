@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from suite import attach, fit, get_method
 from suite.errors import CellError, InputError
 from suite.fitting import thresholds as module
-from suite.fitting.artifacts import Fit, load_fit, save_fit
+from suite.fitting.artifacts import Fit, PredictorFit, load_fit, save_fit
 from suite.fitting.calibration import Calibration
 from suite.fitting.histogram import ScoreHistogram, exact_quantile
 from suite.fitting.keys import ESTIMATORS, fit_key
 from suite.modeling.gated_mlp import find_gated_mlps
 from suite.modeling.loading import LoadedModel, ModelRef, weights_fingerprint
-from tests.conftest import D_FF, VOCABULARY, tiny_model
+from tests.conftest import D_FF, VOCABULARY, predictor_fit, tiny_model
 
 
 class Letters:
@@ -246,6 +246,25 @@ def test_artifact_comes_back_as_it_was(tmp_path):
         assert torch.equal(back.thresholds, example().thresholds)
         assert back.meta == example().meta
     assert [p.name for p in path.parent.iterdir()] == [f"{'ab' * 32}.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "ternary"])
+def test_predictor_artifact_comes_back_as_it_was(tmp_path, kind):
+    made = predictor_fit(kind=kind, rank=3)
+    path = save_fit(made, tmp_path)
+    back = load_fit(path, model_fingerprint="f")
+    assert isinstance(back, PredictorFit)
+    assert back.sha256 == made.sha256
+    x = torch.randn(4, 32)
+    assert all(torch.equal(back.logits(layer, x), made.logits(layer, x)) for layer in (0, 1))
+    hashes = {made.sha256, predictor_fit(kind=kind, rank=3, threshold=1).sha256}
+    hashes |= {dataclasses.replace(made, u=made.u[::-1]).sha256, dataclasses.replace(made, meta={}).sha256}
+    assert len(hashes) == 4
+    flip(path)
+    with pytest.raises(InputError, match="its hash differs"):
+        load_fit(path)
+    with pytest.raises(InputError, match="other weights"):
+        load_fit(save_fit(made, tmp_path), model_fingerprint="g")
 
 
 def test_hash_covers_thresholds_and_description():
