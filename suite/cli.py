@@ -32,7 +32,7 @@ def _number(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is no number") from error
 
 
-Config = Annotated[str, typer.Argument(help="Matrix: a YAML file, or a profile (embedded, small, paper).")]
+Config = Annotated[str, typer.Argument(help="Matrix: a YAML file, or a profile (embedded, small, paper, gpu-kernels).")]
 Model = Annotated[
     list[str] | None,
     typer.Option(
@@ -148,7 +148,7 @@ def run(
 
 @app.command()
 def reproduce(
-    profile: Annotated[str, typer.Option(help="embedded, small or paper.")] = "embedded",
+    profile: Annotated[str, typer.Option(help="embedded, small, paper or gpu-kernels.")] = "embedded",
     model: Model = None,
     device: Device = None,
     data_dir: DataDir = None,

@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from suite.errors import InputError
 from suite.registry import did_you_mean
 
-PROFILES = ("embedded", "small", "paper")
+PROFILES = ("embedded", "small", "paper", "gpu-kernels")
 
 Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]

@@ -148,7 +148,8 @@ def make_cases(
     """All cases of a matrix block, those of one group side by side; combinations that mean nothing are left out.
 
     ``torch`` runs dense only and once, whatever the sparsities; the other backends run the sparse methods. The CPU
-    knows the clock ``wall`` and the variant ``eager`` only, the GPU every other clock (``wall`` becomes ``graph``).
+    knows the clock ``wall`` and the variant ``eager`` only, the GPU every other clock (``wall`` becomes ``graph``);
+    the variant ``compile`` is of dense on the GPU, in a graph.
 
     Raises
     ------
@@ -173,6 +174,8 @@ def make_cases(
                 continue
             if level == "op" and method not in ("dense", "given"):
                 continue
+            if variant == "compile" and (method != "dense" or clock != "graph"):
+                continue  # torch.compile competes for the fastest dense row alone
             cases += [
                 SpeedCase(
                     level=level,

@@ -55,6 +55,15 @@ def test_cuda_cases_are_groups_of_their_own_with_their_own_clock():
     assert len({c.group for c in cases}) == 2
 
 
+def test_compile_is_a_variant_of_dense_in_a_graph_alone():
+    cases = make_cases(
+        ["phi-4"], ["dense", "cats"], [0.5], backends=["torch", "numba-cuda"], variants=["eager", "compile"],
+        clocks=["graph", "event"],
+    )  # fmt: skip
+    assert [(c.method, c.clock) for c in cases if c.variant == "compile"] == [("dense", "graph")]
+    assert len(cases) == 5
+
+
 def test_key_fields_tell_cases_apart():
     cases = make_cases(["embedded", "phi-4"], ["dense", "cats", "given"], [0.5, 0.9])
     cases += make_cases(["embedded"], ["dense", "given"], [0.5, 0.9], level="op")
