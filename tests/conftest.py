@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from suite.fitting.artifacts import PredictorFit
+from suite.fitting.artifacts import Fit, PredictorFit
 from suite.methods.base import Activations
 
 D_MODEL, D_FF, VOCABULARY, PAD, END = 32, 48, 64, 0, 1
@@ -101,3 +101,11 @@ def predictor_fit(name="d-countdown", sparsity=0.5, *, kind="low-rank", threshol
             **fields,
         }
     )
+
+
+def decode_state(name, kind="low-rank"):
+    """State of a practical mode that drops about half of the neurons of the tiny models."""
+    if name in ("cats", "m-countdown"):
+        thresholds = torch.tensor([0.3, 0.1])
+        return Fit(method=name, sparsity=0.5, estimator="calibrated", thresholds=thresholds, key="ab" * 32)
+    return predictor_fit(name, kind=kind, threshold=0.3)

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from kernels_numba.gpu.compiled import Launch, Loaded, load_kernel
+from kernels_numba.gpu.counts import active_neurons
 from kernels_numba.gpu.plan import MAX_BATCH, Kind, Plan
 from kernels_numba.gpu.tuned import device_facts, launch_tokens, tuned_plan
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-_NEURON = (1 << 24) - 1
 
 
 def unavailable(device: str | torch.device = "cuda") -> str:
@@ -139,6 +139,17 @@ class _Layer:
         return self._launch(1 << (min(n_tokens, self._most) - 1).bit_length())[0]
 
     @property
+    def launch_tokens(self) -> int:
+        """Most tokens of one launch; a call with more makes several."""
+        return self._most
+
+    @property
+    def last_launch(self) -> tuple[Plan, Tensor]:
+        """Plan and workspace of the last launch."""
+        loaded, _, workspace = self._launch(self._last)
+        return loaded.plan, workspace
+
+    @property
     def workspace_bytes(self) -> int:
         """Device memory of the workspaces made so far."""
         return sum(workspace.numel() for _, _, workspace in self._launches.values())
@@ -213,19 +224,7 @@ class _ChoosingLayer(_Layer):
 
     def active(self, token: int = 0) -> Tensor:
         """Neurons of a token in the last launch, ascending, int64; waits for the device."""
-        loaded, _, workspace = self._launch(self._last)
-        plan = loaded.plan
-        at = plan.workspace["counts"]
-        counts = workspace[at : at + plan.n_blocks * 8].view(torch.int32)[::2].long() & 0xFFFF
-        at = plan.workspace["index"]
-        entries = workspace[at : at + plan.d_ff * 4].view(torch.int32).long()
-        rows, spare = divmod(plan.d_ff, plan.n_blocks)
-        blocks = torch.arange(plan.n_blocks, device=self.device)
-        starts = blocks * rows + blocks.clamp(max=spare)
-        places = torch.arange(plan.d_ff, device=self.device)
-        owner = torch.searchsorted(starts, places, right=True) - 1
-        found = entries[places - starts[owner] < counts[owner]]
-        return (found[(found >> (24 + token)) & 1 == 1] & _NEURON).sort().values
+        return active_neurons(*self.last_launch, token)
 
 
 class ThresholdLayer(_ChoosingLayer):

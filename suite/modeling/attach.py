@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from suite.errors import InputError
 from suite.methods.base import Activations, Method, Mode
-from suite.modeling.decode import decode_kernels, why_not_numba
+from suite.modeling.decode import DecodeKernels, Fallback, decode_kernels, why_not_numba
 from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
 from suite.modeling.modes import (
     PredictorState,
@@ -29,9 +29,6 @@ from suite.modeling.modes import (
 )
 from suite.modeling.scope import SCOPES, Explicit, Scope, ScopeRule, Tokens
 from suite.registry import did_you_mean
-
-if TYPE_CHECKING:
-    from kernels_numba.cpu import ThresholdLayer
 
 __all__ = ["BACKENDS", "Attached", "Backend", "LayerSparsity", "ThresholdState", "attach", "sparsified"]
 
@@ -59,6 +56,20 @@ class _Run:
         self.tokens: Tokens | None = None
         self.explicit: Explicit | None = None
         self.documents: Tensor | None = None
+        self.kernels: DecodeKernels | None = None  # of this pass
+        self.decoded: list[_Layer] = []
+
+    def count(self) -> None:
+        """Add what the kernels used in this pass to the counters: for all layers at once, which costs few launches."""
+        if self.kernels is None or self.tokens is None or not self.decoded:
+            return
+        kept = self.kernels.kept([layer.mlp.layer for layer in self.decoded], self.tokens.total)
+        n_tokens: int | Tensor = self.tokens.total
+        if self.tokens.alive is not None:
+            kept, n_tokens = kept * self.tokens.alive, self.tokens.alive.sum()
+        for layer, used in zip(self.decoded, kept.sum(1).unbind(), strict=True):
+            layer.kept += used
+            layer.n_tokens += n_tokens
 
 
 class _Layer:
@@ -70,12 +81,10 @@ class _Layer:
         method: Method,
         select: Select | None,
         run: _Run,
-        kernel: ThresholdLayer | None,
         predictor: PredictorState | None,
     ) -> None:
         self.mlp = mlp
         self._predictor = predictor
-        self._kernel = kernel
         self._method = method
         self._select = select
         self._run = run
@@ -94,23 +103,15 @@ class _Layer:
             name = self.mlp.module_name
             raise InputError(f"{name} ran outside the forward pass of the attached model: attach to the model you call")
         tokens = self._run.tokens
-        if self._kernel is not None and tokens is not None and tokens.total == 1 and not x.requires_grad:
-            if tokens.alive is None or bool(tokens.alive):
-                return self._decode(self._kernel, x)
-            tokens = None
+        if self._run.kernels is not None and not x.requires_grad:
+            self._run.decoded.append(self)
+            return self._run.kernels.run(self.mlp.layer, x)
         gate, up = self.mlp.gate_up(x)
         act = self.mlp.act(gate)
         product = act * up
         if tokens is not None:
             product = self._sparsify(x, gate, act, up, product, tokens)
         return self.mlp.down(product)
-
-    def _decode(self, kernel: ThresholdLayer, x: Tensor) -> Tensor:
-        """The same for one token, by the kernel that skips what is dropped."""
-        y = kernel(x)
-        self.n_tokens += 1
-        self.kept += kernel.count
-        return y
 
     def _sparsify(self, x: Tensor, gate: Tensor, act: Tensor, up: Tensor, product: Tensor, tokens: Tokens) -> Tensor:
         n_seen = product.numel() // self.mlp.d_ff
@@ -246,7 +247,7 @@ def sparsified(
     *,
     scope: Scope = "all",
     thresholds: Tensor | None = None,
-    kernels: Sequence[ThresholdLayer | None] | None = None,
+    kernels: DecodeKernels | None = None,
     predictor: PredictorState | None = None,
 ) -> Iterator[Attached]:
     """Install a method with a selection of one's own: what `attach` and the fit of thresholds share.
@@ -257,8 +258,8 @@ def sparsified(
         Gets the scores of the tokens in scope, shape (n_tokens, d_ff), and returns the kept set, bool; None keeps all.
     thresholds : Tensor, shape (n_layers,), optional
         Only shown in `Attached.sparsity`.
-    kernels : one a layer, optional
-        What computes a forward pass of a single token in scope.
+    kernels : DecodeKernels, optional
+        What computes a forward pass of few tokens, all in scope.
     predictor : PredictorState, optional
         Its logits take the place of the method's scores.
     """
@@ -270,22 +271,27 @@ def sparsified(
         )
     mlps = find_gated_mlps(model)
     rule, run = ScopeRule(model, scope), _Run()
-    bound = kernels or [None] * len(mlps)
-    layers = [_Layer(mlp, method, select, run, kernel, predictor) for mlp, kernel in zip(mlps, bound, strict=True)]
+    fallback = None if kernels is None else Fallback(model, kernels)
+    layers = [_Layer(mlp, method, select, run, predictor) for mlp in mlps]
 
     def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         run.tokens = rule.tokens(args, kwargs, run.explicit)
         if run.tokens is not None and run.explicit is None and run.documents is not None:
             documents = run.documents.to(run.tokens.documents.device)
             run.tokens = replace(run.tokens, documents=documents[run.tokens.documents])
+        run.kernels = kernels if fallback is not None and fallback.takes(run.tokens) else None
+        run.decoded.clear()
         run.under_way = True
 
-    def end(*_: Any) -> None:
-        run.tokens, run.under_way = None, False
+    def end(_module: nn.Module, _args: Any, output: Any) -> None:
+        if output is not None:  # None: it raised
+            run.count()
+        run.tokens, run.kernels, run.under_way = None, None, False
 
     with ExitStack() as undo:
         undo.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
         undo.callback(model.register_forward_hook(end, always_call=True).remove)
+        undo.callback(_without_compile(model))
         for layer in layers:
             undo.callback(_replace_forward(layer.mlp.module, layer.forward))
         yield Attached(layers, thresholds, run)
@@ -302,6 +308,20 @@ def _replace_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> 
         del module.__dict__["forward"]
         if before is not None:
             module.__dict__["forward"] = before
+
+    return undo
+
+
+def _without_compile(model: nn.Module) -> Callable[[], None]:
+    """Keep `generate` from compiling the attached passes (it does with a static cache on a GPU); returns the undoing."""
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return lambda: None
+    before = config.disable_compile
+    config.disable_compile = True
+
+    def undo() -> None:
+        config.disable_compile = before
 
     return undo
 
@@ -334,9 +354,11 @@ def attach(
         Tokens that are sparse, never padding: all; paper: prefill dense, decode steps sparse; scored: as paper, and
         the last token of the prefill sparse.
     backend : {"masked", "numba", "auto"}
-        masked computes densely and then masks: the definition. numba computes passes of a single token (decode steps
-        of one sequence) with CPU kernels that skip what is dropped, equal up to rounding, at the price of a transposed
-        copy of every W_down; all other passes are masked. auto: numba where it is possible.
+        masked computes densely and then masks: the definition. numba computes passes whose every token is in scope
+        with kernels that skip what is dropped, equal up to rounding, at the price of a transposed copy of every
+        W_down: on the CPU (fp32) passes of one token, on a GPU of up to 8, which share the rows of the union of their
+        active sets. All other passes are masked; a decode step too wide for the kernels says so once by a warning.
+        auto: numba where it is possible.
 
     Raises
     ------
@@ -357,11 +379,11 @@ def attach(
     elif mode == "ideal":
         select = top_k_selection(method)
     if backend != "masked":
-        refused = why_not_numba(model, method, mode)
+        refused = why_not_numba(model, method, mode, state)
         if refused and backend == "numba":
             raise InputError(f"backend numba cannot run here: {refused}; use backend masked")
         if not refused and thresholds is not None:
-            kernels = decode_kernels(model, method, thresholds)
+            kernels = decode_kernels(model, method, thresholds, predictor)
     with sparsified(
         model, method, select, scope=scope, thresholds=thresholds, kernels=kernels, predictor=predictor
     ) as attached:

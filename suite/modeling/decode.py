@@ -1,30 +1,159 @@
-"""CPU kernels for decode steps of one sequence: threshold methods, fp32."""
+"""Kernels that skip what is dropped, for passes of a few tokens (decode steps): which there are, and what they keep."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from suite.methods.base import Activations, Method, Mode
-from suite.modeling.gated_mlp import find_gated_mlps
+from suite.methods.base import Activations, Method, Mode, select_threshold
+from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
+from suite.modeling.modes import PredictorState
 
 if TYPE_CHECKING:
-    from kernels_numba.cpu import ThresholdLayer
+    from suite.modeling.scope import Tokens
+
+_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16, torch.float32)}
+# A graph replays launches on a layer's workspace and transposed W_down: who captured one may replay it as long as the
+# model's own weights exist.
+_captured: WeakKeyDictionary[nn.Module, list[DecodeKernels]] = WeakKeyDictionary()
 
 
-def why_not_numba(model: nn.Module, method: Method, mode: Mode) -> str:
-    """Reason why the CPU kernels cannot stand in for this method on this model; empty if they can."""
+class DecodeKernels(Protocol):
+    """Kernels of all layers of a model.
+
+    Attributes
+    ----------
+    most : int
+        Tokens that a pass may have.
+    """
+
+    most: int
+
+    def run(self, layer: int, x: Tensor) -> Tensor:
+        """The MLP's output, shape and dtype of x (..., d_model)."""
+
+    def kept(self, layers: Sequence[int], n_tokens: int) -> Tensor:
+        """Neurons used for each token of the last pass, shape (len(layers), n_tokens), int64; does not wait."""
+
+
+class ListedKernels:
+    """Kernels for one token that know the size of their active set when they return.
+
+    Parameters
+    ----------
+    layers : callables x -> (y, neurons used), one a layer
+    """
+
+    most = 1
+
+    def __init__(self, layers: Sequence[Callable[[Tensor], tuple[Tensor, int | Tensor]]]) -> None:
+        self._layers = layers
+        self._used: dict[int, int | Tensor] = {}
+
+    def run(self, layer: int, x: Tensor) -> Tensor:
+        """As the protocol."""
+        y, self._used[layer] = self._layers[layer](x)
+        return y
+
+    def kept(self, layers: Sequence[int], n_tokens: int) -> Tensor:
+        """As the protocol."""
+        used = [self._used[layer] for layer in layers]
+        return torch.stack([torch.as_tensor(n, dtype=torch.int64) for n in used])[:, None]
+
+
+class ChoosingKernels:
+    """CUDA layers that find their active sets themselves: several tokens share the rows of their union.
+
+    Parameters
+    ----------
+    layers : ThresholdLayer or PredictorLayer, one a layer
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = layers
+        self.most = min(layer.launch_tokens for layer in layers)
+
+    def run(self, layer: int, x: Tensor) -> Tensor:
+        """As the protocol."""
+        y: Tensor = self.layers[layer](x.contiguous())
+        return y
+
+    def kept(self, layers: Sequence[int], n_tokens: int) -> Tensor:
+        """As the protocol: a few launches for all layers together."""
+        from kernels_numba.gpu.counts import active_counts
+
+        return active_counts([self.layers[layer] for layer in layers], n_tokens)
+
+
+class Fallback:
+    """Decides pass by pass whether the kernels compute it, and says once if a decode step is too wide for them."""
+
+    def __init__(self, model: nn.Module, kernels: DecodeKernels) -> None:
+        self.kernels = kernels
+        self._model = model
+        self._said = False
+
+    def takes(self, tokens: Tokens | None) -> bool:
+        """Whether the kernels compute a pass: every token in scope, and no more than they hold."""
+        if tokens is None or not isinstance(tokens.index, slice) or tokens.index != slice(0, tokens.total):
+            return False
+        if tokens.total > self.kernels.most:
+            if tokens.step and not self._said:
+                self._said = True
+                warnings.warn(
+                    f"decode step of {tokens.total} rows: the kernels take up to {self.kernels.most}; "
+                    "such steps are computed densely and masked",
+                    stacklevel=2,
+                )
+            return False
+        if tokens.documents.is_cuda and torch.cuda.is_current_stream_capturing():
+            held = _captured.setdefault(self._model, [])
+            if self.kernels not in held:
+                held.append(self.kernels)
+            return True
+        return tokens.alive is None or bool(tokens.alive.any())
+
+
+def why_not_numba(model: nn.Module, method: Method, mode: Mode, state: object) -> str:
+    """Reason why the kernels cannot stand in for this method on this model; empty if they can."""
     if mode != "practical":
         return f"it needs a threshold, and the mode is {mode}"
     mlps = find_gated_mlps(model)
     weights = [weight for mlp in mlps for weight in mlp.weights()]
-    if any(weight.device.type != "cpu" or weight.dtype != torch.float32 for weight in weights):
-        return "its kernels are for float32 on the CPU"
+    devices, dtypes = {weight.device for weight in weights}, {weight.dtype for weight in weights}
+    if len(devices) > 1:
+        return f"the model lies on {len(devices)} devices"
+    device = devices.pop()
+    if device.type not in _DTYPES:
+        return f"there are kernels for cpu and cuda, the model is on {device}"
+    if not dtypes <= set(_DTYPES[device.type]):
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[device.type])
+        return f"its kernels on {device.type} are for {known}"
     if any(mlp.has_bias() for mlp in mlps):
         return "its kernels add no bias"
-    return "" if _is_magnitude(method) else f"its kernels do not compute the score of {method.name}"
+    if not isinstance(state, PredictorState) and not _is_magnitude(method):
+        return f"its kernels do not compute the score of {method.name}"
+    return _why_not_cuda(mlps[0], len(mlps), device) if device.type == "cuda" else ""
+
+
+def _why_not_cuda(mlp: GatedMLP, n_layers: int, device: torch.device) -> str:
+    from kernels_numba.gpu.layers import unavailable
+
+    if reason := unavailable(device):
+        return reason
+    if mlp.d_model % 8 or mlp.d_ff % 8:
+        return f"d_model={mlp.d_model} and d_ff={mlp.d_ff} must be multiples of 8"
+    needed = n_layers * mlp.d_model * mlp.d_ff * mlp.weights()[2].element_size()
+    spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + spare
+    if needed > free:
+        return f"transposed copies of W_down take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+    return ""
 
 
 def _is_magnitude(method: Method) -> bool:
@@ -41,25 +170,96 @@ def _is_magnitude(method: Method) -> bool:
     return magnitude is not None and torch.equal(score.float(), magnitude.abs())
 
 
-def decode_kernels(model: nn.Module, method: Method, thresholds: Tensor) -> list[ThresholdLayer]:
-    """One kernel a layer; each holds a transposed copy of its layer's ``W_down``."""
+def decode_kernels(
+    model: nn.Module, method: Method, thresholds: Tensor, predictor: PredictorState | None
+) -> DecodeKernels:
+    """Kernels of every layer; each holds a transposed copy of its layer's ``W_down``."""
+    mlps, values = find_gated_mlps(model), thresholds.tolist()
+    on_cuda = mlps[0].weights()[2].is_cuda
+    low_rank = bool(getattr(predictor, "v", None))  # a ternary predictor has no kernel of its own
+    if predictor is not None and not (on_cuda and low_rank):
+        given = _cuda_given if on_cuda else _cpu_given
+        return ListedKernels([given(mlp, predictor, value) for mlp, value in zip(mlps, values, strict=True)])
+    if on_cuda:
+        return ChoosingKernels(cuda_layers(mlps, method.first_projection or "", values, predictor))
+    first = method.first_projection or ""
+    return ListedKernels([_cpu_threshold(mlp, first, value) for mlp, value in zip(mlps, values, strict=True)])
+
+
+def _cpu_threads() -> int:
     import numba  # late: 1 s, and only this backend needs it
 
+    return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+
+
+def _cpu_threshold(mlp: GatedMLP, first: str, threshold: float) -> Callable[[Tensor], tuple[Tensor, int]]:
     from kernels_numba.cpu import ThresholdLayer, transpose_down
 
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    kernels = []
-    for mlp, threshold in zip(find_gated_mlps(model), thresholds.tolist(), strict=True):
+    w_gate, w_up, w_down = (weight.detach() for weight in mlp.weights())
+    layer = ThresholdLayer(
+        w_gate,
+        w_up,
+        transpose_down(w_down),
+        activation=mlp.activation,
+        first=first,
+        threshold=threshold,
+        threads=_cpu_threads(),
+    )
+
+    def run(x: Tensor) -> tuple[Tensor, int]:
+        return layer(x), layer.count
+
+    return run
+
+
+def _cpu_given(
+    mlp: GatedMLP, predictor: PredictorState, threshold: float
+) -> Callable[[Tensor], tuple[Tensor, int | Tensor]]:
+    """The predictor in torch, as the masked backend computes it, then the kernel for a given set."""
+    from kernels_numba.cpu import GivenLayer, transpose_down
+
+    w_gate, w_up, w_down = (weight.detach() for weight in mlp.weights())
+    layer = GivenLayer(w_gate, w_up, transpose_down(w_down), activation=mlp.activation, threads=_cpu_threads())
+
+    def run(x: Tensor) -> tuple[Tensor, int]:
+        keep = select_threshold(predictor.logits(mlp.layer, x.reshape(1, -1)), threshold)
+        return layer(x, keep[0].nonzero()[:, 0]), layer.count
+
+    return run
+
+
+def _cuda_given(
+    mlp: GatedMLP, predictor: PredictorState, threshold: float
+) -> Callable[[Tensor], tuple[Tensor, int | Tensor]]:
+    """The same on a GPU, for predictors that have no kernel of their own; the count stays on the device."""
+    from kernels_numba.gpu.layers import GivenLayer, transpose_down
+
+    w_gate, w_up, w_down = (weight.detach() for weight in mlp.weights())
+    layer = GivenLayer(w_gate, w_up, transpose_down(w_down), activation=mlp.activation)
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        keep = select_threshold(predictor.logits(mlp.layer, x.reshape(1, -1)), threshold)[0]
+        listed = torch.nonzero_static(keep, size=mlp.d_ff, fill_value=0)[:, 0].int()
+        count = keep.sum(dtype=torch.int32)
+        return layer(x.contiguous(), listed, count.reshape(1)), count
+
+    return run
+
+
+def cuda_layers(
+    mlps: Sequence[GatedMLP], first: str, thresholds: Sequence[float], predictor: PredictorState | None
+) -> list[Any]:
+    """CUDA layers that find their active sets themselves: a low-rank predictor's, else the first projection's."""
+    from kernels_numba.gpu.layers import PredictorLayer, ThresholdLayer, transpose_down
+
+    layers: list[Any] = []
+    for mlp, threshold in zip(mlps, thresholds, strict=True):
         w_gate, w_up, w_down = (weight.detach() for weight in mlp.weights())
-        kernels.append(
-            ThresholdLayer(
-                w_gate,
-                w_up,
-                transpose_down(w_down),
-                activation=mlp.activation,
-                first=method.first_projection or "",
-                threshold=threshold,
-                threads=threads,
-            )
-        )
-    return kernels
+        weights = (w_gate, w_up, transpose_down(w_down))
+        if predictor is None:
+            layers.append(ThresholdLayer(*weights, activation=mlp.activation, first=first, threshold=threshold))
+            continue
+        v, u = predictor.v[mlp.layer], predictor.u[mlp.layer]  # type: ignore[attr-defined]
+        v, u = v.T.to(w_up.dtype).contiguous(), u.to(w_up.dtype).contiguous()
+        layers.append(PredictorLayer(*weights, v, u, activation=mlp.activation, threshold=threshold))
+    return layers

@@ -40,6 +40,8 @@ class Tokens:
         Those that really are in scope, where leaving out the others would make the host wait for the device.
     total : int
         ``batch * width``.
+    step : bool
+        A decode step: one token a row.
     """
 
     index: slice | Tensor
@@ -47,6 +49,7 @@ class Tokens:
     positions: Tensor
     alive: Tensor | None
     total: int
+    step: bool = False
 
 
 class ScopeRule:
@@ -144,7 +147,7 @@ def _last_only(valid: Tensor | None, batch: int, width: int, device: torch.devic
 def _every_token(positions: Tensor, batch: int, width: int, alive: Tensor | None) -> Tokens:
     total = batch * width
     documents = torch.arange(batch, device=positions.device).repeat_interleave(width, output_size=total)
-    return Tokens(slice(0, total), documents, positions.reshape(-1), alive, total)
+    return Tokens(slice(0, total), documents, positions.reshape(-1), alive, total, step=width == 1)
 
 
 def _explicit_tokens(tokens: Explicit, batch: int, width: int, device: torch.device) -> Tokens | None:

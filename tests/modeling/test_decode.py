@@ -1,0 +1,130 @@
+"""Generation on the kernels equals masked generation: every architecture, cache, padding, sampling; and what is left behind."""
+
+import warnings
+
+import pytest
+import torch
+
+from suite.modeling.attach import attach
+from suite.registry import get_method
+from tests.conftest import CONFIGS, END, PAD, decode_state, tiny_model
+
+METHODS = [("cats", ""), ("m-countdown", ""), ("d-countdown", "low-rank"), ("d-countdown", "ternary")]
+LENGTH = 6
+
+
+def prompt(n_tokens=5, rows=1, seed=2):
+    return torch.randint(3, 64, (rows, n_tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def generate(model, ids, **options):
+    defaults = {"attention_mask": torch.ones_like(ids), "max_new_tokens": LENGTH, "do_sample": False}
+    fixed = {"suppress_tokens": [PAD, END], "output_logits": True, "return_dict_in_generate": True}
+    with torch.inference_mode():
+        out = model.generate(ids, **(defaults | fixed | options))
+    return out.sequences, torch.stack(out.logits)
+
+
+def both(model, name, kind, *prompts, scope="paper", **options):
+    method, state, found = get_method(name, sparsity=0.5), decode_state(name, kind), {}
+    for backend in ("masked", "numba"):
+        with attach(model, method, state, scope=scope, backend=backend) as attached:
+            found[backend] = [generate(model, ids, **options) for ids in prompts], attached.sparsity()
+    return found["masked"], found["numba"]
+
+
+def assert_equal(masked, numba):
+    for (tokens, logits), (own_tokens, own_logits) in zip(masked[0], numba[0], strict=True):
+        assert torch.equal(tokens, own_tokens)
+        # 2 layers of fp32 sums of up to 48 terms; logits of up to about 10
+        torch.testing.assert_close(own_logits, logits, rtol=1e-4, atol=1e-4)
+        assert not torch.equal(own_logits[1:], logits[1:])  # the kernels ran
+    assert numba[1] == masked[1]
+    assert 0.05 < masked[1][0].sparsity_realized < 0.95
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize(("name", "kind"), METHODS)
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_generates_what_masked_generates(architecture, name, kind, cache):
+    """Two prompts of different length in one block."""
+    model = tiny_model(architecture)
+    masked, numba = both(model, name, kind, prompt(), prompt(8, seed=4), cache_implementation=cache)
+    assert_equal(masked, numba)
+    assert masked[1][0].n_tokens == 2 * (LENGTH - 1)  # the first new token comes from the prefill
+
+
+@pytest.mark.parametrize(("name", "kind"), METHODS)
+def test_left_padding_and_the_scope_all(name, kind, llama):
+    ids = prompt(8)
+    mask = torch.ones_like(ids)
+    mask[0, :3], ids[0, :3] = 0, PAD
+    masked, numba = both(llama, name, kind, ids, scope="all", attention_mask=mask)
+    assert_equal(masked, numba)
+    assert masked[1][0].n_tokens == 5 + LENGTH - 1
+
+
+@pytest.mark.parametrize(("name", "kind"), METHODS)
+def test_sampling_with_a_seed(name, kind, llama):
+    method, state, found = get_method(name, sparsity=0.5), decode_state(name, kind), []
+    for backend in ("masked", "numba"):
+        torch.manual_seed(3)
+        with attach(llama, method, state, scope="paper", backend=backend):
+            found.append(generate(llama, prompt(), do_sample=True, temperature=0.7)[0])
+    assert torch.equal(*found)
+
+
+def test_an_exception_inside_leaves_block_and_model_right(llama):
+    method, state, ids = get_method("m-countdown", sparsity=0.5), decode_state("m-countdown"), prompt()
+    dense = generate(llama, ids)
+    with attach(llama, method, state, scope="paper", backend="numba") as attached:
+        before = generate(llama, ids)
+        counted = attached.sparsity()
+        handle = llama.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError), torch.inference_mode():
+            llama(input_ids=ids[:, :1])
+        handle.remove()
+        assert attached.sparsity() == counted  # half a pass counts for nothing
+        after = generate(llama, ids)
+    assert all(map(torch.equal, before, after))
+    assert all(map(torch.equal, generate(llama, ids), dense))  # detached: bit for bit
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {}], ids=["beam", "batch"])
+def test_wider_steps_are_masked_and_said_once(options, llama):
+    ids = prompt(rows=1 if options else 2)
+    method, state, found = get_method("m-countdown", sparsity=0.5), decode_state("m-countdown"), []
+    for backend in ("masked", "numba"):
+        with (
+            warnings.catch_warnings(record=True) as said,
+            attach(llama, method, state, scope="paper", backend=backend) as attached,
+        ):
+            warnings.simplefilter("always")
+            found.append((generate(llama, ids, **options)[0], attached.sparsity()))
+            generate(llama, ids, **options)
+        lines = [str(w.message) for w in said if "decode step" in str(w.message)]
+        assert len(lines) == (backend == "numba")
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+def test_a_finished_row_is_dense_and_not_counted(llama):
+    method, state = get_method("m-countdown", sparsity=0.5), decode_state("m-countdown")
+
+    def step():
+        cache = llama(input_ids=prompt()).past_key_values
+        return llama(input_ids=torch.tensor([[END]]), past_key_values=cache).logits
+
+    with torch.inference_mode():
+        dense = step()
+        with attach(llama, method, state, scope="paper", backend="numba") as attached:
+            assert torch.equal(step(), dense)
+            assert attached.sparsity()[0].n_tokens == 0
+
+
+def test_generate_does_not_compile_attached_passes(llama):
+    """A static cache on a GPU makes it compile the forward pass, which would freeze hooks and counters."""
+    before = llama.generation_config.disable_compile
+    with attach(llama, get_method("m-countdown", sparsity=0.5), decode_state("m-countdown")):
+        assert llama.generation_config.disable_compile
+    assert llama.generation_config.disable_compile == before
