@@ -34,7 +34,7 @@ def show_names(kind: str | None, results: Path | None) -> None:
 
 def _names(kind: str, results: Path | None) -> list[str]:
     if kind == "methods":
-        return [f"{name:14}{', '.join(method_class(name).modes)}" for name in METHODS]
+        return [f"{name:14}{', '.join(_modes(name))}" for name in METHODS]
     if kind == "tasks":
         from suite.evaluation.tasks import known_tasks
 
@@ -45,6 +45,12 @@ def _names(kind: str, results: Path | None) -> list[str]:
         return [f"{name:10}{load_config(name).title}" for name in PROFILES]
     folders = (results or settings.results_dir()).glob("*/*/manifest.json")
     return sorted(str(path.parent) for path in folders)
+
+
+def _modes(name: str) -> list[str]:
+    """Modes of a method; what practical takes beside thresholds is said."""
+    cls = method_class(name)
+    return [f"{mode} (needs predictor)" if mode == "practical" and cls.needs_predictor else mode for mode in cls.modes]
 
 
 def _models() -> list[str]:
@@ -146,6 +152,10 @@ def _world(config: MatrixConfig) -> Any:
 
 
 def _run(config: MatrixConfig, results: Path | None, out: Path | None, rerun: str, no_fit: bool) -> int:
+    return _tell(_finish(config, results, out, rerun, no_fit))
+
+
+def _finish(config: MatrixConfig, results: Path | None, out: Path | None, rerun: str, no_fit: bool) -> Finished:
     from suite.runs.executor import LocalExecutor
     from suite.runs.run import Options
     from suite.runs.run import run as run_matrix
@@ -158,8 +168,7 @@ def _run(config: MatrixConfig, results: Path | None, out: Path | None, rerun: st
         argv=sys.argv[1:],
         progress=True,
     )
-    finished = run_matrix(config, _world(config), LocalExecutor(), options, _say, report)
-    return _tell(finished)
+    return run_matrix(config, _world(config), LocalExecutor(), options, _say, report)
 
 
 def _rerun(text: str) -> Rerun:
@@ -228,7 +237,13 @@ def benchmark(
     if threads:
         block["threads"] = threads
     config = build_config({"name": "benchmark", "title": "One gated MLP layer", "speed": [block]}, "command line")
-    return _run(config, results, None, rerun, no_fit=False)
+    from suite.report.load import load_results
+    from suite.report.speed import plain_table, with_speed_up
+
+    finished = _finish(config, results, None, rerun, no_fit=False)
+    for line in plain_table(with_speed_up(load_results(finished.folder).speed)):
+        typer.echo(line)
+    return _tell(finished)
 
 
 def _say(line: str) -> None:

@@ -96,7 +96,26 @@ def test_ls_names_every_kind(capsys, tmp_path):
     for name in ("m-countdown", "pack_grammar", "decode_perplexity", "microsoft/phi-4", "paper"):
         assert name in out
     assert main(["ls", "methods"]) == 0
-    assert capsys.readouterr().out.splitlines()[0].split() == ["dense", "none"]
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["dense"] == "none"
+    assert lines["cats"] == "ideal, practical"
+    assert lines["d-countdown"] == "ideal, practical (needs predictor)"
+
+
+def test_benchmark_prints_its_table_with_times_checks_and_reasons(tmp_path, executor, capsys):
+    executor.fail = ("given",)
+    command = ["benchmark", "--shape", "embedded", "--sparsity", "0.9", "--threads", "1", "--results", str(tmp_path)]
+    assert main([*command, "--method", "dense", "--method", "m-countdown", "--method", "given"]) == 1
+    header, *rows = (line.split() for line in capsys.readouterr().out.splitlines()[2:6])
+    assert header[:5] == ["method", "backend", "sparsity", "realised", "median"]
+    assert header[-4:] == ["speed-up", "efficiency", "check", "status"]
+    table = {row[0]: row for row in rows}
+    latency = {name: float(table[name][-5]) for name in ("dense", "m-countdown")}
+    assert table["dense"][-4] == "1.00"
+    assert float(table["m-countdown"][-4]) == pytest.approx(latency["dense"] / latency["m-countdown"], rel=0.05)
+    assert table["m-countdown"][-2:] == ["passed", "ok"]
+    assert table["given"][-3:] == ["failed:", "check", "failed"]
+    assert not any(re.fullmatch(r"\d+\.\d\d", cell) for cell in table["given"][5:])  # a failed case has no time
 
 
 def test_run_with_its_real_report_verifies_until_changed_by_hand(tmp_path, matrix, quick, capsys):

@@ -133,6 +133,31 @@ def _notes(panel: pd.DataFrame) -> str:
     return "".join(f"\n{note}: {shortened(which)}.\n" for note, which in notes.items())
 
 
+def plain_table(frame: pd.DataFrame) -> list[str]:
+    """Lines of a table for the terminal, a block per shape; ``frame`` from :func:`with_speed_up`.
+
+    Failed and skipped cases stand in it with their reason, without a time.
+    """
+    header = ["method", "backend", "sparsity", "realised", "median us", "speed-up", "efficiency", "check", "status"]
+    lines = []
+    for panel in panels(frame):
+        rows = [header]
+        for _, row in panel.iterrows():
+            backend = " ".join(str(row[c]) for c in ("backend", "variant", "clock") if row[c])
+            state = str(row["status"]) + (f": {row['reason']}" if row["status"] != "ok" and row["reason"] else "")
+            numbers = [fixed(row["sparsity_target"], 2), fixed(row["sparsity_realized"], 3)]
+            numbers += [microseconds(row["latency_us_median"]), fixed(row["speed_up"], 2), fixed(row["efficiency"], 2)]
+            rows.append([speed_label(row), backend, *numbers, str(row["check"]) or MISSING, state])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines += ["", _heading(panel)]
+        for row in rows:
+            cells = [
+                c.rjust(w) if 2 <= i <= 6 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(cells).rstrip())
+    return [*lines, "", "speed-up: over the fastest dense row; efficiency: needed bytes / (time x read bandwidth)"]
+
+
 def speed_rows_table(frame: pd.DataFrame) -> str:
     """Every timed row: latency, quartiles, speed-up, bound, efficiency, memory."""
     text = (
