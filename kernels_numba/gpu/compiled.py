@@ -21,7 +21,7 @@ from typing import Any
 from kernels_numba.gpu.plan import Plan, shared_limit
 
 _TOOK = "// seconds to compile: "
-_SOURCES = ("device.py", "stream.py", "choose.py", "combine.py", "kernel.py", "plan.py")
+_SOURCES = ("device.py", "lanes.py", "ptx.py", "stream.py", "choose.py", "combine.py", "kernel.py", "plan.py")
 
 
 def cache_folder() -> Path:

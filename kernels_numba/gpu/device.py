@@ -1,6 +1,6 @@
-"""Device functions of the CUDA kernels: asynchronous copies, wide loads, dot products, reductions, grid counters.
+"""Device functions of the CUDA kernels: asynchronous copies, wide loads, dot products, grid flags; lanes in ``lanes``.
 
-Everything the PTX level adds to Numba stands here; ``simulated`` holds a twin of each function for Numba's simulator.
+What the PTX level adds to Numba, written with ``ptx``; ``simulated`` holds a twin of each function for Numba's simulator.
 Addresses, of global and of shared memory alike, are plain integers. A "row" is one row of a weight matrix as the block
 sees it: every thread holds 16 bytes of it (``chunks`` times 16 if the row is longer than the block is wide).
 """
@@ -15,75 +15,43 @@ from numba import cuda
 from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 
-device_function = cuda.jit(device=True, forceinline=True)
-syncthreads = cuda.syncthreads
+from kernels_numba.gpu.lanes import (  # noqa: F401  kernels reach every device function through this module
+    ballot,
+    device_function,
+    lane_last,
+    lane_xor,
+    lanes_scan,
+    make_lanes_fold,
+    make_lanes_spread,
+    make_lanes_sum,
+)
+from kernels_numba.gpu.ptx import F32, I16, I32, I64, asm, instruction, offset, pack, shared_address, unpack
 
-_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_LTYPE = {types.int32: _I32, types.int64: _I64, types.float32: _F32}
-_LETTER = {types.int32: "r", types.int64: "l", types.float32: "f"}
-_FULL_WARP = 0xFFFFFFFF
+syncthreads = cuda.syncthreads
 SPIN_LIMIT = -1  # wait for the other blocks as long as it takes
 
-
-def _asm(builder: Any, result: Any, text: str, constraints: str, args: Sequence[Any], *, pure: bool = False) -> Any:
-    kind = ir.FunctionType(result, [a.type for a in args])
-    return builder.asm(kind, text, constraints, args, side_effect=not pure)
-
-
-def _shared(builder: Any, address: Any) -> Any:
-    return builder.trunc(address, _I32)
-
-
-def _instruction(
-    text: str, result: Any, *arguments: Any, shared: bool = False, pure: bool = False
-) -> Callable[..., Any]:
-    """Device function that is one PTX instruction; ``shared``: the first argument is a shared address (32 bits)."""
-    none = result is types.void
-
-    def typer(_context: Any, *given: Any) -> Any:
-        letters = [_LETTER[a] for a in arguments]
-        if shared:
-            letters[0] = "r"
-        constraints = ",".join(([] if none else ["=" + _LETTER[result]]) + letters)
-
-        def codegen(_ctx: Any, builder: Any, _sig: Any, values: Any) -> Any:
-            values = list(values)
-            if shared:
-                values[0] = _shared(builder, values[0])
-            made = _asm(builder, ir.VoidType() if none else _LTYPE[result], text, constraints, values, pure=pure)
-            return cgutils.get_null_value(ir.IntType(8).as_pointer()) if none else made
-
-        return result(*arguments), codegen
-
-    # numba reads the arity from the signature
-    names = ", ".join(f"a{i}" for i in range(len(arguments)))
-    scope: dict[str, Any] = {"typer": typer}
-    exec(f"def op(context{', ' if names else ''}{names}): return typer(context{', ' if names else ''}{names})", scope)
-    return intrinsic(scope["op"])
-
-
 # asynchronous copies into the block's shared memory -------------------------------------------------------------------
-copy_commit = _instruction("cp.async.commit_group;", types.void)
-launch_dependents = _instruction("griddepcontrol.launch_dependents;", types.void)
-grid_dependency_wait = _instruction("griddepcontrol.wait;", types.void)
+copy_commit = instruction("cp.async.commit_group;", types.void)
+launch_dependents = instruction("griddepcontrol.launch_dependents;", types.void)
+grid_dependency_wait = instruction("griddepcontrol.wait;", types.void)
 
 # single words ---------------------------------------------------------------------------------------------------------
-shared_load_i32 = _instruction("ld.shared.b32 $0, [$1];", types.int32, types.int64, shared=True)
-shared_load_f32 = _instruction("ld.shared.f32 $0, [$1];", types.float32, types.int64, shared=True)
-shared_store_i32 = _instruction("st.shared.b32 [$0], $1;", types.void, types.int64, types.int32, shared=True)
-shared_store_f32 = _instruction("st.shared.f32 [$0], $1;", types.void, types.int64, types.float32, shared=True)
+shared_load_i32 = instruction("ld.shared.b32 $0, [$1];", types.int32, types.int64, shared=True)
+shared_load_f32 = instruction("ld.shared.f32 $0, [$1];", types.float32, types.int64, shared=True)
+shared_store_i32 = instruction("st.shared.b32 [$0], $1;", types.void, types.int64, types.int32, shared=True)
+shared_store_f32 = instruction("st.shared.f32 [$0], $1;", types.void, types.int64, types.float32, shared=True)
 # What another block wrote in this launch is read through L2: relaxed at device scope never hits a stale L1 line.
-load_i32 = _instruction("ld.relaxed.gpu.global.b32 $0, [$1];", types.int32, types.int64)
-load_f32 = _instruction("ld.relaxed.gpu.global.f32 $0, [$1];", types.float32, types.int64)
-store_i32 = _instruction("st.relaxed.gpu.global.b32 [$0], $1;", types.void, types.int64, types.int32)
-store_f32 = _instruction("st.relaxed.gpu.global.f32 [$0], $1;", types.void, types.int64, types.float32)
+load_i32 = instruction("ld.relaxed.gpu.global.b32 $0, [$1];", types.int32, types.int64)
+load_f32 = instruction("ld.relaxed.gpu.global.f32 $0, [$1];", types.float32, types.int64)
+store_i32 = instruction("st.relaxed.gpu.global.b32 [$0], $1;", types.void, types.int64, types.int32)
+store_f32 = instruction("st.relaxed.gpu.global.f32 [$0], $1;", types.void, types.int64, types.float32)
 # Flags between blocks: what the block wrote before a release is seen by who reads the flag with acquire.
-flag_store = _instruction("st.release.gpu.global.u64 [$0], $1;", types.void, types.int64, types.int64)
-flag_load = _instruction("ld.acquire.gpu.global.u64 $0, [$1];", types.int64, types.int64)
-store_clock = _instruction("{ .reg .b64 t; mov.u64 t, %clock64; st.global.b64 [$0], t; }", types.void, types.int64)
-exp2 = _instruction("ex2.approx.f32 $0, $1;", types.float32, types.float32, pure=True)
-divide = _instruction("div.full.f32 $0, $1, $2;", types.float32, types.float32, types.float32, pure=True)
-popcount = _instruction("popc.b32 $0, $1;", types.int32, types.int32, pure=True)
+flag_store = instruction("st.release.gpu.global.u64 [$0], $1;", types.void, types.int64, types.int64)
+flag_load = instruction("ld.acquire.gpu.global.u64 $0, [$1];", types.int64, types.int64)
+store_clock = instruction("{ .reg .b64 t; mov.u64 t, %clock64; st.global.b64 [$0], t; }", types.void, types.int64)
+exp2 = instruction("ex2.approx.f32 $0, $1;", types.float32, types.float32, pure=True)
+divide = instruction("div.full.f32 $0, $1, $2;", types.float32, types.float32, types.float32, pure=True)
+popcount = instruction("popc.b32 $0, $1;", types.int32, types.int32, pure=True)
 
 
 def make_copy(hint: str = "L2::128B") -> Callable[..., Any]:
@@ -93,8 +61,8 @@ def make_copy(hint: str = "L2::128B") -> Callable[..., Any]:
     def copy16(context: Any, destination: Any, source: Any, size: Any) -> Any:
         def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
             text = f"cp.async.cg.shared.global{'.' + hint if hint else ''} [$0], [$1], 16, $2;"
-            values = [_shared(builder, args[0]), args[1], builder.trunc(args[2], _I32)]
-            _asm(builder, ir.VoidType(), text, "r,l,r", values)
+            values = [shared_address(builder, args[0]), args[1], builder.trunc(args[2], I32)]
+            asm(builder, ir.VoidType(), text, "r,l,r", values)
             return cgutils.get_null_value(ir.IntType(8).as_pointer())
 
         return types.void(types.int64, types.int64, types.int64), codegen
@@ -104,7 +72,7 @@ def make_copy(hint: str = "L2::128B") -> Callable[..., Any]:
 
 def make_copy_wait(pending: int) -> Callable[..., Any]:
     """``wait()``: all of this thread's groups but the newest ``pending`` have landed."""
-    return _instruction(f"cp.async.wait_group {pending};", types.void)
+    return instruction(f"cp.async.wait_group {pending};", types.void)
 
 
 @intrinsic
@@ -118,45 +86,33 @@ def shared_memory(context: Any) -> Any:
         else:
             memory = ir.GlobalVariable(module, ir.ArrayType(ir.IntType(8), 0), name, addrspace=3)
             memory.align, memory.linkage = 16, "external"
-        return builder.ptrtoint(memory, _I64)
+        return builder.ptrtoint(memory, I64)
 
     return types.int64(), codegen
 
 
 # wide values ----------------------------------------------------------------------------------------------------------
 def _load16(builder: Any, address: Any, space: str) -> list[Any]:
-    result = ir.LiteralStructType([_I32] * 4)
+    result = ir.LiteralStructType([I32] * 4)
     kind = {"shared": "ld.shared.v4.b32", "global": "ld.relaxed.gpu.global.v4.b32"}[space]
     letter = "r" if space == "shared" else "l"
-    words = _asm(builder, result, kind + " {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r," + letter, [address])
+    words = asm(builder, result, kind + " {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r," + letter, [address])
     return [builder.extract_value(words, i) for i in range(4)]
 
 
 def _widen(builder: Any, words: Sequence[Any], dtype: str) -> list[Any]:
     """The 8 (float32: 4) elements of a 16-byte piece, in fp32."""
     if dtype == "float32":
-        return [builder.bitcast(w, _F32) for w in words]
+        return [builder.bitcast(w, F32) for w in words]
     out = []
     for w in words:
         if dtype == "bfloat16":  # a bf16 is the upper half of an fp32
-            out.append(builder.bitcast(builder.shl(w, _I32(16)), _F32))
-            out.append(builder.bitcast(builder.and_(w, _I32(0xFFFF0000)), _F32))
+            out.append(builder.bitcast(builder.shl(w, I32(16)), F32))
+            out.append(builder.bitcast(builder.and_(w, I32(0xFFFF0000)), F32))
         else:
-            for half in (builder.trunc(w, _I16), builder.trunc(builder.lshr(w, _I32(16)), _I16)):
-                out.append(builder.fpext(builder.bitcast(half, ir.HalfType()), _F32))
+            for half in (builder.trunc(w, I16), builder.trunc(builder.lshr(w, I32(16)), I16)):
+                out.append(builder.fpext(builder.bitcast(half, ir.HalfType()), F32))
     return out
-
-
-def _unpack(builder: Any, values: Any, n: int) -> list[Any]:
-    return [builder.extract_value(values, i) for i in range(n)]
-
-
-def _pack(context: Any, builder: Any, kind: Any, values: Sequence[Any]) -> Any:
-    return context.make_tuple(builder, kind, values)
-
-
-def _offset(builder: Any, address: Any, by: int) -> Any:
-    return builder.add(address, _I64(by)) if by else address
 
 
 @intrinsic
@@ -164,8 +120,8 @@ def shared_store16(context: Any, address: Any, words: Any) -> Any:
     """Store a tuple of 4 int32 at a shared address."""
 
     def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-        values = [_shared(builder, args[0]), *_unpack(builder, args[1], 4)]
-        _asm(builder, ir.VoidType(), "st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", values)
+        values = [shared_address(builder, args[0]), *unpack(builder, args[1], 4)]
+        asm(builder, ir.VoidType(), "st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", values)
         return cgutils.get_null_value(ir.IntType(8).as_pointer())
 
     return types.void(types.int64, types.UniTuple(types.int32, 4)), codegen
@@ -177,7 +133,7 @@ def load16(context: Any, address: Any) -> Any:
     kind = types.UniTuple(types.int32, 4)
 
     def codegen(ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-        return _pack(ctx, builder, kind, _load16(builder, args[0], "global"))
+        return pack(ctx, builder, kind, _load16(builder, args[0], "global"))
 
     return kind(types.int64), codegen
 
@@ -189,7 +145,7 @@ def load_f32x4(context: Any, address: Any) -> Any:
 
     def codegen(ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
         words = _load16(builder, args[0], "global")
-        return _pack(ctx, builder, kind, [builder.bitcast(w, _F32) for w in words])
+        return pack(ctx, builder, kind, [builder.bitcast(w, F32) for w in words])
 
     return kind(types.int64), codegen
 
@@ -207,22 +163,24 @@ def make_rows_dot(
     @intrinsic
     def rows_dot(context: Any, rows: Any, x: Any) -> Any:
         def codegen(ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-            total = [_F32(0.0)] * (n_rows * batch)
+            total = [F32(0.0)] * (n_rows * batch)
             at, x_at = args
             for c in range(chunks):
                 words = [
                     _load16(
-                        builder, _shared(builder, _offset(builder, at, r * row_stride + c * chunk_stride)), "shared"
+                        builder,
+                        shared_address(builder, offset(builder, at, r * row_stride + c * chunk_stride)),
+                        "shared",
                     )
                     for r in range(n_rows)
                 ]
                 for b in range(batch):
-                    place = _shared(builder, _offset(builder, x_at, (b * chunks + c) * chunk_stride))
+                    place = shared_address(builder, offset(builder, x_at, (b * chunks + c) * chunk_stride))
                     vector = _widen(builder, _load16(builder, place, "shared"), dtype)
                     for r in range(n_rows):
                         for w, v in zip(_widen(builder, words[r], dtype), vector, strict=True):
                             total[r * batch + b] = builder.fma(w, v, total[r * batch + b])
-            return _pack(ctx, builder, kind, total)
+            return pack(ctx, builder, kind, total)
 
         return kind(types.int64, types.int64), codegen
 
@@ -237,20 +195,20 @@ def make_rows_dot_f32(dtype: str, n_rows: int, batch: int, row_stride: int, z_st
     @intrinsic
     def rows_dot_f32(context: Any, rows: Any, z: Any) -> Any:
         def codegen(ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-            total = [_F32(0.0)] * (n_rows * batch)
+            total = [F32(0.0)] * (n_rows * batch)
             words = [
-                _load16(builder, _shared(builder, _offset(builder, args[0], r * row_stride)), "shared")
+                _load16(builder, shared_address(builder, offset(builder, args[0], r * row_stride)), "shared")
                 for r in range(n_rows)
             ]
             for b in range(batch):
                 vector: list[Any] = []
                 for part in range(elements // 4):
-                    place = _shared(builder, _offset(builder, args[1], b * z_stride + part * 16))
-                    vector += [builder.bitcast(w, _F32) for w in _load16(builder, place, "shared")]
+                    place = shared_address(builder, offset(builder, args[1], b * z_stride + part * 16))
+                    vector += [builder.bitcast(w, F32) for w in _load16(builder, place, "shared")]
                 for r in range(n_rows):
                     for w, v in zip(_widen(builder, words[r], dtype), vector, strict=True):
                         total[r * batch + b] = builder.fma(w, v, total[r * batch + b])
-            return _pack(ctx, builder, kind, total)
+            return pack(ctx, builder, kind, total)
 
         return kind(types.int64, types.int64), codegen
 
@@ -268,17 +226,17 @@ def make_rows_add(
     @intrinsic
     def rows_add(context: Any, rows: Any, v: Any, y: Any) -> Any:
         def codegen(ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-            scale = _unpack(builder, args[1], n_rows * batch)
-            total = _unpack(builder, args[2], n)
+            scale = unpack(builder, args[1], n_rows * batch)
+            total = unpack(builder, args[2], n)
             for r in range(n_rows):
                 for c in range(chunks):
-                    place = _shared(builder, _offset(builder, args[0], r * row_stride + c * chunk_stride))
+                    place = shared_address(builder, offset(builder, args[0], r * row_stride + c * chunk_stride))
                     row = _widen(builder, _load16(builder, place, "shared"), dtype)
                     for b in range(batch):
                         for e in range(per_chunk):
                             i = (b * chunks + c) * per_chunk + e
                             total[i] = builder.fma(scale[r * batch + b], row[e], total[i])
-            return _pack(ctx, builder, kind, total)
+            return pack(ctx, builder, kind, total)
 
         return kind(types.int64, types.UniTuple(types.float32, n_rows * batch), kind), codegen
 
@@ -292,7 +250,7 @@ def make_zeros(n: int) -> Callable[..., Any]:
     @intrinsic
     def zeros(context: Any) -> Any:
         def codegen(ctx: Any, builder: Any, _sig: Any, _args: Any) -> Any:
-            return _pack(ctx, builder, kind, [_F32(0.0)] * n)
+            return pack(ctx, builder, kind, [F32(0.0)] * n)
 
         return kind(), codegen
 
@@ -311,15 +269,15 @@ def make_store_columns(dtype: str, batch: int, chunks: int, token_stride: int, c
     @intrinsic
     def store_columns(context: Any, address: Any, y: Any, limit: Any) -> Any:
         def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-            values = _unpack(builder, args[1], batch * chunks * per_chunk)
+            values = unpack(builder, args[1], batch * chunks * per_chunk)
             for c in range(chunks):
-                with builder.if_then(builder.icmp_signed(">", args[2], _I64(c))):
+                with builder.if_then(builder.icmp_signed(">", args[2], I64(c))):
                     for b in range(batch):
                         for part in range(0, per_chunk, 4):
-                            place = _offset(builder, args[0], b * token_stride + c * chunk_stride + part * 4)
+                            place = offset(builder, args[0], b * token_stride + c * chunk_stride + part * 4)
                             i = (b * chunks + c) * per_chunk + part
                             text = "st.relaxed.gpu.global.v4.f32 [$0], {$1, $2, $3, $4};"
-                            _asm(builder, ir.VoidType(), text, "l,f,f,f,f", [place, *values[i : i + 4]])
+                            asm(builder, ir.VoidType(), text, "l,f,f,f,f", [place, *values[i : i + 4]])
             return cgutils.get_null_value(ir.IntType(8).as_pointer())
 
         return types.void(types.int64, kind, types.int64), codegen
@@ -333,142 +291,27 @@ def make_sum_strided(n: int, stride: int) -> Callable[..., Any]:
     All loads are in flight at once. Written by other blocks, so read through L2.
     """
     kind = types.UniTuple(types.float32, 4)
-    result = ir.LiteralStructType([_F32] * 4)
+    result = ir.LiteralStructType([F32] * 4)
 
     @intrinsic
     def sum_strided(context: Any, address: Any, count: Any) -> Any:
         def codegen(ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-            count32, parts = builder.trunc(args[1], _I32), []
+            count32, parts = builder.trunc(args[1], I32), []
             for i in range(n):
                 text = (
                     "{ .reg .pred p; setp.gt.s32 p, $5, $6; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; "
                     "mov.b32 $3, 0; @p ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4]; }"
                 )
-                values = [_offset(builder, args[0], i * stride), count32, _I32(i)]
-                parts.append(_asm(builder, result, text, "=&f,=&f,=&f,=&f,l,r,r", values))
-            total = [_F32(0.0)] * 4
+                values = [offset(builder, args[0], i * stride), count32, I32(i)]
+                parts.append(asm(builder, result, text, "=&f,=&f,=&f,=&f,l,r,r", values))
+            total = [F32(0.0)] * 4
             for part in parts:
                 total = [builder.fadd(total[k], builder.extract_value(part, k)) for k in range(4)]
-            return _pack(ctx, builder, kind, total)
+            return pack(ctx, builder, kind, total)
 
         return kind(types.int64, types.int64), codegen
 
     return sum_strided
-
-
-# lanes of a warp ------------------------------------------------------------------------------------------------------
-def _shuffle(builder: Any, value: Any, lane: Any, mode: str) -> Any:
-    suffix = "f32" if value.type == _F32 else "i32"
-    kind = ir.FunctionType(value.type, [_I32, value.type, _I32, _I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.nvvm.shfl.sync.{mode}.{suffix}")
-    return builder.call(function, [_I32(_FULL_WARP), value, lane, _I32(0 if mode == "up" else 31)])
-
-
-def _lane(builder: Any) -> Any:
-    return _asm(builder, _I32, "mov.u32 $0, %laneid;", "=r", [], pure=True)
-
-
-def make_lanes_sum(n: int) -> Callable[..., Any]:
-    """``lanes_sum(values)``: sums over the warp of ``n`` values; lane l gets that of value l // (32 / m).
-
-    m is ``n`` rounded up to a power of 2. Halves are exchanged, so it costs m - 1 + log2(32 / m) shuffles, not 5 n.
-    """
-    padding = (1 << (n - 1).bit_length()) - n
-
-    @intrinsic
-    def lanes_sum(context: Any, values: Any) -> Any:
-        def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-            left, lane = _unpack(builder, args[0], n) + [_F32(0.0)] * padding, _lane(builder)
-            for offset in (16, 8, 4, 2, 1):
-                if len(left) == 1:
-                    left = [builder.fadd(left[0], _shuffle(builder, left[0], _I32(offset), "bfly"))]
-                    continue
-                half = len(left) // 2
-                upper = builder.icmp_signed("!=", builder.and_(lane, _I32(offset)), _I32(0))
-                left = [
-                    builder.fadd(
-                        builder.select(upper, high, low),
-                        _shuffle(builder, builder.select(upper, low, high), _I32(offset), "bfly"),
-                    )
-                    for low, high in zip(left[:half], left[half:], strict=True)
-                ]
-            return left[0]
-
-        return types.float32(types.UniTuple(types.float32, n)), codegen
-
-    return lanes_sum
-
-
-def make_lanes_fold(width: int) -> Callable[..., Any]:
-    """``fold(value)``: sum over each aligned group of ``width`` lanes, in every lane of it."""
-
-    @intrinsic
-    def lanes_fold(context: Any, value: Any) -> Any:
-        def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-            total, offset = args[0], width // 2
-            while offset:
-                total = builder.fadd(total, _shuffle(builder, total, _I32(offset), "bfly"))
-                offset //= 2
-            return total
-
-        return types.float32(types.float32), codegen
-
-    return lanes_fold
-
-
-def make_lanes_spread(n: int, stride: int) -> Callable[..., Any]:
-    """``spread(value)``: tuple of the values of lanes 0, stride, ... (n of them), the same in every lane."""
-    kind = types.UniTuple(types.float32, n)
-
-    @intrinsic
-    def lanes_spread(context: Any, value: Any) -> Any:
-        def codegen(ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-            return _pack(ctx, builder, kind, [_shuffle(builder, args[0], _I32(i * stride), "idx") for i in range(n)])
-
-        return kind(types.float32), codegen
-
-    return lanes_spread
-
-
-@intrinsic
-def lane_xor(context: Any, value: Any, mask: Any) -> Any:
-    """Value of lane ``lane ^ mask``."""
-
-    def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-        return _shuffle(builder, args[0], builder.trunc(args[1], _I32), "bfly")
-
-    return types.float32(types.float32, types.int64), codegen
-
-
-@intrinsic
-def lanes_scan(context: Any, value: Any) -> Any:
-    """Inclusive sum over the lanes up to this one, int32."""
-
-    def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-        total, lane = args[0], _lane(builder)
-        for offset in (1, 2, 4, 8, 16):
-            below = _shuffle(builder, total, _I32(offset), "up")
-            inside = builder.icmp_signed(">=", lane, _I32(offset))
-            total = builder.add(total, builder.select(inside, below, _I32(0)))
-        return total
-
-    return types.int32(types.int32), codegen
-
-
-@intrinsic
-def lane_last(context: Any, value: Any) -> Any:
-    """Value of lane 31."""
-
-    def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-        return _shuffle(builder, args[0], _I32(31), "idx")
-
-    return types.int32(types.int32), codegen
-
-
-@device_function
-def ballot(predicate: bool) -> int:
-    """Bit l is set if lane l's predicate holds."""
-    return cuda.ballot_sync(_FULL_WARP, predicate)
 
 
 def make_store_narrow(dtype: str) -> Callable[..., Any]:
@@ -477,7 +320,7 @@ def make_store_narrow(dtype: str) -> Callable[..., Any]:
         return store_f32
     kind = "bf16" if dtype == "bfloat16" else "f16"
     text = f"{{ .reg .b16 h; cvt.rn.{kind}.f32 h, $1; st.global.b16 [$0], h; }}"
-    return _instruction(text, types.void, types.int64, types.float32)
+    return instruction(text, types.void, types.int64, types.float32)
 
 
 def make_load_narrow(dtype: str) -> Callable[..., Any]:
@@ -488,4 +331,4 @@ def make_load_narrow(dtype: str) -> Callable[..., Any]:
         text = "{ .reg .b16 h, z; .reg .b32 w; ld.relaxed.gpu.global.b16 h, [$1]; mov.b16 z, 0; mov.b32 w, {z, h}; mov.b32 $0, w; }"
     else:
         text = "{ .reg .b16 h; ld.relaxed.gpu.global.b16 h, [$1]; cvt.f32.f16 $0, h; }"
-    return _instruction(text, types.float32, types.int64)
+    return instruction(text, types.float32, types.int64)

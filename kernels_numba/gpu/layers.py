@@ -20,27 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kernels_numba.gpu.checks import NAMES, check_list, check_range, check_weight
+from kernels_numba.gpu.checks import unavailable as unavailable  # also this module's: callers ask before they bind
 from kernels_numba.gpu.compiled import Launch, Loaded, load_kernel
 from kernels_numba.gpu.counts import active_neurons
 from kernels_numba.gpu.plan import MAX_BATCH, Kind, Plan
 from kernels_numba.gpu.tuned import device_facts, launch_tokens, tuned_plan
-
-_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-
-
-def unavailable(device: str | torch.device = "cuda") -> str:
-    """Reason why the kernels cannot run on the device, with its remedy; empty if they can."""
-    if not torch.cuda.is_available():
-        return "no CUDA device: torch.cuda.is_available() is False"
-    try:
-        import numba.cuda  # noqa: F401
-        from cuda.bindings import driver  # noqa: F401
-    except ImportError as error:
-        return f"numba-cuda cannot be imported ({error}): install numba-cuda[cu13] and numpy < 2.5"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"compute capability {capability[0]}.{capability[1]}: the kernels need 8.0 or newer"
-    return ""
 
 
 def transpose_down(w_down: Tensor, *, keep_dense: bool = True) -> Tensor:
@@ -55,27 +40,7 @@ def transpose_down(w_down: Tensor, *, keep_dense: bool = True) -> Tensor:
     return copy
 
 
-def _weight(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor | None) -> None:
-    """Raise ValueError unless a tensor is a contiguous CUDA matrix of a known dtype, this shape and ``like``'s device."""
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} is a {type(value).__name__}: pass a torch tensor")
-    if value.device.type != "cuda":
-        raise ValueError(f"{name} is on {value.device}: the CUDA kernels need it on a CUDA device")
-    if value.dtype not in _NAMES:
-        raise ValueError(f"{name} has dtype {value.dtype}: convert it to {', '.join(_NAMES.values())}")
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {shape}")
-    if not value.is_contiguous():
-        raise ValueError(f"{name} is not contiguous (strides {value.stride()}): call contiguous() once, before binding")
-    if value.data_ptr() % 16:
-        raise ValueError(f"{name} starts at an address that is no multiple of 16 bytes: clone() it")
-    if like is not None and (value.dtype, value.device) != (like.dtype, like.device):
-        raise ValueError(
-            f"{name} is {value.dtype} on {value.device}: the other weights are {like.dtype} on {like.device}"
-        )
-
-
-class _Layer:
+class Layer:
     """Plans, launches and workspaces of one layer; one launch object for each batch size used."""
 
     kind: Kind
@@ -85,7 +50,7 @@ class _Layer:
     ) -> None:
         if not isinstance(w_down_t, Tensor) or w_down_t.dim() != 2:
             raise ValueError("w_down_t must be a matrix (d_ff, d_model): pass transpose_down(w_down)")
-        _weight("w_down_t", w_down_t, tuple(w_down_t.shape), None)
+        check_weight("w_down_t", w_down_t, tuple(w_down_t.shape), None)
         reason = unavailable(w_down_t.device)
         if reason:
             raise RuntimeError(reason)
@@ -122,7 +87,7 @@ class _Layer:
 
     def _plan(self, batch: int) -> Plan:
         return tuned_plan(
-            self.kind, self.d_model, self.d_ff, _NAMES[self.dtype], batch=batch, n_blocks=self._n_blocks,
+            self.kind, self.d_model, self.d_ff, NAMES[self.dtype], batch=batch, n_blocks=self._n_blocks,
             capability=self._capability, **self._options,
         )  # fmt: skip
 
@@ -201,7 +166,7 @@ class _Layer:
                 self._record.append((loaded, launch.values()))
 
 
-class _ChoosingLayer(_Layer):
+class _ChoosingLayer(Layer):
     """A layer that finds its active neurons itself."""
 
     def __init__(self, w_down_t: Tensor, activation: str, threshold: float, **options: Any) -> None:
@@ -257,7 +222,7 @@ class ThresholdLayer(_ChoosingLayer):
             raise ValueError(f"first={first!r}: must be 'up' (M-COUNTDOWN) or 'gate' (CATS)")
         super().__init__(w_down_t, activation, threshold, first=first)
         for name, weight in (("w_gate", w_gate), ("w_up", w_up)):
-            _weight(name, weight, (self.d_ff, self.d_model), w_down_t)
+            check_weight(name, weight, (self.d_ff, self.d_model), w_down_t)
         self.first, self._weights = first, (w_gate, w_up)
         dense, other = (w_gate, w_up) if first == "gate" else (w_up, w_gate)
         self._addresses |= {"dense": dense.data_ptr(), "a": other.data_ptr()}
@@ -286,10 +251,10 @@ class PredictorLayer(_ChoosingLayer):
             raise ValueError("v must be a matrix (rank, d_model) with at least one row")
         rank = v.shape[0]
         super().__init__(w_down_t, activation, threshold, rank=rank)
-        _weight("v", v, (rank, self.d_model), w_down_t)
-        _weight("u", u, (self.d_ff, rank), w_down_t)
+        check_weight("v", v, (rank, self.d_model), w_down_t)
+        check_weight("u", u, (self.d_ff, rank), w_down_t)
         for name, weight in (("w_gate", w_gate), ("w_up", w_up)):
-            _weight(name, weight, (self.d_ff, self.d_model), w_down_t)
+            check_weight(name, weight, (self.d_ff, self.d_model), w_down_t)
         missing = self._plan(1).rank_padded - rank
         u = torch.nn.functional.pad(u, (0, missing)) if missing else u
         self._weights = (w_gate, w_up, v, u)
@@ -305,25 +270,7 @@ class PredictorLayer(_ChoosingLayer):
         return self._run(x, out, residual)
 
 
-def _list(name: str, value: Tensor, device: torch.device, *, one: bool = False) -> None:
-    if not isinstance(value, Tensor) or value.dtype != torch.int32 or value.device != device:
-        raise ValueError(f"{name} must be an int32 tensor on {device}: the kernel reads it there")
-    if not value.is_contiguous() or (one and value.numel() != 1) or (not one and value.dim() != 1):
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}: expected {'one element' if one else 'a contiguous vector'}"
-        )
-
-
-def _check_range(indices: Tensor, count: Tensor, d_ff: int) -> None:
-    n = int(count.item())
-    if not 0 <= n <= min(len(indices), d_ff):
-        raise ValueError(f"count={n}: must be 0 to {min(len(indices), d_ff)}")
-    used = indices[:n]
-    if n and (int(used.min()) < 0 or int(used.max()) >= d_ff):
-        raise ValueError(f"indices run from {int(used.min())} to {int(used.max())}: must be in [0, {d_ff})")
-
-
-class GivenLayer(_Layer):
+class GivenLayer(Layer):
     """Gated MLP over a given active set, the same for all tokens; parameters as `ThresholdLayer`.
 
     ``checked=True`` looks at every index before the launch (waits for the device; for tests): without it an index out
@@ -337,7 +284,7 @@ class GivenLayer(_Layer):
     ) -> None:
         super().__init__(w_down_t, activation)
         for name, weight in (("w_gate", w_gate), ("w_up", w_up)):
-            _weight(name, weight, (self.d_ff, self.d_model), w_down_t)
+            check_weight(name, weight, (self.d_ff, self.d_model), w_down_t)
         self.checked, self._weights = checked, (w_gate, w_up)
         self._addresses |= {"a": w_gate.data_ptr(), "b": w_up.data_ptr()}
 
@@ -345,93 +292,8 @@ class GivenLayer(_Layer):
         self, x: Tensor, indices: Tensor, count: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None
     ) -> Tensor:
         """``y`` of the neurons ``indices[:count]``; int32 (capacity,) and int32 (1,), both on the device."""
-        _list("indices", indices, self.device)
-        _list("count", count, self.device, one=True)
+        check_list("indices", indices, self.device)
+        check_list("count", count, self.device, one=True)
         if self.checked:
-            _check_range(indices, count, self.d_ff)
+            check_range(indices, count, self.d_ff)
         return self._run(x, out, residual, indices=indices.data_ptr(), count=count.data_ptr())
-
-
-class DownProjection(_Layer):
-    """The op `sparse_down_proj` with its weight bound once: for decode loops and graphs."""
-
-    kind: Kind = "down"
-
-    def __init__(self, w_down_t: Tensor, *, checked: bool = False) -> None:
-        super().__init__(w_down_t, "silu")
-        self.checked = checked
-        self._options["value_dtype"] = _NAMES[self.dtype]
-
-    def __call__(
-        self,
-        values: Tensor,
-        indices: Tensor,
-        count: Tensor,
-        out: Tensor | None = None,
-        *,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """``y = sum_{n < count} values[..., n] * W_down[:, indices[n]]``, shape (d_model,) or (batch, d_model)."""
-        _list("indices", indices, self.device)
-        _list("count", count, self.device, one=True)
-        if values.dtype != self.dtype or values.device != self.device or not values.is_contiguous():
-            raise ValueError(f"values must be contiguous, {self.dtype} on {self.device}, as w_down_t")
-        if values.dim() not in (1, 2) or values.shape[-1] != len(indices):
-            raise ValueError(f"values have shape {tuple(values.shape)}: expected (..., {len(indices)}), as indices")
-        if self.checked:
-            _check_range(indices, count, self.d_ff)
-        shape = (*values.shape[:-1], self.d_model)
-        if out is None:
-            out = torch.empty(shape, dtype=self.dtype, device=self.device)
-        n_tokens = self._tokens("out", out, shape)
-        if residual is not None:
-            self._tokens("residual", residual, shape)
-        lists = {"indices": indices.data_ptr(), "count": count.data_ptr(), "value_stride": values.shape[-1]}
-        for begin in range(0, n_tokens, self._most):
-            part = slice(begin, begin + self._most)
-            rows, whole = values.reshape(n_tokens, -1)[part], out.reshape(n_tokens, -1)[part]
-            extra = residual.reshape(n_tokens, -1)[part] if residual is not None else None
-            self._go(len(rows), 0, whole, extra, lists | {"values": rows.data_ptr()})
-        return out
-
-
-def sparse_down_proj(
-    values: Tensor,
-    indices: Tensor,
-    count: Tensor,
-    w_down_t: Tensor,
-    out: Tensor | None = None,
-    *,
-    checked: bool = False,
-) -> Tensor:
-    """Sparse down projection ``y = sum_{n < count} values[n] * W_down[:, indices[n]]``.
-
-    Parameters
-    ----------
-    values : Tensor, shape (capacity,) or (batch, capacity), dtype of ``w_down_t``
-    indices : Tensor, shape (capacity,), int32
-        Each in [0, d_ff): looked at only if ``checked`` (which waits for the device).
-    count : Tensor, one element, int32
-        Active neurons, on the device; more than d_ff counts as d_ff, less than 0 as 0.
-    w_down_t : Tensor, shape (d_ff, d_model)
-        From `transpose_down`.
-    out : Tensor, shape (d_model,) or (batch, d_model), optional
-
-    Returns
-    -------
-    Tensor
-        fp32 sums, rounded to the dtype of ``w_down_t``.
-
-    Raises
-    ------
-    ValueError
-        Wrong dtype, device, shape or contiguity; with ``checked`` also count or index out of range.
-    """
-    key = (w_down_t.data_ptr(), tuple(w_down_t.shape), w_down_t.dtype, checked)
-    if key not in _BOUND:
-        _BOUND.clear()  # one weight at a time: loops bind a DownProjection
-        _BOUND[key] = DownProjection(w_down_t, checked=checked)
-    return _BOUND[key](values, indices, count, out)
-
-
-_BOUND: dict[tuple[Any, ...], DownProjection] = {}

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels_numba.gpu import layers as kernels
+from kernels_numba.gpu.op import DownProjection
 from kernels_numba.reference import UNIT_ROUNDOFF, wrongly_selected
 from suite.methods.base import kept_count
 from suite.speed.cases import Progress, Row, SpeedCase, empty_row, needed_bytes, skipped_row
@@ -131,7 +132,7 @@ def bind(case: SpeedCase, data: LayerData) -> Bound:
                 full = product.to(data.x.dtype)
                 return Bound(lambda x, out: out.copy_(functional.linear(full, data.w_down)), values=full)
             values = product[:, listed.long()].to(data.x.dtype).contiguous()
-            op = kernels.DownProjection(data.w_down_t)
+            op = DownProjection(data.w_down_t)
             return Bound(
                 lambda x, out: op(values, listed, count, out), op, listed, values,
                 again=lambda x, out: op.bind(values, listed, count, out),

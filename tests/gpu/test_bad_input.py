@@ -10,7 +10,8 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from kernels_numba.gpu.layers import GivenLayer, ThresholdLayer, sparse_down_proj
+from kernels_numba.gpu.layers import GivenLayer, ThresholdLayer
+from kernels_numba.gpu.op import sparse_down_proj
 
 
 def matrix(rows=64, columns=128, dtype=torch.bfloat16):
