@@ -214,6 +214,23 @@ def benchmark(
     raise typer.Exit(cli_actions.benchmark(shape, method, sparsity, threads, results, rerun))
 
 
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    model: Annotated[str, typer.Option(help="embedded, hub id, folder or .gguf.")] = "embedded",
+    method: Annotated[str, typer.Option(help="Method beside dense.")] = "m-countdown",
+    sparsity: Annotated[float, typer.Option(parser=_number, metavar="S", help="Share of neurons skipped.")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(parser=_whole, metavar="N", help="Tokens to generate.")] = 64,
+    backend: Annotated[str, typer.Option(help="auto, numba (skips the work) or masked.")] = "auto",
+    device: Device = None,
+    no_fit: NoFit = False,
+    results: Results = None,
+) -> None:
+    """Generate text dense and sparse; print both, their tokens per second and the realised sparsity."""
+    cli_actions.generate(results, no_fit, {key: value for key, value in locals().items() if key in _GENERATE})
+
+
+_GENERATE = ("prompt", "model", "method", "sparsity", "max_new_tokens", "backend", "device")
 _OVERRIDES = ("model", "device", "data_dir", "include_path", "limit", "only", "batch_size", "seed")
 
 

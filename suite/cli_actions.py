@@ -246,6 +246,22 @@ def benchmark(
     return _tell(finished)
 
 
+def generate(results: Path | None, no_fit: bool, options: dict[str, Any]) -> None:
+    """Print the text of the dense and of the sparse model, and how fast each was."""
+    from suite.runs.generation import Request
+    from suite.runs.generation import generate as generate_both
+
+    request = Request(**{name: value for name, value in options.items() if value is not None})
+    found = generate_both(request, (results or settings.results_dir()) / "fits", no_fit=no_fit, say=_say)
+    for one in found:
+        speed = f"{one.n_tokens} tokens, {one.tokens_per_s:.1f} tokens/s"
+        if one.sparsity is not None:
+            speed += f" ({one.tokens_per_s / found[0].tokens_per_s:.2f}x dense), sparsity {one.sparsity:.3f}"
+            speed += f" (target {request.sparsity:g})"
+        typer.echo(f"--- {one.method}: {speed}")
+        typer.echo(one.text)
+
+
 def _say(line: str) -> None:
     from tqdm import tqdm
 
