@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from suite.errors import CellError, InputError
-from suite.evaluation.engine import Scope
 from suite.evaluation.lm_eval import BuiltTask, SuiteLM, sample_indices, samples_of
 from suite.evaluation.perplexity import BuiltText
+from suite.evaluation.plan import Scope
 from suite.evaluation.results import Metric, TaskResult
 from suite.evaluation.tasks import TaskSpec, resolve_task
 from suite.methods.base import Method, Mode
@@ -64,14 +64,14 @@ class Evaluator:
         built = self._build(task)
         dense = mode == "none"
         if isinstance(built, BuiltText) and built.reference is None:
-            built.reference = self.lm.scorer.dense_hidden(built.requests)
+            built.reference = self.lm.scorer.dense_hidden(built.plan)
         with nullcontext() if dense else attach(self.loaded.model, method, state, mode=mode, scope=scope) as attached:
             if isinstance(built, BuiltText):
-                scores = self.lm.scorer.score(built.requests, attached, scope, reference=built.reference)
+                scores = self.lm.scorer.score(built.plan, attached, scope, reference=built.reference)
                 values = built.values(scores)
                 scored, sparse = sum(s.n_scored for s in scores), sum(s.n_sparse for s in scores)
             else:
-                self.lm.bind(attached, scope, built.documents)
+                self.lm.bind(attached, scope, built.documents, built.plans)
                 values = built.run(self.lm)
                 scored, sparse = self.lm.scored, self.lm.sparse
             layers = [] if attached is None else attached.sparsity()

@@ -19,7 +19,8 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.tasks import TaskManager
 
 from suite.errors import CellError, InputError
-from suite.evaluation.engine import Request, Scope, Score, Scorer
+from suite.evaluation.engine import Score, Scorer
+from suite.evaluation.plan import Plan, Request, Scope
 from suite.evaluation.results import WEIGHT
 from suite.evaluation.tasks import LOCAL_TASKS, PACK_DIR, TaskSpec, lm_eval_tasks_dir
 from suite.modeling.attach import Attached
@@ -38,11 +39,17 @@ class SuiteLM(HFLM):
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
         self.scorer = Scorer(loaded.model, batch_size=batch_size)
         self._encoded: dict[tuple[str, bool | None], list[int]] = {}
-        self.bind(None, "all", [])
+        self.bind(None, "all", [], {})
 
-    def bind(self, attached: Attached | None, scope: Scope, documents: Sequence[int]) -> None:
-        """Use ``attached`` in ``scope``; ``documents[doc_id]`` is the index of a document in its split."""
-        self.attached, self.scope, self.documents = attached, scope, documents
+    def bind(self, attached: Attached | None, scope: Scope, documents: Sequence[int], plans: dict[str, Plan]) -> None:
+        """Use ``attached`` in ``scope``.
+
+        Parameters
+        ----------
+        documents : index in its split of each ``doc_id``
+        plans : the task's tokenised requests by their kind, kept by the task from one setting to the next
+        """
+        self.attached, self.scope, self.documents, self.plans = attached, scope, documents, plans
         self.scored = self.sparse = 0
         self._order: list[int] = []
 
@@ -57,12 +64,16 @@ class SuiteLM(HFLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is the greedy one."""
-        self._order = [self.documents[request.doc_id] for request in requests]
-        return super().loglikelihood(requests, disable_tqdm=True)
+        if "loglikelihood" not in self.plans:
+            self._order = [self.documents[request.doc_id] for request in requests]
+            super().loglikelihood(requests, disable_tqdm=True)
+        scores = self._score(self.plans["loglikelihood"], self.scope)
+        return [(score.loglikelihood, score.greedy) for score in scores]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
+        """Where HFLM would score what it has tokenised: make the plan that `loglikelihood` scores."""
         scorable = []
         for document, (_, context, continuation) in zip(self._order, requests, strict=True):
             if len(continuation) > self.max_length:
@@ -71,34 +82,37 @@ class SuiteLM(HFLM):
                 )
             tokens = (*context, *continuation)[-(self.max_length + 1) :]
             scorable.append(Request(tokens[:-1], tuple(continuation), document))
-        return [(score.loglikelihood, score.greedy) for score in self._score(scorable, self.scope)]
+        self.plans["loglikelihood"] = Plan(scorable)
+        return []
 
-    def _score(self, requests: Sequence[Request], scope: Scope) -> list[Score]:
-        scores = self.scorer.score(requests, self.attached, scope)
+    def _score(self, plan: Plan, scope: Scope) -> list[Score]:
+        scores = self.scorer.score(plan, self.attached, scope)
         self.scored += sum(score.n_scored for score in scores)
         self.sparse += sum(score.n_sparse for score in scores)
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood of whole documents over disjoint windows; every position is in scope (PROTOCOL section 3)."""
-        scorable, owners = [], []
-        for owner, request in enumerate(requests):
-            offset = 0
-            for window in lm_eval_utils.get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            ):
-                context, continuation = lm_eval_utils.make_disjoint_window(window)
-                tokens = (*context, *continuation)
-                scorable.append(Request(tokens[:-1], tuple(continuation), self.documents[request.doc_id], offset))
-                owners.append(owner)
-                offset += len(continuation)
-        totals = [0.0] * len(requests)
-        for owner, score in zip(owners, self._score(scorable, "all"), strict=True):
-            totals[owner] += score.loglikelihood
-        return totals
+        if "loglikelihood_rolling" not in self.plans:
+            self.plans["loglikelihood_rolling"] = Plan([w for request in requests for w in self._windows(request)])
+        plan = self.plans["loglikelihood_rolling"]
+        totals: dict[int, float] = defaultdict(float)
+        for window, score in zip(plan.requests, self._score(plan, "all"), strict=True):
+            totals[window.document] += score.loglikelihood
+        return [totals[self.documents[request.doc_id]] for request in requests]
+
+    def _windows(self, request: Instance) -> Iterator[Request]:
+        """Disjoint windows of a whole document."""
+        offset = 0
+        for window in lm_eval_utils.get_rolling_token_windows(
+            token_list=self.tok_encode(request.args[0]),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length,
+            context_len=1,
+        ):
+            context, continuation = lm_eval_utils.make_disjoint_window(window)
+            yield Request((*context, *continuation)[:-1], tuple(continuation), self.documents[request.doc_id], offset)
+            offset += len(continuation)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Greedy generation; the scope rules of ``attach`` decide which positions are sparse."""
@@ -214,6 +228,7 @@ class BuiltTask:
         self.documents = [*range(n_documents)][:limit] if in_order else sample_indices(n_documents, limit, seed)
         with quiet():
             self.task.build_all_requests(samples=self.documents)
+        self.plans: dict[str, Plan] = {}
         self.version = str(self.task.VERSION)
         self.num_fewshot = int(self.task.config.num_fewshot or 0)
 

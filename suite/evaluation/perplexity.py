@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from suite.errors import InputError
-from suite.evaluation.engine import Request, Score
+from suite.evaluation.engine import Score
+from suite.evaluation.plan import Plan, Request
 from suite.evaluation.tasks import DECODE_PERPLEXITY, TaskSpec, read_documents
 
 VERSION = "1"
@@ -60,19 +61,20 @@ class BuiltText:
         path, field = spec.files["test"], spec.options["field"]
         rows = read_documents(path, field)
         size = min(spec.options["window"], max_length)
-        self.requests: list[Request] = []
+        requests: list[Request] = []
         for i in documents(len(rows)):
             if not isinstance(rows[i].get(field), str):
                 raise InputError(f"{path} document {i + 1}: no text in field {field!r}; it has {', '.join(rows[i])}")
-            self.requests += windows(encode(rows[i][field]), prefix, size, spec.options["split"], i)
-        if not self.requests:
+            requests += windows(encode(rows[i][field]), prefix, size, spec.options["split"], i)
+        if not requests:
             raise InputError(f"{path}: no document of at least {MIN_WINDOW} tokens for {DECODE_PERPLEXITY}")
+        self.plan = Plan(requests)
         self.reference: list[torch.Tensor] | None = None
 
     def values(self, scores: list[Score]) -> dict[tuple[str, str], list[tuple[str, float, float | None]]]:
         """Per metric the documents' (doc_id, value, weight): sums over the document's scored tokens."""
         sums: dict[int, list[float]] = {}
-        for request, score in zip(self.requests, scores, strict=True):
+        for request, score in zip(self.plan.requests, scores, strict=True):
             total = sums.setdefault(request.document, [0.0, 0.0, 0.0, 0.0])
             parts: tuple[Any, ...] = (-score.loglikelihood, score.kl or 0.0, score.agree or 0, score.n_scored)
             for i, part in enumerate(parts):
