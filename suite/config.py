@@ -18,7 +18,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from suite.errors import InputError
 from suite.registry import did_you_mean
 
-PROFILES = ("embedded", "small", "paper", "gpu-kernels")
+DATA_DIR = "{data_dir}"  # in a calibration's source: the data folder given on the command line
+PROFILES = ("embedded", "small", "paper", "gpu-kernels", "gpu-accuracy")
 
 Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -260,6 +261,10 @@ def override(
     """
     data = config.model_dump()
     data.update({key: value for key, value in values.items() if value is not None})
+    if DATA_DIR in data["calibration"]["source"]:
+        if data["data_dir"] is None:
+            raise InputError(f"calibration {data['calibration']['source']}: needs the data folder: give --data-dir")
+        data["calibration"]["source"] = data["calibration"]["source"].replace(DATA_DIR, str(data["data_dir"]))
     if models:
         dtype = config.models[0].dtype if config.models else "float32"
         data["models"] = [_model_of(spec, dtype) for spec in models]

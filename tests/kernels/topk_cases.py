@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 from numba import cuda
 
@@ -12,7 +14,9 @@ def expected(values: np.ndarray, k: int) -> np.ndarray:
     """Stable sort by score, NaN first, equal ones by index."""
     keep = np.zeros(values.shape, np.int8)
     for row, scores in enumerate(values):
-        ranked = sorted(range(len(scores)), key=lambda i: (not np.isnan(scores[i]), -np.nan_to_num(scores[i], nan=0), i))
+        ranked = sorted(
+            range(len(scores)), key=lambda i: (not np.isnan(scores[i]), -np.nan_to_num(scores[i], nan=0), i)
+        )
         keep[row, ranked[:k]] = 1
     return keep
 
@@ -34,4 +38,4 @@ if __name__ == "__main__":
         check(draw.normal(size=(1, 40)), n_bytes)
         check(draw.integers(-2, 3, (1, 300)).astype(float), n_bytes)
         check(np.array([[np.nan, 1, -np.inf, np.inf, -0.0, 0.0, np.nan, -1e-42, 1e-42, -1]]), n_bytes)
-    print("ok")
+    sys.stdout.write("ok\n")

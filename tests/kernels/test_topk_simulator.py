@@ -1,0 +1,19 @@
+"""The CUDA selection of the ideal modes on Numba's simulator against a stable sort: both widths, ties, NaN, infinities."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("numba.cuda", reason="needs numba-cuda or numba's own CUDA target")
+
+
+def test_selection_equals_a_stable_sort() -> None:
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.kernels.topk_cases"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["ok"]
