@@ -145,7 +145,7 @@ def _world(config: MatrixConfig) -> Any:
     from suite.runs.world import LocalWorld
 
     world = LocalWorld(config)
-    if config.accuracy:
+    if config.accuracy or config.analysis:
         for model in config.models:
             world.prepare(model.id, _say)
     return world

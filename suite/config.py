@@ -121,6 +121,18 @@ class SpeedBlock(Section):
     clocks: list[Literal["wall", "event", "graph"]] = Field(default=["wall"], min_length=1)
 
 
+class AnalysisConfig(Section):
+    """Coefficients of tokens that each model generates densely after the first tokens of so many documents of a text."""
+
+    text: str = "decode_perplexity"
+    documents: Count = 8
+    prompt_tokens: Count = 32
+    new_tokens: Count = 32
+    sparsities: list[Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False, strict=True)]] = Field(
+        default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], min_length=1
+    )
+
+
 class MatrixConfig(Section):
     """A whole matrix: what a run measures."""
 
@@ -135,13 +147,16 @@ class MatrixConfig(Section):
     calibration: CalibrationConfig = CalibrationConfig()
     accuracy: list[AccuracyBlock] = []
     speed: list[SpeedBlock] = []
+    analysis: AnalysisConfig | None = None
 
     @model_validator(mode="after")
     def _not_empty(self) -> MatrixConfig:
-        if not self.accuracy and not self.speed:
+        if not self.accuracy and not self.speed and self.analysis is None:
             raise PydanticCustomError("empty", "empty matrix: give at least one block under accuracy or speed")
         if self.accuracy and not self.models:
             raise PydanticCustomError("empty", "accuracy blocks need at least one model under models")
+        if self.analysis is not None and not self.models:
+            raise PydanticCustomError("empty", "analysis needs at least one model under models")
         return self
 
 
@@ -273,6 +288,7 @@ def override(
             raise InputError(f"--only {only!r}: must be accuracy or speed")
         other = "speed" if only == "accuracy" else "accuracy"
         data[other] = []
+        data["analysis"] = None  # neither an accuracy nor a speed
         if not data[only]:
             raise InputError(f"--only {only}: matrix {config.name!r} has no {only} block")
     if limit is not None:

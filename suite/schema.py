@@ -24,4 +24,8 @@ CLAIMS = (
     "claim model method against mode scope sparsity_target sparsity_realized quantity value ci_low ci_high abstract_says "
     "verdict reason"
 ).split()
+ACTIVATIONS = (
+    "model dtype layer quantity mean q05 q25 q50 q75 q95 q99 mass_kept_at_50 mass_kept_at_70 mass_kept_at_80 "
+    "mass_kept_at_90 n_tokens"
+).split()
 CIF_CAF = "model row_method sparsity cif_alive cif_dead caf_alive caf_dead n_tokens".split()

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from suite.report import series
+from suite.report.coefficients import draw_activations, draw_cif_caf
 from suite.report.frames import method_order
 from suite.report.speed import SHAPE
 from suite.report.style import WIDTH, label_ends, look, new_figure, styled
@@ -338,5 +339,7 @@ FIGURES: dict[str, tuple[Callable[[series.Material], pd.DataFrame], Callable[[pd
     "perplexity_vs_sparsity": (series.perplexities, draw_perplexity_vs_sparsity),
     "quality_vs_bytes": (series.quality_against_bytes, draw_quality_vs_bytes),
     "speedup_vs_sparsity": (series.speed_ups, draw_speedup_vs_sparsity),
+    "cif_caf": (lambda material: material.results.cif_caf, draw_cif_caf),
+    "activations": (lambda material: material.results.activations, draw_activations),
     "sparsity_per_layer": (series.sparsity_per_layer, draw_sparsity_per_layer),
 }

@@ -33,6 +33,12 @@ CAPTIONS = {
     "perplexity_vs_sparsity": "Perplexity against realised sparsity, log axis; bars as above, from log-ratios.",
     "speedup_vs_sparsity": "Speed-up over the fastest dense row of the same run and shape; band: between quartiles; "
     "dashed: bound, the row's bytes at the read bandwidth measured in the run.",
+    "cif_caf": "Generated tokens, kept set D of D-COUNTDOWN (ideal) against CATS and M-COUNTDOWN at equal sparsity. Left, "
+    "share of D: solid, missed by one method; dashed, missed by it and kept by the other. Right, share of the neurons "
+    "outside D: solid, kept needlessly by one method; dashed, kept by it and dropped by the other.",
+    "activations": "Why the methods differ, layer by layer on generated tokens. Left: share of the sum of v^2 that each "
+    "ranking keeps at sparsity .8. Right: median of |u|, |act(g)| and |v| over tokens and neurons, band from the 5th to "
+    "the 95th percentile.",
     "sparsity_per_layer": "Realised sparsity per layer against the target.",
 }
 INLINE_TABLES = ("accuracy", "difference_to_dense", "above_chance", "perplexity", "speed")
@@ -276,6 +282,9 @@ def _failures(material: Material) -> str:
         sparsity = MISSING if math.isnan(row["sparsity_target"]) else f"{row['sparsity_target']:g}"
         setting = f"{row['method']} {sparsity} {row['model_shape']} {row['dtype']} {row['backend']}"
         found.setdefault((str(row["status"]), str(row["reason"])), []).append(setting)
+    for cell in (material.results.manifest.get("cells") or {}).values():
+        if cell.get("kind") == "analysis" and cell.get("status") == "failed":
+            found.setdefault(("failed", str(cell.get("reason", ""))), []).append(str(cell.get("label")))
     if not found:
         return "None.\n"
     rows = [

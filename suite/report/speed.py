@@ -150,12 +150,13 @@ def plain_table(frame: pd.DataFrame) -> list[str]:
             rows.append([speed_label(row), backend, *numbers, str(row["check"]) or MISSING, state])
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines += ["", _heading(panel)]
-        for row in rows:
-            cells = [
-                c.rjust(w) if 2 <= i <= 6 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
+        lines += ["  ".join(_padded(cells, widths)).rstrip() for cells in rows]
     return [*lines, "", "speed-up: over the fastest dense row; efficiency: needed bytes / (time x read bandwidth)"]
+
+
+def _padded(cells: list[str], widths: list[int]) -> list[str]:
+    """Cells of one line of :func:`plain_table`, numbers to the right."""
+    return [c.rjust(w) if 2 <= i <= 6 else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
 
 
 def speed_rows_table(frame: pd.DataFrame) -> str:

@@ -13,11 +13,12 @@ from suite.evaluation.results import WEIGHT
 from suite.registry import method_class
 from suite.runs.cells import AccuracyCell
 from suite.runs.provenance import Scrubber
-from suite.runs.speed_cells import TimedCell
+from suite.runs.runner import Matrix
 from suite.runs.store import Record
 from suite.statistics import paired_delta, resampling_group
 
 Row = dict[str, Any]
+_ANALYSIS_FILES = {"cif_caf.csv": schema.CIF_CAF, "activations.csv": schema.ACTIVATIONS}
 _NOT_RUN = {"status": "missing", "reason": "not run yet: run the same command again"}
 
 
@@ -53,7 +54,7 @@ class Assembly:
     Parameters
     ----------
     run_id : str
-    accuracy, speed : cells of the matrix
+    matrix : its cells
     records : record or None by key
     scrub : takes the paths of this machine out of reasons
     """
@@ -61,29 +62,34 @@ class Assembly:
     def __init__(
         self,
         run_id: str,
-        accuracy: Sequence[AccuracyCell],
-        speed: Sequence[TimedCell],
+        matrix: Matrix,
         records: Mapping[str, Record | None],
         scrub: Scrubber,
     ) -> None:
-        self._run_id, self._accuracy, self._speed = run_id, accuracy, speed
+        self._run_id, self._accuracy, self._speed = run_id, matrix.accuracy, matrix.speed
+        self._analysis, self._cells = matrix.analysis, matrix.cells
         self._records, self._scrub = records, scrub
         self._samples: dict[str, dict[str, dict[str, float]]] = {}
-        self._dense = {cell.base: cell for cell in accuracy if cell.mode == "none"}
+        self._dense = {cell.base: cell for cell in matrix.accuracy if cell.mode == "none"}
 
     def files(self) -> dict[str, bytes]:
-        """Content of accuracy.csv, samples.csv.gz, sparsity.csv, speed.csv and the logs of failed cells."""
-        return self._logs() | {
-            "accuracy.csv": csv_bytes(schema.ACCURACY, _sorted(self._accuracy_rows(), schema.ACCURACY)),
-            "samples.csv.gz": gzip_bytes(csv_bytes(schema.SAMPLES, self._sample_rows(), exact="value")),
-            "sparsity.csv": csv_bytes(schema.SPARSITY, self._sparsity_rows()),
-            "speed.csv": csv_bytes(schema.SPEED, _sorted(self._speed_rows(), schema.SPEED)),
-        }
+        """Content of the CSVs and the logs of failed cells; those of the analysis only where the matrix has one."""
+        analysis = {name: self._analysis_rows(columns) for name, columns in _ANALYSIS_FILES.items()}
+        files = {name: csv_bytes(_ANALYSIS_FILES[name], rows) for name, rows in analysis.items() if self._analysis}
+        return (
+            self._logs()
+            | files
+            | {
+                "accuracy.csv": csv_bytes(schema.ACCURACY, _sorted(self._accuracy_rows(), schema.ACCURACY)),
+                "samples.csv.gz": gzip_bytes(csv_bytes(schema.SAMPLES, self._sample_rows(), exact="value")),
+                "sparsity.csv": csv_bytes(schema.SPARSITY, self._sparsity_rows()),
+                "speed.csv": csv_bytes(schema.SPEED, _sorted(self._speed_rows(), schema.SPEED)),
+            }
+        )
 
     def _logs(self) -> dict[str, bytes]:
         logs = {}
-        cells: list[AccuracyCell | TimedCell] = [*self._accuracy, *self._speed]
-        for cell in cells:
+        for cell in self._cells:
             record = self._records[cell.key]
             if record is not None and record["log"]:
                 logs[f"logs/{cell.id}.txt"] = f"{cell.label}\n{self._scrub.text(record['log'])}".encode()
@@ -187,6 +193,18 @@ class Assembly:
             if record is not None and record["status"] == "ok":
                 for layer in sorted(record["sparsity"], key=lambda layer: layer["layer"]):
                     yield {"cell_id": cell.id, "sparsity_target": cell.sparsity, **layer}
+
+    def _analysis_rows(self, columns: Sequence[str]) -> list[Row]:
+        """Rows of one file of the analysis; of both files' rows those that have its key column."""
+        rows = []
+        for cell in self._analysis:
+            record = self._records[cell.key]
+            if record is not None and record["status"] == "ok":
+                name = {"model": cell.model_name, "dtype": cell.dtype}
+                rows += [name | row for row in record["rows"] if columns[-2] in row]
+        return sorted(
+            rows, key=lambda row: [row["model"], *(row.get(c, "") for c in ("row_method", "layer", "sparsity"))]
+        )
 
     def _speed_rows(self) -> list[Row]:
         rows = []

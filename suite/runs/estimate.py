@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 import psutil
 
 from suite import settings
+from suite.runs.analysis_cells import AnalysisCell
 from suite.runs.cells import AccuracyCell
 from suite.runs.provenance import Device
-from suite.runs.runner import Matrix
+from suite.runs.runner import Matrix, ModelCell
 from suite.runs.store import CellStore, Record, canonical
 
 if TYPE_CHECKING:
@@ -73,19 +74,21 @@ def estimate(matrix: Matrix, store: CellStore, world: Models, results: Path) -> 
     states = [record["status"] if record else "missing" for record in records.values()]
     todo = [cell for cell in matrix.accuracy if records[cell.key] is None]
     known = _known_seconds(matrix, records)
+    of_models = [cell for cell in matrix.of_models if records[cell.key] is None]
     seconds = sum(known.get(_like(cell)) or cell_seconds(cell, world) for cell in todo)
+    seconds += sum(_analysis_seconds(cell, world) for cell in matrix.analysis if records[cell.key] is None)
     seconds += _SPEED_CASE_S * sum(records[cell.key] is None for cell in matrix.speed)
     missing: list[str] = []
     blocking: list[str] = []
     download = 0.0
-    for spec in dict.fromkeys(cell.model for cell in todo):
+    for spec in dict.fromkeys(cell.model for cell in of_models):
         ref = world.model(spec)
         if ref.path is None or not ref.available:
             size = ref.size_bytes or 2 * (parameters(ref) or 0.0)
             blocked = ref.kind == "hub" and settings.hub_offline()
             (blocking if blocked else missing).append(f"model {spec}: {ref.remedy}")
             download += 0.0 if blocked else size
-    memory = max((_memory(cell, world) for cell in todo), default=0.0)
+    memory = max((_memory(cell, world) for cell in of_models), default=0.0)
     free = world.device.memory_bytes
     if free and memory > free:
         missing.append(
@@ -140,8 +143,17 @@ def cell_seconds(cell: AccuracyCell, world: Models) -> float:
     if cell.task.limit is not None:
         n_documents = min(n_documents, cell.task.limit)
     operations = 2 * (parameters(world.model(cell.model)) or 1e9) * tokens * n_documents
-    cores = psutil.cpu_count(logical=False) or 1
-    return operations / (_GPU_FLOPS if world.device.type == "cuda" else _CPU_FLOPS_PER_CORE * cores)
+    return operations / _flops(world)
+
+
+def _analysis_seconds(cell: AnalysisCell, world: Models) -> float:
+    """Prompts and one more pass over all tokens at full speed, decoding at a tenth of it (small batches read weights)."""
+    n_tokens = cell.config.documents * (cell.config.prompt_tokens + 11 * cell.config.new_tokens)
+    return 2 * (parameters(world.model(cell.model)) or 1e9) * n_tokens / _flops(world)
+
+
+def _flops(world: Models) -> float:
+    return _GPU_FLOPS if world.device.type == "cuda" else _CPU_FLOPS_PER_CORE * (psutil.cpu_count(logical=False) or 1)
 
 
 def parameters(ref: ModelRef) -> float | None:
@@ -153,7 +165,7 @@ def parameters(ref: ModelRef) -> float | None:
     return ref.size_bytes / 2 if ref.size_bytes else None
 
 
-def _memory(cell: AccuracyCell, world: Models) -> float:
+def _memory(cell: ModelCell, world: Models) -> float:
     return (parameters(world.model(cell.model)) or 0.0) * _BYTES[cell.dtype] * 1.1 + _OVERHEAD_BYTES
 
 
@@ -168,12 +180,13 @@ def describe(found: Estimate, matrix: Matrix, world: Models) -> Sequence[str]:
     """Lines of ``check``."""
     lines = [
         f"device    {world.device.type} ({world.device.name})",
-        f"cells     {found.n_cells}: {len(matrix.accuracy)} accuracy, {len(matrix.speed)} speed",
+        f"cells     {found.n_cells}: {len(matrix.accuracy)} accuracy, {len(matrix.speed)} speed"
+        + (f", {len(matrix.analysis)} analysis" if matrix.analysis else ""),
         f"          {found.n_ok} cached, {found.n_missing} missing, {found.n_failed} failed",
     ]
     if found.n_failed:
         lines.append("          failed cells run again with --rerun failed")
-    for spec in dict.fromkeys(cell.model for cell in matrix.accuracy):
+    for spec in dict.fromkeys(cell.model for cell in matrix.of_models):
         ref = world.model(spec)
         state = "ready" if ref.available and ref.path is not None else "not on disk"
         lines.append(f"model     {ref.name} ({ref.kind}): {state}")

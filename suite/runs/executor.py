@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from suite.errors import InputError
 from suite.registry import get_method
+from suite.runs.analysis_cells import AnalysisCell
 from suite.runs.cells import AccuracyCell, FitRequest
-from suite.runs.runner import Outcome
+from suite.runs.runner import ModelCell, Outcome
 from suite.runs.speed_cells import TimedCell
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class LocalExecutor:
     """Loads models, makes fits, evaluates and times in this process."""
 
     @contextlib.contextmanager
-    def session(self, cell: AccuracyCell) -> Iterator[LocalSession]:
+    def session(self, cell: ModelCell) -> Iterator[LocalSession]:
         """Load the model of a cell's load group; its memory is given back afterwards."""
         from suite.modeling.loading import load_model
 
@@ -84,6 +85,22 @@ class LocalSession:
             cell.task, method, mode=cell.mode, state=state, scope=cell.scope or "scored"
         )
         return Outcome(_rows(result), [_layer(layer) for layer in layers], list(result.samples))
+
+    def analyse(self, cell: AnalysisCell) -> Outcome:
+        """Analyse the model of one cell."""
+        from suite.analysis.coefficients import analyse
+        from suite.evaluation.tasks import read_documents
+
+        config, field = cell.config, str(cell.task.options["field"])
+        documents = read_documents(cell.task.files["test"], field)[: config.documents]
+        found = analyse(
+            self._loaded,
+            [str(document[field]) for document in documents],
+            prompt_tokens=config.prompt_tokens,
+            new_tokens=config.new_tokens,
+            sparsities=config.sparsities,
+        )
+        return Outcome([*found.cif_caf, *found.activations])
 
     def _evaluator(self, cell: AccuracyCell) -> Evaluator:
         from suite.evaluation.evaluator import Evaluator

@@ -14,8 +14,7 @@ from suite import __version__
 from suite.config import MatrixConfig
 from suite.errors import InputError
 from suite.runs import provenance
-from suite.runs.cells import AccuracyCell
-from suite.runs.runner import Matrix
+from suite.runs.runner import Matrix, ModelCell
 from suite.runs.speed_cells import TimedCell
 from suite.runs.store import Record, sha256_of, write_atomically
 from suite.schema import SCHEMA_VERSION
@@ -34,7 +33,7 @@ def build_manifest(
 ) -> dict[str, Any]:
     """Everything but the hashes of the files, which :func:`seal` adds."""
     resolved = scrub.value(portable(config).model_dump(mode="json"))
-    cells: list[AccuracyCell | TimedCell] = [*matrix.accuracy, *matrix.speed]
+    cells = matrix.cells
     common = {
         kind: common_fields([c.key_fields for c in cells if c.kind == kind])
         for kind in sorted({cell.kind for cell in cells})
@@ -55,8 +54,8 @@ def build_manifest(
         "packages": provenance.versions(),
         "device": {"type": device.type, "name": device.name, "driver": device.driver},
         "seeds": config.seeds,
-        "models": {c.model_name: {"weights": c.key_fields["weights"], "dtype": c.dtype} for c in matrix.accuracy},
-        "data": {c.task.name: c.key_fields["task"]["data"] for c in matrix.accuracy},
+        "models": {c.model_name: {"weights": c.key_fields["weights"], "dtype": c.dtype} for c in matrix.of_models},
+        "data": {c.task.name: c.key_fields["task"]["data"] for c in matrix.of_models},
         "fits": _fits(matrix, records),
         "key_common": scrub.value(common),
         "cells": {c.id: _cell(c, records[c.key], common[c.kind], scrub) for c in sorted(cells, key=lambda c: c.id)},
@@ -92,7 +91,7 @@ def _fits(matrix: Matrix, records: Mapping[str, Record | None]) -> dict[str, str
 
 
 def _cell(
-    cell: AccuracyCell | TimedCell, record: Record | None, common: Mapping[str, Any], scrub: provenance.Scrubber
+    cell: ModelCell | TimedCell, record: Record | None, common: Mapping[str, Any], scrub: provenance.Scrubber
 ) -> dict[str, Any]:
     own = {name: value for name, value in cell.key_fields.items() if name not in common}
     found: dict[str, Any] = {"kind": cell.kind, "label": cell.label, "fields": scrub.value(own)}

@@ -23,6 +23,7 @@ from suite.errors import InputError
 
 Rooms = tuple[str, ...]
 ACCURACY_ROOMS: Rooms = ("suite.methods", "baselines", "suite.modeling", "suite.fitting", "suite.evaluation")
+ANALYSIS_ROOMS: Rooms = ("suite.methods", "baselines", "suite.modeling", "suite.analysis")
 SPEED_ROOMS: Rooms = ("suite.methods", "baselines", "suite.speed", "kernels_numba")
 REPORT_ROOMS: Rooms = ("suite.report", "suite.statistics", "suite.schema")
 ACCURACY_PACKAGES = ("torch", "transformers", "lm_eval")

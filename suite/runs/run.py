@@ -10,6 +10,7 @@ from pathlib import Path
 from suite.config import MatrixConfig
 from suite.errors import InputError
 from suite.runs import provenance
+from suite.runs.analysis_cells import expand_analysis
 from suite.runs.cells import World, expand
 from suite.runs.manifest import build_manifest, is_same, manifest_bytes
 from suite.runs.runner import Executor, Matrix, Rerun, Runner, Say
@@ -61,7 +62,7 @@ def plan(config: MatrixConfig, world: World) -> Matrix:
     InputError
         Something in the matrix is wrong, or it has no cells.
     """
-    matrix = Matrix(expand(config, world), expand_speed(config, world))
+    matrix = Matrix(expand(config, world), expand_speed(config, world), expand_analysis(config, world))
     if not matrix.keys:
         raise InputError(f"matrix {config.name!r} has no cells: give methods, sparsities and tasks or shapes")
     return matrix
@@ -151,7 +152,7 @@ def _write(
         ]
     )
     run_id = folder.resolve().name
-    assembly = Assembly(run_id, matrix.accuracy, matrix.speed, records, scrub)
+    assembly = Assembly(run_id, matrix, records, scrub)
     manifest = build_manifest(run_id, config, matrix, records, world.device, scrub, options.argv)
     with store.lock(f"run-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}"):
         files = assembly.files()

@@ -16,12 +16,14 @@ from typing import Any, Literal, Protocol
 from tqdm import tqdm
 
 from suite.errors import InputError
+from suite.runs.analysis_cells import AnalysisCell
 from suite.runs.cells import AccuracyCell, FitRequest
 from suite.runs.speed_cells import TimedCell
 from suite.runs.store import CellStore, Record, StoreFullError, finite
 
 Rerun = Literal["missing", "failed", "all"]
 Say = Callable[[str], None]
+ModelCell = AccuracyCell | AnalysisCell  # what needs a loaded model
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,14 @@ class Session(Protocol):
     def run(self, cell: AccuracyCell, fits: Path) -> Outcome:
         """Measure one cell."""
 
+    def analyse(self, cell: AnalysisCell) -> Outcome:
+        """Analyse the model of one cell; its rows are those of cif_caf.csv and activations.csv."""
+
 
 class Executor(Protocol):
     """Does the work; the runs' own is ``suite.runs.executor.LocalExecutor``."""
 
-    def session(self, cell: AccuracyCell) -> contextlib.AbstractContextManager[Session]:
+    def session(self, cell: ModelCell) -> contextlib.AbstractContextManager[Session]:
         """Load the model of a cell's load group."""
 
     def time(self, cells: Sequence[TimedCell]) -> list[dict[str, Any]]:
@@ -59,11 +64,24 @@ class Matrix:
 
     accuracy: Sequence[AccuracyCell]
     speed: Sequence[TimedCell]
+    analysis: Sequence[AnalysisCell] = ()
+
+    @property
+    def of_models(self) -> list[ModelCell]:
+        """Cells that need a model, those of one model side by side."""
+        cells: list[ModelCell] = [*self.accuracy, *self.analysis]
+        rank = {group: number for number, group in enumerate(dict.fromkeys(cell.load_group for cell in cells))}
+        return sorted(cells, key=lambda cell: rank[cell.load_group])
+
+    @property
+    def cells(self) -> list[ModelCell | TimedCell]:
+        """All cells."""
+        return [*self.accuracy, *self.speed, *self.analysis]
 
     @property
     def keys(self) -> list[str]:
         """Keys of all cells."""
-        return [cell.key for cell in self.accuracy] + [cell.key for cell in self.speed]
+        return [cell.key for cell in self.cells]
 
 
 class Runner:
@@ -108,13 +126,13 @@ class Runner:
         """
         records = {key: self._store.get(key) for key in self._matrix.keys}
         self._seen = {key: record and record["sha256"] for key, record in records.items()}
-        accuracy = [cell for cell in self._matrix.accuracy if self._is_pending(records[cell.key])]
+        of_models = [cell for cell in self._matrix.of_models if self._is_pending(records[cell.key])]
         groups = [list(group) for _, group in groupby(self._matrix.speed, key=lambda cell: cell.group)]
         speed = [group for group in groups if any(self._is_pending(records[cell.key]) for cell in group)]
-        self._recorded_fits(records, {cell.key for cell in accuracy})
+        self._recorded_fits(records, {cell.key for cell in of_models})
         if self._no_fit:
-            self._need_fits(accuracy)
-        total = len(accuracy) + sum(map(len, speed))
+            self._need_fits(of_models)
+        total = len(of_models) + sum(map(len, speed))
         cached = len(self._matrix.keys) - total
         self._say(f"{len(self._matrix.keys)} cells: {cached} cached, {total} to run")
         if not total:
@@ -128,7 +146,7 @@ class Runner:
             mininterval=quiet_s,
             dynamic_ncols=True,
         ) as bar:
-            for _, cells in groupby(accuracy, key=lambda cell: cell.load_group):
+            for _, cells in groupby(of_models, key=lambda cell: cell.load_group):
                 self._run_model(list(cells), bar)
             for group in speed:
                 self._run_speed(group, bar)
@@ -171,7 +189,7 @@ class Runner:
                 "both cannot be mixed; run again with --rerun all"
             )
 
-    def _need_fits(self, cells: Sequence[AccuracyCell]) -> None:
+    def _need_fits(self, cells: Sequence[ModelCell]) -> None:
         missing = [c for c in cells if c.fit_key and not self._has_fit(c.fit_key)]
         if missing:
             raise InputError(
@@ -179,11 +197,11 @@ class Runner:
                 "leave out --no-fit, or make it with `countdown-suite fit`"
             )
 
-    def _run_model(self, cells: list[AccuracyCell], bar: tqdm[Any]) -> None:
+    def _run_model(self, cells: list[ModelCell], bar: tqdm[Any]) -> None:
         with contextlib.ExitStack() as stack:
             session: Session | None = None
             failure: Exception | None = None  # a model that did not load is not tried again for every cell
-            waiting: list[AccuracyCell] = []
+            waiting: list[ModelCell] = []
             for cell, last in chain(((c, False) for c in cells), _later(waiting)):
                 with self._store.lock(cell.key, wait=last) as held:
                     if not held:
@@ -203,10 +221,14 @@ class Runner:
                             self._measure(cell, session)
                     bar.update()
 
-    def _measure(self, cell: AccuracyCell, session: Session) -> None:
+    def _measure(self, cell: ModelCell, session: Session) -> None:
         start = time.perf_counter()
-        fit_sha256 = self._fit(cell, session)
-        outcome = session.run(cell, self._fits)
+        fit_sha256 = None
+        if isinstance(cell, AnalysisCell):
+            outcome = session.analyse(cell)
+        else:
+            fit_sha256 = self._fit(cell, session)
+            outcome = session.run(cell, self._fits)
         for row in outcome.rows:
             if not finite(row):
                 raise ArithmeticError(f"metric {row.get('metric')} of {cell.label} is not finite: {row.get('value')}")
@@ -238,7 +260,7 @@ class Runner:
         return found
 
     @contextlib.contextmanager
-    def _recording(self, cell: AccuracyCell) -> Iterator[None]:
+    def _recording(self, cell: ModelCell) -> Iterator[None]:
         """Turn a failure of the cell into a failed record with its log; bad input, a full disk and Ctrl-C go on up."""
         start = time.perf_counter()
         try:
@@ -284,13 +306,13 @@ class Runner:
             self._store.put(_record(cell, status, reason=reason, rows=[row], elapsed_s=elapsed))
 
 
-def _later(waiting: list[AccuracyCell]) -> Iterator[tuple[AccuracyCell, bool]]:
+def _later(waiting: list[ModelCell]) -> Iterator[tuple[ModelCell, bool]]:
     """Cells that another process held when they were tried first; this time they are waited for."""
     while waiting:
         yield waiting.pop(0), True
 
 
-def _record(cell: AccuracyCell | TimedCell, status: str, *, elapsed_s: float, **values: Any) -> Record:
+def _record(cell: ModelCell | TimedCell, status: str, *, elapsed_s: float, **values: Any) -> Record:
     empty: Record = {"reason": "", "rows": [], "sparsity": [], "samples": [], "fit_sha256": None, "log": ""}
     return {
         **empty,

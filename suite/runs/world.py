@@ -127,6 +127,8 @@ class LocalWorld:
 
     def code(self, kind: str, method: str) -> str:
         """Hash of the code that decides numbers of a kind, a method of the user's own included."""
-        rooms = provenance.ACCURACY_ROOMS if kind == "accuracy" else provenance.SPEED_ROOMS
+        rooms = {"accuracy": provenance.ACCURACY_ROOMS, "analysis": provenance.ANALYSIS_ROOMS}.get(
+            kind, provenance.SPEED_ROOMS
+        )
         own = () if method in METHODS or ":" not in method else (method.partition(":")[0],)
         return provenance.code_hash(rooms + own)

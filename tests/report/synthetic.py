@@ -168,6 +168,8 @@ def embedded_run(folder: Path, seed: int = 0) -> Path:
                 for i, value in enumerate(layers)
                 for cell in {f"{method}-{mode}-{sparsity}-{t}" for t in ("pack_grammar", "decode_perplexity")}
             ]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_analysis(folder, MODEL)
     return write_run(folder, accuracy, samples, speed_rows(), sparsity_rows, manifest())
 
 
@@ -271,6 +273,24 @@ def manifest(**more: Any) -> dict[str, Any]:
         "models": {MODEL: {"weights": "a" * 64, "dtype": "float32"}},
         "data": {"pack_grammar": "d" * 16},
     } | more
+
+
+def write_analysis(folder: Path, model: str) -> None:
+    """The analysis of one model: shares that grow with sparsity, 30 layers."""
+    sets = [
+        {"model": model, "row_method": m, "sparsity": s, "cif_alive": s / 2, "cif_dead": (1 - s) / 2}
+        | {"caf_alive": s / 3, "caf_dead": (1 - s) / 3, "n_tokens": 256}
+        for m in ("cats", "m-countdown")
+        for s in (0.1, 0.5, 0.9)
+    ]
+    layers = [
+        {"model": model, "dtype": "float32", "layer": i, "quantity": q, "n_tokens": 256}
+        | {c: (i + 1.0) * n / 100 for n, c in enumerate(schema.ACTIVATIONS[4:-1], 1)}
+        for i in range(30)
+        for q in ("abs_up", "abs_act", "abs_product")
+    ]
+    frame(sets, schema.CIF_CAF).to_csv(folder / "cif_caf.csv", index=False)
+    frame(layers, schema.ACTIVATIONS).to_csv(folder / "activations.csv", index=False)
 
 
 Setting = tuple[str, str, float, float]  # method, mode, target, realised

@@ -10,7 +10,9 @@ from suite import schema
 README = Path(__file__).parents[2] / "results" / "README.md"
 
 
-@pytest.mark.parametrize("name", ["accuracy", "samples", "speed", "sparsity", "predictor", "claims", "cif_caf"])
+@pytest.mark.parametrize(
+    "name", ["accuracy", "samples", "speed", "sparsity", "predictor", "claims", "cif_caf", "activations"]
+)
 def test_every_column_is_explained(name):
     title = "samples.csv.gz" if name == "samples" else f"{name}.csv"
     section = README.read_text(encoding="utf-8").partition(f"\n## {title}\n")[2].partition("\n## ")[0]

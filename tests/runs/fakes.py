@@ -11,9 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from suite import schema
 from suite.config import MatrixConfig, TaskConfig, build_config
 from suite.evaluation.tasks import TaskSpec
 from suite.modeling.sources import ModelRef
+from suite.runs.analysis_cells import AnalysisCell
 from suite.runs.cells import AccuracyCell, FitRequest
 from suite.runs.provenance import Device
 from suite.runs.runner import Outcome
@@ -119,6 +121,24 @@ class FakeExecutor:
             for i in range(2 if cell.mode != "none" else 0)
         ]
         return Outcome([row], layers, samples)
+
+    def analyse(self, cell: AnalysisCell) -> Outcome:
+        self.ran.append(cell.label)
+        if any(text in cell.label for text in self.fail):
+            raise RuntimeError(f"no luck with {cell.label}")
+        draw = random.Random(cell.key)
+        sets = [
+            {"row_method": name, "sparsity": s, "n_tokens": 9}
+            | {c: draw.random() for c in ("cif_alive", "cif_dead", "caf_alive", "caf_dead")}
+            for name in ("cats", "m-countdown")
+            for s in cell.config.sparsities
+        ]
+        spread = [
+            {"layer": i, "quantity": q, **{c: draw.random() for c in schema.ACTIVATIONS[4:-1]}, "n_tokens": 9}
+            for i in range(11)
+            for q in ("abs_up", "abs_act", "abs_product")
+        ]
+        return Outcome(sets + spread)
 
     def time(self, cells: Sequence[Any]) -> list[dict[str, Any]]:
         self.timed.append([cell.label for cell in cells])

@@ -70,8 +70,12 @@ def test_paper_profile_on_tiny_models_of_its_architectures(world, tmp_path):
         assert str(world).encode() not in path.read_bytes(), path.name
 
 
+WRITTEN = ("samples.csv.gz", "sparsity.csv", "cif_caf.csv", "activations.csv")
+
+
 def small(world: Path, name: str = "tiny-llama", **changes) -> dict:
     block = {"methods": ["dense", "random", "m-countdown"], "sparsities": [0.5], "tasks": ["arc_easy", "wikitext"]}
+    changes = {"analysis": {"documents": 2, "prompt_tokens": 8, "new_tokens": 4}} | changes
     practical = block | {"methods": ["cats"], "modes": ["practical"]}
     config = {"name": "small", "models": [{"id": str(world / name)}], "device": "cpu", "accuracy": [block, practical]}
     return config | {"data_dir": str(world / "data"), "calibration": {"max_tokens": 256}} | changes
@@ -82,7 +86,7 @@ def test_rerun_all_gives_the_same_accuracy_csv(world, tmp_path):
     command = ["run", matrix, "--results", str(tmp_path / "r"), "--out", str(tmp_path / "out")]
     assert main(command) == 0
     first = [{k: v for k, v in row.items() if k != "elapsed_s"} for row in rows(tmp_path / "out")]
-    others = {name: (tmp_path / "out" / name).read_bytes() for name in ("samples.csv.gz", "sparsity.csv")}
+    others = {name: (tmp_path / "out" / name).read_bytes() for name in WRITTEN}
     assert main([*command, "--rerun", "all"]) == 0
     assert [{k: v for k, v in row.items() if k != "elapsed_s"} for row in rows(tmp_path / "out")] == first
     assert {name: (tmp_path / "out" / name).read_bytes() for name in others} == others
@@ -122,6 +126,7 @@ def test_embedded_profile_in_small_and_its_repetition(tmp_path):
         for task in block["tasks"]:
             task["limit"] = 2
     config["calibration"]["max_tokens"] = 256
+    config["analysis"] |= {"documents": 2, "new_tokens": 4}
     config["speed"] = config["speed"][:1]
     config["speed"][0] |= {"shapes": ["embedded"], "sparsities": [0.9]}
     command = ["run", written(tmp_path, config), "--results", str(tmp_path / "r"), "--out", str(tmp_path / "out")]

@@ -1,0 +1,1 @@
+"""Why methods differ: what each keeps of the same activations."""
