@@ -10,12 +10,15 @@ import numpy as np
 import pandas as pd
 
 from suite.report.claims import BASELINES
+from suite.report.comparisons import paired_lines
 from suite.report.frames import Average, Interval, Quality, are_unequal, cell_value
+from suite.report.load import Results
 from suite.report.series import Material
 from suite.report.speed import panel_title, panels, speed_label
 from suite.report.tables import perplexity_text, text_title
 from suite.report.text import markdown_table, percent, shortened, signed
 
+ANALYSED = 0.8  # sparsity of the one sentence about kept sets
 OURS = ("m-countdown", "d-countdown", "s-countdown")
 
 
@@ -32,7 +35,14 @@ class Duel:
 def summary(material: Material) -> str:
     """Bullet points of the report's first section."""
     quality = material.quality
-    lines = [*_duel_lines(quality), *_quality_lines(quality), *_perplexity_lines(quality), *_realized_lines(quality)]
+    lines = [
+        *_duel_lines(quality),
+        *_paired_lines(quality),
+        *_analysis_lines(material.results),
+        *_quality_lines(quality),
+        *_perplexity_lines(quality),
+        *_realized_lines(quality),
+    ]
     lines += _speed_lines(material.speed)
     return "".join(f"* {line}\n" for line in lines) or "* No finished cell yet.\n"
 
@@ -49,6 +59,30 @@ def _duel_lines(quality: Quality) -> list[str]:
             lines.append(
                 f"m-countdown is better than {other} in {len(won)} of {len(found)} comparisons (task x mode x "
                 f"sparsity), worse in {len(lost)}{where}, and {n_open} are not settled by these documents."
+            )
+    return lines
+
+
+def _paired_lines(quality: Quality) -> list[str]:
+    lines = paired_lines(quality)
+    return [_nested("The same with averages, corrected for the number of comparisons (Holm):", lines)] if lines else []
+
+
+def _analysis_lines(results: Results) -> list[str]:
+    """What the analysis of generated tokens says about M-COUNTDOWN and CATS."""
+    lines = []
+    sets, layers = results.cif_caf, results.activations
+    for model in dict.fromkeys(sets["model"]):
+        own = sets[(sets["model"] == model) & (sets["sparsity"] == ANALYSED)].set_index("row_method")["cif_alive"]
+        mass = layers[layers["model"] == model].pivot_table(index="layer", columns="quantity", values="mass_kept_at_80")
+        if {"cats", "m-countdown"} <= set(own.index) and {"abs_up", "abs_act", "abs_product"} <= set(mass.columns):
+            wins = int((mass["abs_up"] > mass["abs_act"]).sum())
+            means = [percent(float(mass[c].mean()), 0) for c in ("abs_product", "abs_up", "abs_act")]
+            lines.append(
+                f"{model}, generated tokens, sparsity {ANALYSED:g}: of the neurons that d-countdown keeps, m-countdown "
+                f"misses {percent(float(own['cats']), 0)} % and cats {percent(float(own['m-countdown']), 0)} %; of the "
+                f"sum of v^2 they keep {means[0]}, {means[1]} and {means[2]} % (mean over layers), m-countdown more than "
+                f"cats in {wins} of {len(mass)} layers."
             )
     return lines
 

@@ -41,7 +41,9 @@ CAPTIONS = {
     "the 95th percentile.",
     "sparsity_per_layer": "Realised sparsity per layer against the target.",
 }
-INLINE_TABLES = ("accuracy", "difference_to_dense", "above_chance", "perplexity", "speed")
+INLINE_TABLES = (
+    "accuracy", "difference_to_dense", "methods_against_each_other", "above_chance", "scope_effect", "perplexity", "speed",
+)  # fmt: skip
 DEFECTS = (
     "Gemma kernels that apply SiLU instead of GELU-tanh.",
     "End-to-end D-COUNTDOWN that passes an index list to kernels that read a flag mask.",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from suite.report.comparisons import paired_table, scope_table
 from suite.report.frames import (
     TEXT_METRICS,
     Average,
@@ -280,7 +281,9 @@ def all_tables(quality: Quality, speed: pd.DataFrame) -> dict[str, str]:
     if quality.summary_tasks:
         tables["accuracy"] = accuracy_table(quality)
         tables["difference_to_dense"] = delta_table(quality)
+        tables["methods_against_each_other"] = paired_table(quality)
         tables["above_chance"] = chance_table(quality)
+        tables["scope_effect"] = scope_table(quality)
     if not quality.ok.empty:
         tables["perplexity"] = perplexity_table(quality)
     if not speed.empty:

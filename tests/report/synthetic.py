@@ -293,18 +293,25 @@ def write_analysis(folder: Path, model: str) -> None:
     frame(layers, schema.ACTIVATIONS).to_csv(folder / "activations.csv", index=False)
 
 
-Setting = tuple[str, str, float, float]  # method, mode, target, realised
+Setting = tuple[str, str, float, float] | tuple[str, str, float, float, str]  # method, mode, target, realised, scope
 
 
 def hand_run(
-    folder: Path, answers: dict[Setting, dict[str, list[float]]], metric: str = "acc", chance: float = 0.25, **more: Any
+    folder: Path, answers: dict[Setting, dict[str, list[float]]], metric: str = "", chance: float = 0.25, **more: Any
 ) -> Path:
-    """A run of hand-made answers, one list of document values per setting and task (for perplexity: nats, one token)."""
+    """A run of hand-made answers, one list of document values per setting and task (for perplexity: nats, one token).
+
+    ``metric`` "": acc, and perplexity of tasks that are called so. A fifth part of a setting is its scope.
+    """
+    wanted = metric
     accuracy, samples = [], []
     dense = next(tasks for (method, *_), tasks in answers.items() if method == "dense")
-    for (method, mode, target, realized), tasks in answers.items():
+    for (method, mode, target, realized, *scope), tasks in answers.items():
         for task, values in tasks.items():
+            metric = wanted or ("perplexity" if "perplexity" in task else "acc")
             row = accuracy_row(method, task, metric, statistic(values, None, metric), mode=mode, sparsity=target)
+            if scope:
+                row |= {"scope": scope[0], "cell_id": f"{row['cell_id']}-{scope[0]}", "sparse_share": 0.25}
             row |= {"sparsity_realized": realized, "stderr": standard_error(values, None, metric)}
             row |= {"chance": chance if metric != "perplexity" else "", "n_samples": len(values)}
             if method != "dense":
