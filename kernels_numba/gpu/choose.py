@@ -1,7 +1,7 @@
 """Device code of the first phase: which neurons are active, by a dense projection or by a low-rank predictor.
 
-Each block finds the active ones among its own rows, in order, and starts to copy the rows of some of them ("held")
-before it knows how many the other blocks have found.
+Each block finds the active ones among its own rows, in order, and starts to copy their rows of the other matrices while
+it still chooses ("held"): the stream of weights does not pause between the phases.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from kernels_numba.gpu.stream import HOLE, make_activation, make_block_sum, make
 
 
 def make_hold(plan: Plan, dev: Any) -> Any:
-    """``hold(...)``: copy the rows of the next found neurons into the packet; returns how many are held now.
-
-    At most 5/8 of the neurons found so far are held, so that a block with many keeps no more than its share.
-    """
+    """``hold(...)``: copy the rows of the next found neurons into the packet; returns how many are held now."""
     neurons, tokens, stream = plan.neurons, plan.batch, make_stream(plan, dev)
     found_at, value_at = plan.shared["found"], plan.shared["found_value"]
     work_at, work_value_at, valued = plan.shared["work"], plan.shared["work_value"], plan.kind == "threshold"
@@ -32,10 +29,9 @@ def make_hold(plan: Plan, dev: Any) -> Any:
 
     @dev.device_function
     def hold(shared, packet, place, found, held, a, b, down, tid):
-        last = (found * 5) // 8
         for j in range(neurons):
             i = held + j
-            wanted = i < last
+            wanted = i < found
             entry = HOLE
             if wanted:
                 entry = load_i(shared + found_at + i * 4)
@@ -47,7 +43,7 @@ def make_hold(plan: Plan, dev: Any) -> Any:
                             value = load_f(shared + value_at + (i * tokens + t) * 4)
                             store_f(shared + work_value_at + (at * tokens + t) * 4, value)
             copy_neuron(packet, j, entry, wanted, a, b, down, tid)
-        return max(held, min(held + neurons, last))
+        return max(held, min(held + neurons, found))
 
     return hold
 
@@ -266,8 +262,8 @@ def make_predictor_select(plan: Plan, dev: Any) -> Any:
             if tid < 32 and tid % width == 0 and i < z_end:
                 global_f(workspace + z_ws + ((number % tokens) * padded + block + i * n_blocks) * 4, total)
             ring = ring + 1 if ring + 1 < depth else 0
-        raise_flag(workspace + z_done_ws, block, epoch, 0, tid)
-        wait_grid(workspace + z_done_ws, epoch, 0, tid)
+        raise_flag(workspace + z_done_ws, block, epoch, tid)
+        wait_grid(workspace + z_done_ws, epoch, tid)
         stamp(workspace, block, 2, tid)
         for i in range(tid, tokens * padded, threads):
             value = zero

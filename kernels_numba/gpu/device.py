@@ -18,9 +18,7 @@ from numba.cuda.extending import intrinsic
 from kernels_numba.gpu.lanes import (  # noqa: F401  kernels reach every device function through this module
     ballot,
     device_function,
-    lane_last,
     lane_xor,
-    lanes_scan,
     make_lanes_fold,
     make_lanes_spread,
     make_lanes_sum,

@@ -1,7 +1,7 @@
 """The kernels: one persistent launch a layer, put together from the phases; read this file first.
 
-threshold, predictor:  choose -> (barrier) -> deal -> sparse -> (barrier) -> reduce
-given, down:           take                        -> sparse -> (barrier) -> reduce
+threshold, predictor:  choose -> rest -> sparse -> (barrier) -> reduce
+given, down:                     take -> sparse -> (barrier) -> reduce
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from numba import cuda, float32, int32, int64, void
 from kernels_numba.gpu.choose import make_predictor_select, make_threshold_select
 from kernels_numba.gpu.combine import (
     HELD_SHIFT,
-    make_deal,
     make_reduce,
+    make_rest,
     make_restore,
     make_sparse,
     make_store_partial,
@@ -56,14 +56,14 @@ def make_finish(plan: Plan, dev: Any) -> Any:
 
     @dev.device_function
     def finish(shared, workspace, epoch, share, residual, y, n_tokens, block, tid):
-        stamp(workspace, block, 6, tid)
+        stamp(workspace, block, 4, tid)
         store_partial(workspace, block, share, tid)
         if whole:
-            raise_flag(workspace + done_ws, block, epoch, 0, tid)
-            wait(workspace + done_ws, epoch, 0, tid)
-            stamp(workspace, block, 7, tid)
+            raise_flag(workspace + done_ws, block, epoch, tid)
+            wait(workspace + done_ws, epoch, tid)
+            stamp(workspace, block, 5, tid)
             reduce(shared, workspace, residual, y, n_tokens, block, tid)
-            stamp(workspace, block, 8, tid)
+            stamp(workspace, block, 6, tid)
 
     return finish
 
@@ -72,11 +72,10 @@ def make_choosing_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
     """Kernel of CATS, M-COUNTDOWN and the predictor methods."""
     predictor, overlap = plan.kind == "predictor", plan.overlap
     select = make_predictor_select(plan, dev) if predictor else make_threshold_select(plan, dev)
-    deal, restore, clear = (make(plan, dev) for make in (make_deal, make_restore, make_clear))
+    rest, restore, clear = (make(plan, dev) for make in (make_rest, make_restore, make_clear))
     sparse, start = make_sparse(plan, dev)
     finish, reduce = make_finish(plan, dev), make_reduce(plan, dev)
-    flags, counts_ws, counts_at = make_flags(plan, dev), plan.workspace["counts"], plan.shared["counts"]
-    read_epoch, raise_flag, wait = flags.epoch, flags.raise_flag, flags.wait
+    read_epoch, counts_ws, store_i = make_flags(plan, dev).epoch, plan.workspace["counts"], dev.store_i32
     stamp = make_stamp(plan, dev)
     selects, sums, reduces = ("select" in plan.phases), ("sparse" in plan.phases), ("reduce" in plan.phases)
     n_rows, spare = plan.d_ff // plan.n_blocks, plan.d_ff % plan.n_blocks
@@ -88,7 +87,7 @@ def make_choosing_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
             launch_dependents()
         stamp(ws, block, 0, tid)
         first, end = block * n_rows + min(block, spare), n_rows + (1 if block < spare else 0)
-        ring, parity, epoch = 0, 0, 0
+        found, held, ring, parity, epoch = 0, 0, 0, 0, 0
         if selects or sums:
             clear(shared, tid)
         if selects:
@@ -101,18 +100,15 @@ def make_choosing_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
                     shared, ws, x, dense, a, b, down, first, end, threshold, n_tokens, block, tid
                 )
             stamp(ws, block, 3, tid)
-            raise_flag(ws + counts_ws, block, epoch, found | (held << HELD_SHIFT), tid)
+            if tid == 0:  # for who asks which neurons were active
+                store_i(ws + counts_ws + block * 8, found | (held << HELD_SHIFT))
         elif sums:
             epoch = read_epoch(ws, block)
-            restore(shared, ws, block, first, tid)
+            found, held = restore(shared, ws, block, first, tid)
             copy_x(shared, x, n_tokens, tid)
             start(shared, a, b, down, tid)
         if sums:
-            wait(ws + counts_ws, epoch, shared + counts_at, tid)
-            stamp(ws, block, 4, tid)
-            taken = deal(shared, ws, block, tid)
-            stamp(ws, block, 5, tid)
-            share = sparse(shared, taken, ring, parity, a, b, down, tid)
+            share = sparse(shared, rest(shared, found, held, tid), ring, parity, a, b, down, tid)
             finish(shared, ws, epoch, share, residual, y, n_tokens, block, tid)
         elif reduces:
             reduce(shared, ws, residual, y, n_tokens, block, tid)
@@ -126,12 +122,14 @@ def make_listed_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
     sparse, start = make_sparse(plan, dev)
     overlap, dots, sums = plan.overlap, plan.kind == "given", "sparse" in plan.phases
     shared_memory, copy_x, launch_dependents = dev.shared_memory, make_stream(plan, dev).copy_x, dev.launch_dependents
-    ready, read_epoch = dev.grid_dependency_wait, make_flags(plan, dev).epoch
+    ready, read_epoch, stamp = dev.grid_dependency_wait, make_flags(plan, dev).epoch, make_stamp(plan, dev)
 
     def kernel(x, dense, u, a, b, down, residual, y, ws, indices, values, count, value_stride, threshold, n_tokens):
         tid, block, shared = cuda.threadIdx.x, cuda.blockIdx.x, shared_memory()
         if overlap:
             launch_dependents()
+        stamp(ws, block, 0, tid)
+        if overlap:
             ready()
         if sums:
             clear(shared, tid)
@@ -139,6 +137,7 @@ def make_listed_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
             if dots:
                 copy_x(shared, x, n_tokens, tid)
             start(shared, a, b, down, tid)
+            stamp(ws, block, 3, tid)
             share = sparse(shared, taken, 0, 0, a, b, down, tid)
             finish(shared, ws, read_epoch(ws, block), share, residual, y, n_tokens, block, tid)
         else:

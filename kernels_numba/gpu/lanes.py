@@ -99,31 +99,6 @@ def lane_xor(context: Any, value: Any, mask: Any) -> Any:
     return types.float32(types.float32, types.int64), codegen
 
 
-@intrinsic
-def lanes_scan(context: Any, value: Any) -> Any:
-    """Inclusive sum over the lanes up to this one, int32."""
-
-    def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-        total, lane = args[0], _lane(builder)
-        for offset in (1, 2, 4, 8, 16):
-            below = _shuffle(builder, total, I32(offset), "up")
-            inside = builder.icmp_signed(">=", lane, I32(offset))
-            total = builder.add(total, builder.select(inside, below, I32(0)))
-        return total
-
-    return types.int32(types.int32), codegen
-
-
-@intrinsic
-def lane_last(context: Any, value: Any) -> Any:
-    """Value of lane 31."""
-
-    def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-        return _shuffle(builder, args[0], I32(31), "idx")
-
-    return types.int32(types.int32), codegen
-
-
 @device_function
 def ballot(predicate: bool) -> int:
     """Bit l is set if lane l's predicate holds."""

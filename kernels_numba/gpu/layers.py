@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ from kernels_numba.gpu.checks import NAMES, check_list, check_range, check_weigh
 from kernels_numba.gpu.checks import unavailable as unavailable  # also this module's: callers ask before they bind
 from kernels_numba.gpu.compiled import Launch, Loaded, load_kernel
 from kernels_numba.gpu.counts import active_neurons
-from kernels_numba.gpu.plan import MAX_BATCH, Kind, Plan
+from kernels_numba.gpu.plan import MAX_BATCH, STAMPS, TRACED, Kind, Plan
 from kernels_numba.gpu.tuned import device_facts, launch_tokens, tuned_plan
 
 
@@ -62,6 +63,7 @@ class Layer:
         self._launches: dict[int, tuple[Loaded, Launch, Tensor]] = {}
         self._most = launch_tokens(self._plan(1))
         self._last = 1
+        self._changes: dict[str, Any] = {}
         self._record: list[tuple[Loaded, dict[str, int | float]]] | None = None
 
     def bind(self, *arguments: Any, **named: Any) -> Callable[[], None]:
@@ -86,10 +88,33 @@ class Layer:
         return again
 
     def _plan(self, batch: int) -> Plan:
-        return tuned_plan(
+        plan = tuned_plan(
             self.kind, self.d_model, self.d_ff, NAMES[self.dtype], batch=batch, n_blocks=self._n_blocks,
             capability=self._capability, **self._options,
         )  # fmt: skip
+        return replace(plan, **self._changes).check()
+
+    def change_plan(self, **changes: Any) -> None:
+        """Launch other kernels from now on: fields of `Plan` in place of the tuned ones, to measure what they cost."""
+        self._changes = changes
+        self._launches.clear()
+
+    def phases(self) -> dict[str, Tensor]:
+        """Clock cycles that each block's first thread spent in each phase of the last launch, of a plan with ``trace``.
+
+        Returns
+        -------
+        dict of Tensor, shape (n_blocks,), int64
+        """
+        plan, workspace = self.last_launch
+        if not plan.trace:
+            raise ValueError("trace is off: change_plan(trace=True) before the launch")
+        at = plan.workspace["trace"]
+        stamps = workspace[at : at + plan.n_blocks * len(STAMPS) * 8].view(torch.int64).view(plan.n_blocks, len(STAMPS))
+        return {
+            name: stamps[:, STAMPS.index(end)] - stamps[:, STAMPS.index(begin)]
+            for name, begin, end in TRACED[self.kind]
+        }
 
     def _launch(self, batch: int) -> tuple[Loaded, Launch, Tensor]:
         if batch not in self._launches:
@@ -101,7 +126,15 @@ class Layer:
 
     def prepare(self, n_tokens: int = 1) -> Loaded:
         """Compile and load what ``n_tokens`` need; a call does it too, but not while a graph is captured."""
-        return self._launch(1 << (min(n_tokens, self._most) - 1).bit_length())[0]
+        return self._launch(self._batch(n_tokens))[0]
+
+    def plan(self, n_tokens: int = 1) -> Plan:
+        """Plan of the launches of a call with ``n_tokens``."""
+        return self._plan(self._batch(n_tokens))
+
+    def _batch(self, n_tokens: int) -> int:
+        """Tokens that a launch is compiled for: a power of 2."""
+        return int(1 << (min(n_tokens, self._most) - 1).bit_length())
 
     @property
     def launch_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""Compile-time facts of one kernel: shape, how rows are dealt, and where everything lies in shared and global memory."""
+"""Compile-time facts of one kernel: shape, packets, and where everything lies in shared and global memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,26 @@ Phase = Literal["select", "sparse", "reduce"]
 PHASES: tuple[Phase, ...] = ("select", "sparse", "reduce")
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_BATCH = 8
-STAMPS = ("start", "filled", "first packet", "chosen", "all chose", "dealt", "summed", "all summed", "end")
+STAMPS = ("start", "filled", "first packet", "chosen", "summed", "all summed", "end")
+# Phases between stamps by kind; the first overlaps with the kernel in front if launches are dependent.
+_BEGIN = (("fill", "start", "filled"), ("first packet", "filled", "first packet"))
+_END = (("active rows", "chosen", "summed"), ("wait", "summed", "all summed"), ("sum of y", "all summed", "end"))
+TRACED: dict[Kind, tuple[tuple[str, str, str], ...]] = {
+    "threshold": (
+        ("fill", "start", "filled"),
+        ("first packet", "filled", "first packet"),
+        ("choose", "first packet", "chosen"),
+        *_END,
+    ),
+    "predictor": (
+        ("fill", "start", "filled"),
+        ("z = V x", "filled", "first packet"),
+        ("logits", "first packet", "chosen"),
+        *_END,
+    ),
+    "given": (("fill", "start", "chosen"), *_END),
+    "down": (("fill", "start", "chosen"), *_END),
+}
 _MAX_THREADS = 640  # a longer row gives each thread several 16-byte pieces
 _SHARED_LIMIT = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227}  # KiB a block may use
 
@@ -171,13 +190,13 @@ class Plan:
 
     @property
     def held(self) -> int:
-        """Work-list places for neurons a block keeps for itself before it knows the others' counts."""
+        """Work-list places for neurons whose rows are copied while the block still chooses."""
         return self.depth * self.neurons
 
     @property
     def work_size(self) -> int:
         """Most entries of a block's work list."""
-        return self.held + self.block_rows + 1 + self.neurons
+        return self.held + self.block_rows + self.neurons
 
     # shared memory, byte offsets --------------------------------------------------------------------------------------
     def scratch_width(self, sums: int) -> int:
@@ -208,9 +227,6 @@ class Plan:
             "found_value": self.block_rows * self.batch * 4,
             "work": self.work_size * 4,
             "work_value": self.work_size * self.batch * 4,
-            "counts": (self.n_blocks + 1) * 4,
-            "before": (self.n_blocks + 1) * 4,
-            "share": 16,
         }
         # the reduction runs when the ring is drained, so its scratch lies on top of it
         del sizes["columns"]

@@ -309,16 +309,6 @@ def lane_xor(value: Any, mask: int) -> Any:
     return _all_lanes(value)[(_tid() & 31) ^ mask]
 
 
-def lanes_scan(value: int) -> int:
-    """As in ``device``."""
-    return int(sum(_all_lanes(value)[: (_tid() & 31) + 1]))
-
-
-def lane_last(value: int) -> int:
-    """As in ``device``."""
-    return int(_all_lanes(value)[31])
-
-
 def ballot(predicate: bool) -> int:
     """As in ``device``."""
     return sum(1 << i for i, lane in enumerate(_all_lanes(bool(predicate))) if lane)

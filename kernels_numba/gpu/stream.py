@@ -61,35 +61,32 @@ def make_activation(plan: Plan, dev: Any) -> Any:
 
 
 def make_flags(plan: Plan, dev: Any) -> SimpleNamespace:
-    """Barrier of all blocks without a common counter: one 64-bit word a block, the launch's epoch above 32 data bits.
+    """Barrier of all blocks without a common counter: one 64-bit word a block, the number of the launch in its upper half.
 
     ``epoch(workspace, block)``: number of this launch, one more than the block's last; nothing is ever cleared.
-    ``raise_flag(words, block, epoch, data, tid)``: all the block wrote before is visible to who has seen the word.
-    ``wait(words, epoch, keep, tid)``: until every block's word has this epoch; their data go to ``keep`` in shared
-    memory unless it is 0. Polling every word costs one trip to L2 fewer than a counter and then the data.
+    ``raise_flag(words, block, epoch, tid)``: all the block wrote before is visible to who has seen the word.
+    ``wait(words, epoch, tid)``: until every block's word has this epoch.
     """
     n_blocks, threads, done_ws, sync = plan.n_blocks, plan.threads, plan.workspace["done"], dev.syncthreads
-    load, store, keep_word, spins = dev.flag_load, dev.flag_store, dev.shared_store_i32, dev.SPIN_LIMIT
+    load, store, spins = dev.flag_load, dev.flag_store, dev.SPIN_LIMIT
 
     @dev.device_function
     def epoch(workspace, block):
         return ((load(workspace + done_ws + block * 8) >> 32) + 1) & 0x7FFFFFFF
 
     @dev.device_function
-    def raise_flag(words, block, now, data, tid):
+    def raise_flag(words, block, now, tid):
         sync()
         if tid == 0:
-            store(words + block * 8, (now << 32) | data)
+            store(words + block * 8, now << 32)
 
     @dev.device_function
-    def wait(words, now, keep, tid):
+    def wait(words, now, tid):
         for i in range(tid, n_blocks, threads):
             word, left = load(words + i * 8), spins
             while (word >> 32) != now and left != 0:
                 word = load(words + i * 8)
                 left -= 1
-            if keep != 0:
-                keep_word(keep + i * 4, word & 0xFFFFFFFF)
         sync()
 
     return SimpleNamespace(epoch=epoch, raise_flag=raise_flag, wait=wait)

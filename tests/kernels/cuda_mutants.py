@@ -17,9 +17,9 @@ from tests.kernels import cuda_cases
 MUTANTS = {
     "activation": ("stream", 'plan.activation == "gelu_tanh"', 'plan.activation == "silu"', "given", 9),
     "dropped-tail-rows": ("choose", "steps = (end + rows - 1) // rows", "steps = end // rows", "m-odd", 24),
-    "stale-tail-entry": ("combine", "if tid < neurons:  # the last", "if tid < 0:  # the last", "m", 6),
+    "stale-tail-entry": ("combine", "if tid < neurons:  # the last", "if tid < 0:  # the last", "m", 7),
     "off-by-one-share": ("combine", "(1 if block < extra else 0)\n        for i", "0\n        for i", "given-blocks", 7),
-    "wrong-source-row": ("combine", "+ held + at - load_i", "+ at - load_i", "m", 9),
+    "held-twice": ("combine", "load_i(shared + found_at + (held + i) * 4)", "load_i(shared + found_at + i * 4)", "m", 9),
     "shift-of-down-rows": ("combine", "(plan.matrices - 1) * plan.neurons * plan.slot_bytes", "0", "given", 9),
     "lost-partial-sums": ("combine", "n_blocks - row + rows_at_once - 1", "n_blocks - row - 1", "given-blocks", 7),
     "no-residual": ("combine", "if residual != 0:", "if residual == 1:", "down", 9),
