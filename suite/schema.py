@@ -15,6 +15,7 @@ SPEED = (
     "bytes_read_mib read_bandwidth_gb_s efficiency peak_memory_mib extra_memory_mib max_rel_error check device_name "
     "driver_version status reason"
 ).split()
+PHASES = "cell_id phase us_median us_q05 us_q95".split()
 SPARSITY = "cell_id layer threshold sparsity_target sparsity_realized n_tokens".split()
 PREDICTOR = (
     "fit_id model method predictor rank sparsity_target layer recall precision overlap_at_k mass_kept mass_kept_ideal "

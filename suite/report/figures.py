@@ -15,8 +15,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from suite.report import series
 from suite.report.coefficients import draw_activations, draw_cif_caf
-from suite.report.frames import method_order
-from suite.report.speed import SHAPE
+from suite.report.speed_figures import draw_efficiency, draw_phases, draw_speedup_vs_sparsity, lines_of
 from suite.report.style import WIDTH, label_ends, look, new_figure, styled
 
 MODES = ("ideal", "practical")
@@ -33,13 +32,6 @@ def draw(name: str, data: pd.DataFrame) -> Figure | None:
         return FIGURES[name][1](data)
 
 
-def _lines(data: pd.DataFrame, by: str = "label") -> list[tuple[str, str, pd.DataFrame]]:
-    """(label, method, rows by sparsity) of every sparse line in print order."""
-    groups = [(str(k), str(g["method"].iloc[0]), g) for k, g in data.groupby(by, sort=False)]
-    groups = [group for group in groups if group[1] != "dense"]
-    return sorted(groups, key=lambda group: (method_order(group[1]), group[0]))
-
-
 def _draw_line(axes: Axes, method: str, x: Any, rows: pd.DataFrame, scale: float = 1.0, **more: Any) -> None:
     style = look(method)
     y = scale * rows["value"].to_numpy(dtype=float)
@@ -54,7 +46,7 @@ def _draw_line(axes: Axes, method: str, x: Any, rows: pd.DataFrame, scale: float
 
 def _panel(axes: Axes, panel: pd.DataFrame, dense: pd.DataFrame, scale: float, height: float) -> None:
     """Lines of one panel against realised sparsity with dense as a horizontal line, names at the right."""
-    lines = _lines(panel)
+    lines = lines_of(panel)
     ends = []
     dodged = [label for label, method, _ in lines if method != "random"]
     for label, method, rows in lines:
@@ -144,7 +136,7 @@ def draw_quality_per_task(data: pd.DataFrame) -> Figure:
 
 
 def _task_panel(axes: Axes, panel: pd.DataFrame, group: pd.DataFrame) -> None:
-    lines = _lines(panel)
+    lines = lines_of(panel)
     for index, (_, method, rows) in enumerate(lines):
         rows = rows.sort_values("sparsity_target")
         shift = 0 if method == "random" else (index - len(lines) / 2) * _DODGE
@@ -164,7 +156,7 @@ def _dense_and_chance(axes: Axes, group: pd.DataFrame) -> None:
 def _legend(figure: Figure, data: pd.DataFrame, chance: bool = False, modes: bool = False) -> None:
     """One legend above all panels: methods, dense, and what else is drawn."""
     handles = []
-    for label, method, _ in _lines(data):
+    for label, method, _ in lines_of(data):
         style = look(method)
         handles.append(Line2D([], [], color=style.color, marker=style.marker, label=label))
     handles.append(Line2D([], [], color="black", linewidth=1.0, marker="*" if modes else "", label="dense"))
@@ -202,54 +194,6 @@ def _plain_log(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(sparse if few else NullFormatter())
 
 
-def draw_speedup_vs_sparsity(data: pd.DataFrame) -> Figure | None:
-    """Speed-up over the fastest dense against sparsity, the byte bound dashed; a panel per shape."""
-    sparse = data[data["method"] != "dense"]
-    if sparse.empty:
-        return None
-    columns = [*SHAPE, "clock"]
-    groups = [(key, g) for key, g in sparse.groupby(columns, sort=False, dropna=False)]
-    n_columns = min(2, len(groups))
-    n_rows = math.ceil(len(groups) / n_columns)
-    figure = new_figure(WIDTH if n_columns > 1 else 0.62 * WIDTH, 3.0 * n_rows)
-    grid = figure.subplots(n_rows, n_columns, squeeze=False)
-    for (_, group), axes in zip(groups, grid.flat, strict=False):
-        _speed_panel(axes, group)
-    for axes in grid.flat[len(groups) :]:
-        axes.set_visible(False)
-    return figure
-
-
-def _speed_panel(axes: Axes, group: pd.DataFrame) -> None:
-    keyed = group.assign(line=group["label"] + " " + group["backend"] + " " + group["variant"])
-    several = keyed.groupby("label")["line"].nunique().gt(1).any()
-    ends = []
-    for name, method, rows in _lines(keyed, "line"):
-        rows = rows.sort_values("sparsity_realized")
-        style, x = look(method), rows["sparsity_realized"].to_numpy(dtype=float)
-        axes.plot(x, rows["bound"], color=style.color, linestyle=(0, (4, 2)), linewidth=0.9, alpha=0.8, zorder=2)
-        axes.fill_between(x, rows["speed_up_low"], rows["speed_up_high"], color=style.color, alpha=0.18, linewidth=0)
-        axes.plot(x, rows["speed_up"], color=style.color, marker=style.marker, zorder=3)
-        label = name if several else str(rows["label"].iloc[0])
-        ends.append((float(x[-1]), float(rows["speed_up"].iloc[-1]), label, style.color))
-    axes.axhline(1, color="black", linewidth=1.0, zorder=1)
-    low, high = axes.get_ylim()
-    if low > 0 and high / low > 4:  # powers of two leave too few ticks on a shorter axis
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}x"))
-    axes.margins(x=0.04)
-    axes.set_xlim(axes.get_xlim())
-    axes.set_ylim(axes.get_ylim())
-    label_ends(axes, [*ends, (axes.get_xlim()[1], 1.0, "dense", "black")], 2.4)
-    first = group.iloc[0]
-    axes.set_title(
-        f"{first['model_shape'] or first['model']}, {first['level']}, {first['dtype']}, batch {first['batch_size']}"
-    )
-    axes.set_xlabel("realised sparsity (dashed: byte bound)")
-    axes.set_ylabel("speed-up over fastest dense")
-
-
 def draw_quality_vs_bytes(data: pd.DataFrame) -> Figure | None:
     """What is kept against what is read: average, perplexity, and measured speed-up where it is of the same model."""
     quality = data[~data["quantity"].str.startswith("speed-up")]
@@ -283,7 +227,7 @@ def _bytes_panel(axes: Axes, panel: pd.DataFrame, quantity: str) -> None:
     if not average:
         axes.set_yscale("log")
     for mode in MODES:
-        for _, method, rows in _lines(panel[panel["mode"] == mode]):
+        for _, method, rows in lines_of(panel[panel["mode"] == mode]):
             rows = rows.sort_values("bytes_share")
             more = _IDEAL if mode == "ideal" and method != "random" else {}
             _draw_line(axes, method, 100 * rows["bytes_share"].to_numpy(dtype=float), rows, scale, **more)
@@ -298,7 +242,7 @@ def _bytes_panel(axes: Axes, panel: pd.DataFrame, quantity: str) -> None:
 
 
 def _bytes_speed_panel(axes: Axes, panel: pd.DataFrame, quantity: str) -> None:
-    for _, method, rows in _lines(panel):
+    for _, method, rows in lines_of(panel):
         rows = rows.sort_values("bytes_share")
         _draw_line(axes, method, 100 * rows["bytes_share"].to_numpy(dtype=float), rows)
     axes.axhline(1, color="black", linewidth=0.8, zorder=1)
@@ -339,6 +283,8 @@ FIGURES: dict[str, tuple[Callable[[series.Material], pd.DataFrame], Callable[[pd
     "perplexity_vs_sparsity": (series.perplexities, draw_perplexity_vs_sparsity),
     "quality_vs_bytes": (series.quality_against_bytes, draw_quality_vs_bytes),
     "speedup_vs_sparsity": (series.speed_ups, draw_speedup_vs_sparsity),
+    "efficiency": (series.efficiencies, draw_efficiency),
+    "phases": (series.phases, draw_phases),
     "cif_caf": (lambda material: material.results.cif_caf, draw_cif_caf),
     "activations": (lambda material: material.results.activations, draw_activations),
     "sparsity_per_layer": (series.sparsity_per_layer, draw_sparsity_per_layer),

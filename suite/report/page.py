@@ -39,6 +39,9 @@ CAPTIONS = {
     "activations": "Why the methods differ, layer by layer on generated tokens. Left: share of the sum of v^2 that each "
     "ranking keeps at sparsity .8. Right: median of |u|, |act(g)| and |v| over tokens and neurons, band from the 5th to "
     "the 95th percentile.",
+    "efficiency": "Efficiency (needed bytes over time x the read bandwidth of the run; 1 is the limit of memory) by shape "
+    "and sparsity.",
+    "phases": "Where the time of a layer goes: median over all blocks of each phase, by their own clocks.",
     "sparsity_per_layer": "Realised sparsity per layer against the target.",
 }
 INLINE_TABLES = (

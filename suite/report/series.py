@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from suite.report.frames import Average, Blocks, Quality, cell_value, number, task_order
+from suite.report.frames import Average, Blocks, Quality, cell_value, method_order, number, task_order
 from suite.report.load import Results
 from suite.report.speed import SHAPE as SPEED_SHAPE
 from suite.report.speed import speed_label, with_speed_up
@@ -137,6 +137,28 @@ def speed_ups(material: Material) -> pd.DataFrame:
     ]
     columns += ["latency_us_median", "speed_up", "speed_up_low", "speed_up_high", "bytes_share", "bound", "efficiency"]
     return ok.assign(label=[speed_label(row) for _, row in ok.iterrows()])[columns].reset_index(drop=True)
+
+
+def efficiencies(material: Material) -> pd.DataFrame:
+    """Efficiency of every timed sparse row of a shape that is one of several in its setting."""
+    frame = speed_ups(material)
+    frame = frame[(frame["method"] != "dense") & (frame["variant"] == "eager") & (frame["level"] != "decode")]
+    setting = ["level", "dtype", "batch_size", "threads", "cache", "device_name", "backend", "clock"]
+    several = frame.groupby(setting, dropna=False)["model_shape"].transform("nunique") > 1
+    columns = [*setting, "model_shape", "method", "label", "sparsity_target", "sparsity_realized", "efficiency"]
+    return frame[several.astype(bool)][columns].reset_index(drop=True)
+
+
+def phases(material: Material) -> pd.DataFrame:
+    """Phases of every traced kernel, with the row they belong to."""
+    speed = material.speed[["cell_id", "model_shape", "dtype", "batch_size", "method", "rank", "sparsity_target"]]
+    merged = material.results.phases.merge(speed, on="cell_id", how="inner")
+    merged["_order"] = merged.groupby("cell_id", sort=False).cumcount()
+    merged["_method"] = merged["method"].map(method_order)
+    merged = merged.sort_values(["model_shape", "_method", "sparsity_target", "_order"], kind="stable")
+    merged["bar"] = [f"{speed_label(row)}, s={row['sparsity_target']:g}" for _, row in merged.iterrows()]
+    columns = ["cell_id", "model_shape", "dtype", "batch_size", "bar", "phase", "us_median", "us_q05", "us_q95"]
+    return merged.reindex(columns=columns).reset_index(drop=True)
 
 
 def quality_against_bytes(material: Material) -> pd.DataFrame:

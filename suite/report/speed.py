@@ -12,6 +12,7 @@ from suite.report.text import MISSING, fixed, markdown_table, shortened
 
 # Rows that share these are of one shape on one device and may be compared; backend and variant are what competes.
 SHAPE = ["level", "model_shape", "model", "dtype", "batch_size", "threads", "context_tokens", "cache", "device_name"]
+PROBES = ("no-overlap", "trace")  # variants that measure what something costs; the tables have them, the figures not
 LINE = ["method", "rank", "predictor", "backend", "variant", "clock"]
 
 
@@ -148,7 +149,7 @@ def plain_table(frame: pd.DataFrame) -> list[str]:
             numbers = [fixed(row["sparsity_target"], 2), fixed(row["sparsity_realized"], 3)]
             numbers += [microseconds(row["latency_us_median"]), fixed(row["speed_up"], 2), fixed(row["efficiency"], 2)]
             rows.append([speed_label(row), backend, *numbers, str(row["check"]) or MISSING, state])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        widths = [max(len(line[i]) for line in rows) for i in range(len(header))]
         lines += ["", _heading(panel)]
         lines += ["  ".join(_padded(cells, widths)).rstrip() for cells in rows]
     return [*lines, "", "speed-up: over the fastest dense row; efficiency: needed bytes / (time x read bandwidth)"]

@@ -76,9 +76,11 @@ class Assembly:
         """Content of the CSVs and the logs of failed cells; those of the analysis only where the matrix has one."""
         analysis = {name: self._analysis_rows(columns) for name, columns in _ANALYSIS_FILES.items()}
         files = {name: csv_bytes(_ANALYSIS_FILES[name], rows) for name, rows in analysis.items() if self._analysis}
+        phases = self._phase_rows()
         return (
             self._logs()
             | files
+            | ({"phases.csv": csv_bytes(schema.PHASES, phases)} if phases else {})
             | {
                 "accuracy.csv": csv_bytes(schema.ACCURACY, _sorted(self._accuracy_rows(), schema.ACCURACY)),
                 "samples.csv.gz": gzip_bytes(csv_bytes(schema.SAMPLES, self._sample_rows(), exact="value")),
@@ -220,6 +222,15 @@ class Assembly:
             status = {"status": record["status"], "reason": self._scrub.text(record["reason"])}
             rows.append(fields | measured | common | status)
         return rows
+
+    def _phase_rows(self) -> list[Row]:
+        """Phases of the traced kernels, in the kernels' own order."""
+        found: list[Row] = []
+        for cell in sorted(self._speed, key=lambda cell: cell.id):
+            record = self._records[cell.key]
+            measured = record["rows"][0] if record is not None and record["rows"] else {}
+            found += [{"cell_id": cell.id, **phase} for phase in measured.get("phases") or []]
+        return found
 
 
 def _realized(cell: AccuracyCell, record: Record) -> float | None:

@@ -57,6 +57,8 @@ class SpeedCase:
     backend : "torch" (dense only), "numba-cpu" or "numba-cuda"
     device : "cpu" or "cuda"
     threads : CPU threads; 0 on a GPU
+    variant : "eager"; of dense on a GPU "compile"; of a CUDA kernel "no-overlap" (without programmatic dependent launch)
+        or "trace" (with the clock written at every phase)
     clock : "wall" on a CPU, "graph" or "event" on a GPU
     """
 
@@ -149,7 +151,7 @@ def make_cases(
 
     ``torch`` runs dense only and once, whatever the sparsities; the other backends run the sparse methods. The CPU
     knows the clock ``wall`` and the variant ``eager`` only, the GPU every other clock (``wall`` becomes ``graph``);
-    the variant ``compile`` is of dense on the GPU, in a graph.
+    the variant ``compile`` is of dense on the GPU, in a graph, ``no-overlap`` and ``trace`` of the CUDA kernels.
 
     Raises
     ------
@@ -176,6 +178,8 @@ def make_cases(
                 continue
             if variant == "compile" and (method != "dense" or clock != "graph"):
                 continue  # torch.compile competes for the fastest dense row alone
+            if variant in ("no-overlap", "trace") and method == "dense":
+                continue
             cases += [
                 SpeedCase(
                     level=level,

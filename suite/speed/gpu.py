@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,16 +15,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels_numba.gpu import layers as kernels
+from kernels_numba.gpu.compiled import compile_together
 from kernels_numba.gpu.op import DownProjection
 from kernels_numba.reference import UNIT_ROUNDOFF, wrongly_selected
 from suite.methods.base import kept_count
-from suite.speed.cases import Progress, Row, SpeedCase, empty_row, needed_bytes, skipped_row
+from suite.speed.cases import Progress, Row, SpeedCase, default_threads, empty_row, needed_bytes, skipped_row
+from suite.speed.gpu_timing import Timed, clock_rate, numbers_of, phase_rows, prepare, time_interleaved
 
-_ROUNDS = 50
 _MIN_LAYERS, _MAX_LAYERS = 8, 24
-_BANDWIDTH_BYTES = 4 << 30
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _FIRST = {"cats": "gate", "m-countdown": "up"}
+_VARIANTS: dict[str, dict[str, bool]] = {"no-overlap": {"overlap": False}, "trace": {"trace": True}}  # of the plan
 _METHODS = ("dense", "d-countdown", "given", *_FIRST)
 
 
@@ -121,6 +122,13 @@ class Bound:
 
 def bind(case: SpeedCase, data: LayerData) -> Bound:
     """Bind a case to a layer's weights; the sparsity is set for the layer's own input."""
+    bound = _bind(case, data)
+    if bound.layer is not None and case.variant in _VARIANTS:
+        bound.layer.change_plan(**_VARIANTS[case.variant])
+    return bound
+
+
+def _bind(case: SpeedCase, data: LayerData) -> Bound:
     weights, activation = (data.w_gate, data.w_up, data.w_down_t), case.activation
     if case.level == "op" or case.method == "given":
         act, up = data.projections(data.x)
@@ -220,88 +228,6 @@ def check(case: SpeedCase, bound: Bound, data: LayerData, seed: int) -> Check:
     return Check(error, reason, 1.0 - float(np.mean(counts)) / case.d_ff, jit_s)
 
 
-@dataclass
-class Timed:
-    """A case ready to be timed: ``run`` passes once over all layers."""
-
-    case: SpeedCase
-    run: Callable[[], None]
-    realised: float
-    keep: list[Any]
-    capture_s: float | None
-    launch_us: float
-    samples: list[float] = field(default_factory=list)
-
-
-def _prepare(case: SpeedCase, bounds: Sequence[Bound], layers: Sequence[LayerData], realised: float) -> Timed:
-    outs = [torch.empty_like(layer.x) for layer in layers]
-
-    calls = [
-        bound.again(layer.x, out) if bound.again else partial(bound.call, layer.x, out)
-        for bound, layer, out in zip(bounds, layers, outs, strict=True)
-    ]
-
-    def run() -> None:
-        for call in calls:
-            call()
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-        torch.cuda.synchronize()
-        host = []
-        for _ in range(5):
-            start = time.perf_counter()
-            run()
-            host.append((time.perf_counter() - start) / len(layers) * 1e6)
-            torch.cuda.synchronize()
-    launch_us = float(np.median(host))
-    if case.clock != "graph":
-        return Timed(case, run, realised, [bounds, outs], None, launch_us)
-    start, graph = time.perf_counter(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    torch.cuda.synchronize()
-    return Timed(case, graph.replay, realised, [bounds, outs, graph], time.perf_counter() - start, launch_us)
-
-
-def read_bandwidth(buffer: Tensor, rounds: int = 10) -> float:
-    """Median bytes per second of a sum over the buffer."""
-    samples = []
-    for _ in range(rounds):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        buffer.sum()
-        end.record()
-        end.synchronize()
-        samples.append(buffer.numel() * buffer.element_size() / (begin.elapsed_time(end) * 1e-3))
-    return float(np.median(samples))
-
-
-def _time(timed: Sequence[Timed], n_layers: int, tell: Progress) -> float:
-    """Time every case once a round, in an order that rotates; returns the read bandwidth measured in between."""
-    buffer = torch.ones(_BANDWIDTH_BYTES // 4, dtype=torch.float32, device="cuda")
-    bandwidth = [read_bandwidth(buffer)]
-    for round_ in range(_ROUNDS):
-        shift, events = round_ % len(timed), []
-        for entry in [*timed[shift:], *timed[:shift]]:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            entry.run()  # the sample before belongs to another case: its weights are what L2 holds now
-            begin.record()
-            entry.run()
-            end.record()
-            events.append((entry, begin, end))
-        torch.cuda.synchronize()
-        for entry, begin, end in events:
-            entry.samples.append(begin.elapsed_time(end) * 1e-3 / n_layers)
-        if round_ % 10 == 9:
-            tell(f"round {round_ + 1}")
-            bandwidth.append(read_bandwidth(buffer, 3))
-    return float(np.median(bandwidth))
-
-
 def layer_count(cases: Sequence[SpeedCase]) -> int:
     """Layers with distinct weights: 8, or more until every case reads over twice the L2 cache in a pass."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -344,6 +270,9 @@ def time_group(cases: Sequence[SpeedCase], *, seed: int = 0, progress: Progress 
             tell(f"weights of layer {index}")
             layers.append(LayerData.random(cases[0], rank, seed, index))
         timed: dict[int, Timed] = {}
+        firsts = [(cases[index].batch_size, bind(cases[index], layers[0]).layer) for index in able]
+        tell("compile")
+        compile_together([layer.plan(batch) for batch, layer in firsts if layer is not None], default_threads())
         for index in able:
             case = cases[index]
             tell(f"check {case.label}")
@@ -360,30 +289,13 @@ def time_group(cases: Sequence[SpeedCase], *, seed: int = 0, progress: Progress 
                 rows[index] |= {"check": "failed", "status": "failed", "reason": found.reason}
                 continue
             rows[index] |= {"check": "passed"}
-            timed[index] = _prepare(case, bounds, layers, found.realised)
+            timed[index] = prepare(case, bounds, layers, found.realised)
         if timed:
-            bandwidth = _time(list(timed.values()), len(layers), tell)
+            bandwidth = time_interleaved(list(timed.values()), len(layers), tell)
             for index, entry in timed.items():
-                rows[index] |= _numbers(entry, bandwidth)
+                rows[index] |= numbers_of(entry, bandwidth)
+                if cases[index].variant == "trace":
+                    entry.run()
+                    torch.cuda.synchronize()
+                    rows[index]["phases"] = phase_rows(entry.keep[0], clock_rate())
     return rows
-
-
-def _numbers(entry: Timed, bandwidth: float) -> Row:
-    micro = np.asarray(entry.samples) * 1e6
-    q25, median, q75 = (float(q) for q in np.percentile(micro, [25, 50, 75]))
-    needed = needed_bytes(entry.case, entry.realised)
-    return {
-        "sparsity_realized": entry.realised,
-        "rounds": len(micro),
-        "latency_us_median": median,
-        "latency_us_q25": q25,
-        "latency_us_q75": q75,
-        "latency_us_min": float(micro.min()),
-        "capture_s": entry.capture_s,
-        "launch_us": entry.launch_us,
-        "bytes_read_mib": needed / 2**20,
-        "read_bandwidth_gb_s": bandwidth / 1e9,
-        "efficiency": needed / (median * 1e-6 * bandwidth),
-        "status": "ok",
-        "reason": "",
-    }

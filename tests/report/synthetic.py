@@ -170,7 +170,12 @@ def embedded_run(folder: Path, seed: int = 0) -> Path:
             ]
     folder.mkdir(parents=True, exist_ok=True)
     write_analysis(folder, MODEL)
-    return write_run(folder, accuracy, samples, speed_rows(), sparsity_rows, manifest())
+    speed = speed_rows()
+    run = write_run(folder, accuracy, samples, speed, sparsity_rows, manifest())
+    traced = next(row["cell_id"] for row in speed if row["method"] == "m-countdown")
+    phases = [(traced, name, 3.0, 2.0, 4.0) for name in ("fill", "first packet", "choose", "active rows", "sum of y")]
+    pd.DataFrame(phases, columns=schema.PHASES).to_csv(run / "phases.csv", index=False)
+    return run
 
 
 def _layers(method: str, mode: str, sparsity: float, rng: np.random.Generator) -> np.ndarray:
