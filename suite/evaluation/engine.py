@@ -23,14 +23,14 @@ from suite.modeling.attach import Attached
 FloatArray = NDArray[np.floating[Any]]
 
 # A batch holds at most this many positions, so that activations of long documents stay small ...
-MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 # ... this many columns of attention (continuations with their contexts) ...
-MAX_COLUMNS = {"cpu": 1 << 15, "cuda": 1 << 19}
+MAX_COLUMNS = {"cpu": 1 << 15, "cuda": 1 << 18}
 # ... and this many logits. They are reduced MAX_LOGITS elements at a time: 2**28 fp32 values are 1 GiB.
-MAX_BATCH_LOGITS = {"cpu": 1 << 28, "cuda": 1 << 32}
+MAX_BATCH_LOGITS = {"cpu": 1 << 28, "cuda": 1 << 31}
 MAX_LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}
 # Contexts kept between settings: this share of the free GPU memory, or 1 GiB of the host's.
-CONTEXT_SHARE, CONTEXT_BYTES_CPU = 0.3, 1 << 30
+CONTEXT_SHARE, CONTEXT_BYTES_CPU = 0.15, 1 << 30
 _ROOM_TO_SHARE = 4  # a segment takes at most 1/4 of the budget
 
 
