@@ -45,7 +45,7 @@ def converted_folder(gguf: Path, progress: Progress | None = None) -> Path:
                 return folder
             if progress is not None:
                 progress(f"converting {gguf.name} to safetensors, once" + (", again: damaged" * folder.exists()))
-            with no_progress_bars():
+            with no_progress_bars(), _own_bar():
                 _convert(gguf, sha256, folder)
     except OSError as error:
         raise InputError(f"model cache {folder.parent}: {error.strerror or error}; set COUNTDOWN_CACHE") from error
@@ -130,6 +130,20 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _own_bar() -> Iterator[None]:
+    """Draw our bar, on a terminal only, where transformers draws its own over GGUF tensors whatever its switch says."""
+    from tqdm import tqdm
+    from transformers import modeling_gguf_pytorch_utils as gguf
+
+    theirs = gguf.tqdm
+    gguf.tqdm = lambda tensors, **_: tqdm(tensors, desc="converting", unit="tensor", leave=False, disable=None)
+    try:
+        yield
+    finally:
+        gguf.tqdm = theirs
 
 
 def first_line(error: BaseException) -> str:

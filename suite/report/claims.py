@@ -9,7 +9,16 @@ import numpy as np
 import pandas as pd
 
 from suite import schema
-from suite.report.frames import Average, Interval, Quality, above_chance, are_unequal, cell_value, number
+from suite.report.frames import (
+    REALIZED_TOLERANCE,
+    Average,
+    Interval,
+    Quality,
+    above_chance,
+    are_unequal,
+    cell_value,
+    number,
+)
 from suite.report.speed import panel_title, speed_label
 from suite.statistics import FloatArray
 
@@ -103,24 +112,35 @@ def _averaged(quality: Quality, block: Row, settings: Sequence[Average]) -> list
 
 
 def _c1(quality: Quality, block: Row, settings: Sequence[Average], dense: Average) -> list[Row]:
-    if block["mode"] != "ideal" or block["sparsity_target"] != C1_SPARSITY:
+    """C1 in both modes: the abstract speaks of the ideal one, what a predictor reaches stands beside it."""
+    if block["sparsity_target"] != C1_SPARSITY:
         return []
     rows = []
     for one in settings:
         tasks = _averaged(quality, block, [one, dense]) if one.method == "d-countdown" else []
         if not tasks:
             continue
+        note = _c1_note(one)
         found = quality.quantity([one, dense], tasks, lambda m: 1 - _mean(m, 0) / _mean(m, 1))
         if found is not None:
             row = _row("C1", one, "dense", "relative_loss_of_average", found, SAYS_C1)
-            rows.append(_judged(row, C1_LOSS, True, f"relative loss of the average over {len(tasks)} tasks", "5.5 %"))
+            rows.append(_judged(row, C1_LOSS, True, f"relative loss of the average over {len(tasks)} tasks{note}", "5.5 %"))
         fair = [task for task in tasks if above_chance(dense.cells[task])[0]]
         found = _above_chance_loss(quality, one, dense, fair)
         if found is not None:
             row = _row("C1", one, "dense", "relative_loss_above_chance", found, SAYS_C1)
-            text = f"stricter reading, chance taken out, mean over the {len(fair)} tasks where dense is above chance"
+            text = f"stricter reading, chance taken out, mean over the {len(fair)} tasks where dense is above chance{note}"
             rows.append(_judged(row, C1_LOSS, True, text, "5.5 %"))
     return rows
+
+
+def _c1_note(one: Average) -> str:
+    """What sets a row apart from what the abstract speaks of."""
+    note = ", practical: the abstract's figure is ideal" if one.setting["mode"] == "practical" else ""
+    target = float(one.setting["sparsity_target"])
+    if one.realized is not None and abs(one.realized - target) > REALIZED_TOLERANCE + 1e-9:
+        note += f", realised sparsity {one.realized:.3f} instead of {target:g}"
+    return note
 
 
 def _above_chance_loss(quality: Quality, one: Average, dense: Average, tasks: list[str]) -> Interval | None:

@@ -94,8 +94,8 @@ def draw_quality_vs_sparsity(data: pd.DataFrame) -> Figure:
     for ((model, _, scope), group), row in zip(groups, grid, strict=True):
         for axes, mode in zip(row, modes, strict=True):
             _panel(axes, _of_mode(group, mode), group[group["method"] == "dense"], 100, 2.4)
-            chance = group["chance"].dropna()
-            if len(chance):
+            chance, (low, high) = group["chance"].dropna(), axes.get_ylim()
+            if len(chance) and low <= 100 * chance.iloc[0] <= high:  # its name far outside would leave no room to draw
                 axes.axhline(100 * chance.iloc[0], zorder=1, **_CHANCE)
                 axes.annotate(
                     "chance", (0.01, 100 * chance.iloc[0]), xycoords=("axes fraction", "data"), va="bottom", fontsize=7

@@ -1,5 +1,7 @@
 """Models from folders, files and the hub's cache; what is wrong with them is said in one line."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -263,8 +265,11 @@ class TestEmbedded:
             folder = tmp_path_factory.mktemp("cache")
             patch.setenv("COUNTDOWN_CACHE", str(folder))
             said = []
-            prepare_model("embedded", said.append)
+            drawn = io.StringIO()
+            with contextlib.redirect_stderr(drawn):
+                prepare_model("embedded", said.append)
             assert len(said) == 1
+            assert "de-quantizing" not in drawn.getvalue()  # transformers' own bar
             yield folder
 
     @pytest.mark.slow

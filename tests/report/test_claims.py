@@ -39,6 +39,22 @@ def test_c1_is_the_relative_loss_of_the_average(tmp_path):
     assert strict["verdict"] == "inconsistent here"
 
 
+def test_c1_in_practical_mode_says_so_and_what_it_realises(tmp_path):
+    answers = {
+        DENSE: {"a": hits(90)},
+        ("d-countdown", "ideal", 0.9, 0.9): {"a": hits(88)},
+        ("d-countdown", "practical", 0.9, 0.87): {"a": hits(60)},
+    }
+    frame = claims(hand_run(tmp_path, answers))
+    wanted = {"claim": "C1", "model": MODEL, "quantity": "relative_loss_of_average"}
+    row = pick(frame, **wanted, mode="practical")
+    assert (row["value"], row["verdict"]) == (pytest.approx(1 / 3), "inconsistent here")
+    assert "practical: the abstract's figure is ideal, realised sparsity 0.870 instead of 0.9" in row["reason"]
+    ideal = pick(frame, **wanted, mode="ideal")
+    assert ideal["verdict"] == "consistent"
+    assert "practical" not in ideal["reason"]
+
+
 def test_c2_compares_retention_as_difference_and_ratio_with_every_baseline(tmp_path):
     answers = {
         DENSE: {"a": hits(80)},
