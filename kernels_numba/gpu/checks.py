@@ -15,7 +15,7 @@ def unavailable(device: str | torch.device = "cuda") -> str:
     try:
         import numba.cuda  # noqa: F401
         from cuda.bindings import driver  # noqa: F401
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # AttributeError: numba-cuda 0.30 under numpy 2.5
         return f"numba-cuda cannot be imported ({error}): install numba-cuda[cu13] and numpy < 2.5"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):

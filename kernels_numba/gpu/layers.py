@@ -58,12 +58,12 @@ class Layer:
         self.w_down_t, self.device, self.dtype = w_down_t, w_down_t.device, w_down_t.dtype
         self.d_ff, self.d_model = w_down_t.shape
         self._n_blocks, self._capability = device_facts(self.device)
+        self._changes: dict[str, Any] = {}
         self._options: dict[str, Any] = {"activation": activation, "rank": rank, "first": first}
         self._addresses: dict[str, int | float] = {"down": w_down_t.data_ptr()}
         self._launches: dict[int, tuple[Loaded, Launch, Tensor]] = {}
         self._most = launch_tokens(self._plan(1))
         self._last = 1
-        self._changes: dict[str, Any] = {}
         self._record: list[tuple[Loaded, dict[str, int | float]]] | None = None
 
     def bind(self, *arguments: Any, **named: Any) -> Callable[[], None]:
