@@ -50,6 +50,14 @@ Seed = Annotated[
 ]
 Rerun = Annotated[str, typer.Option(help="missing, failed (and missing) or all.")]
 NoFit = Annotated[bool, typer.Option("--no-fit", help="Refuse to make a missing fit (exit 2).")]
+Calibration = Annotated[str | None, typer.Option(help="Text of the fits: pydoc, file:PATH (.txt, .jsonl, .jsonl.gz).")]
+Rank = Annotated[list[int] | None, typer.Option(parser=_whole, metavar="N", help="Rank of predictors. Repeatable.")]
+ActivationBudget = Annotated[
+    float | None,
+    typer.Option(
+        parser=_number, metavar="GIB", help="Memory for activations while predictors train (default: half of the free)."
+    ),
+]
 Results = Annotated[
     Path | None, typer.Option(help="Folder of cells, fits and runs (default: $COUNTDOWN_RESULTS, else results).")
 ]
@@ -101,6 +109,8 @@ def check(
     only: Only = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
+    calibration: Calibration = None,
+    rank: Rank = None,
     results: Results = None,
 ) -> None:
     """Show cells, what is cached, an estimate of time, memory and download, and what is missing; runs nothing."""
@@ -120,6 +130,10 @@ def fit(
     device: Device = None,
     data_dir: DataDir = None,
     include_path: IncludePath = None,
+    seed: Seed = None,
+    calibration: Calibration = None,
+    rank: Rank = None,
+    activation_budget_gib: ActivationBudget = None,
     results: Results = None,
 ) -> None:
     """Make the fits that the practical modes of a matrix need."""
@@ -137,6 +151,9 @@ def run(
     only: Only = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
+    calibration: Calibration = None,
+    rank: Rank = None,
+    activation_budget_gib: ActivationBudget = None,
     rerun: Rerun = "missing",
     no_fit: NoFit = False,
     results: Results = None,
@@ -157,6 +174,9 @@ def reproduce(
     only: Only = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
+    calibration: Calibration = None,
+    rank: Rank = None,
+    activation_budget_gib: ActivationBudget = None,
     rerun: Rerun = "missing",
     no_fit: NoFit = False,
     results: Results = None,
@@ -231,13 +251,16 @@ def generate(
 
 
 _GENERATE = ("prompt", "model", "method", "sparsity", "max_new_tokens", "backend", "device")
-_OVERRIDES = ("model", "device", "data_dir", "include_path", "limit", "only", "batch_size", "seed")
+_OVERRIDES = (
+    *("model", "device", "data_dir", "include_path", "limit", "only", "batch_size", "seed", "calibration"),
+    *("rank", "activation_budget_gib"),
+)
 
 
 def _overrides(options: dict[str, Any]) -> dict[str, Any]:
     """Options of a verb that change the matrix, as :func:`suite.config.override` names them."""
     found = {name: options[name] for name in _OVERRIDES if options.get(name) is not None}
-    renamed = {"model": "models", "seed": "seeds"}
+    renamed = {"model": "models", "seed": "seeds", "rank": "ranks"}
     return {renamed.get(name, name): value for name, value in found.items()}
 
 

@@ -14,6 +14,7 @@ from suite.errors import InputError
 from suite.registry import METHODS, did_you_mean, method_class
 
 if TYPE_CHECKING:
+    from suite.runs.executor import LocalExecutor
     from suite.runs.run import Finished
     from suite.runs.runner import Rerun
 
@@ -111,11 +112,10 @@ def prepare(source: str, overrides: dict[str, Any]) -> None:
 
 def fit(source: str, results: Path | None, overrides: dict[str, Any]) -> int:
     """Make the fits of a matrix that are missing."""
-    from suite.runs.executor import LocalExecutor
     from suite.runs.run import make_fits
 
     config = _config(source, overrides)
-    made = make_fits(config, _world(config), LocalExecutor(), results or settings.results_dir(), _say)
+    made = make_fits(config, _world(config), _executor(config), results or settings.results_dir(), _say)
     typer.echo(f"{made} fits are there")
     return 0
 
@@ -140,6 +140,12 @@ def _config(source: str, overrides: dict[str, Any]) -> MatrixConfig:
     return override(load_config(source), **overrides)
 
 
+def _executor(config: MatrixConfig) -> LocalExecutor:
+    from suite.runs.executor import LocalExecutor
+
+    return LocalExecutor(activation_budget_gib=config.predictor.activation_budget_gib, say=_say)
+
+
 def _world(config: MatrixConfig) -> Any:
     """The world with every model on disk: a hub model is downloaded before cells get their keys."""
     from suite.runs.world import LocalWorld
@@ -156,7 +162,6 @@ def _run(config: MatrixConfig, results: Path | None, out: Path | None, rerun: st
 
 
 def _finish(config: MatrixConfig, results: Path | None, out: Path | None, rerun: str, no_fit: bool) -> Finished:
-    from suite.runs.executor import LocalExecutor
     from suite.runs.run import Options
     from suite.runs.run import run as run_matrix
 
@@ -168,7 +173,7 @@ def _finish(config: MatrixConfig, results: Path | None, out: Path | None, rerun:
         argv=sys.argv[1:],
         progress=True,
     )
-    return run_matrix(config, _world(config), LocalExecutor(), options, _say, report)
+    return run_matrix(config, _world(config), _executor(config), options, _say, report)
 
 
 def _rerun(text: str) -> Rerun:
@@ -207,13 +212,12 @@ def compare(first: Path, second: Path) -> None:
 def verify(folder: Path, n_recompute: int, folders: dict[str, str | None]) -> int:
     """Print the problems of a run folder; 1 if there are any."""
     from suite.report.page import rebuild_problems
-    from suite.runs.executor import LocalExecutor
     from suite.runs.verify import config_of, recompute, verify_files
 
     problems = [*verify_files(folder), *rebuild_problems(folder)]
     if n_recompute:
         config = config_of(folder, folders)
-        problems += recompute(folder, config, _world(config), LocalExecutor(), n_recompute, _say)
+        problems += recompute(folder, config, _world(config), _executor(config), n_recompute, _say)
     for problem in problems:
         typer.echo(f"problem: {problem}", err=True)
     typer.echo(f"{folder}: {len(problems)} problems" if problems else f"{folder}: verified")

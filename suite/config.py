@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from suite.errors import InputError
+from suite.fitting.options import Loss, Predictor, PredictorEstimator, PredictorOptions, Schedule, Start
 from suite.registry import did_you_mean
 
 DATA_DIR = "{data_dir}"  # in a calibration's source: the data folder given on the command line
@@ -84,6 +85,40 @@ class CalibrationConfig(Section):
     estimators: list[Estimator] = Field(default=["calibrated"], min_length=1)
 
 
+class PredictorConfig(Section):
+    """Predictors of d-countdown, s-countdown and Deja Vu: kinds x ranks x estimators, and how they are trained.
+
+    ``source`` and ``max_tokens``: their text, ``calibration.source`` if none is named. A rank of null is
+    min(512, d_model // 2). ``activation_budget_gib``: memory for activations, by default half of what is free; it decides
+    no number. The rest as in :class:`suite.fitting.options.PredictorOptions`.
+    """
+
+    predictors: list[Predictor] = Field(default=["low-rank"], min_length=1)
+    ranks: list[Count | None] = Field(default=[None], min_length=1)
+    estimators: list[PredictorEstimator] = Field(default=["calibrated"], min_length=1)
+    source: str | None = None
+    max_tokens: Count = 100_000
+    epochs: Annotated[int, Field(ge=0, strict=True)] = PredictorOptions.epochs
+    loss: Loss = PredictorOptions.loss
+    pos_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = PredictorOptions.pos_weight
+    start: Start = PredictorOptions.start
+    schedule: Schedule = PredictorOptions.schedule
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = PredictorOptions.learning_rate
+    batch_tokens: Count = PredictorOptions.batch_tokens
+    rounds: Count = PredictorOptions.rounds
+    activation_budget_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    def options(self) -> list[PredictorOptions]:
+        """Every kind with every rank that it has."""
+        names = ("epochs", "loss", "pos_weight", "start", "schedule", "learning_rate", "batch_tokens", "rounds")
+        training = {name: getattr(self, name) for name in names}
+        found = []
+        for predictor in self.predictors:
+            for rank in self.ranks if predictor == "low-rank" else [None]:
+                found.append(PredictorOptions(predictor=predictor, rank=rank, **training))
+        return found
+
+
 def _named(items: Any) -> Any:
     """Let a list of sections be written as bare names."""
     return [{"name": item} if isinstance(item, str) else item for item in items] if isinstance(items, list) else items
@@ -145,6 +180,7 @@ class MatrixConfig(Section):
     data_dir: str | None = None
     include_path: str | None = None
     calibration: CalibrationConfig = CalibrationConfig()
+    predictor: PredictorConfig = PredictorConfig()
     accuracy: list[AccuracyBlock] = []
     speed: list[SpeedBlock] = []
     analysis: AnalysisConfig | None = None
@@ -258,6 +294,7 @@ def override(
     models: list[str] | None = None,
     only: str | None = None,
     limit: str | None = None,
+    calibration: str | None = None,
     **values: Any,
 ) -> MatrixConfig:
     """Change a matrix from the command line.
@@ -267,7 +304,9 @@ def override(
     models : replace the matrix' models; ``ID`` or ``ID=DTYPE`` each.
     only : ``accuracy`` or ``speed``.
     limit : documents a task, a whole number, or ``none`` for all.
-    values : ``data_dir``, ``include_path``, ``device``, ``seeds``, ``batch_size``; None leaves the matrix' own.
+    calibration : text of thresholds and predictors.
+    values : ``data_dir``, ``include_path``, ``device``, ``seeds``, ``batch_size``, and of the predictors ``ranks``
+        and ``activation_budget_gib``; None leaves the matrix' own.
 
     Raises
     ------
@@ -275,11 +314,16 @@ def override(
         A value that the matrix does not take.
     """
     data = config.model_dump()
-    data.update({key: value for key, value in values.items() if value is not None})
-    if DATA_DIR in data["calibration"]["source"]:
-        if data["data_dir"] is None:
-            raise InputError(f"calibration {data['calibration']['source']}: needs the data folder: give --data-dir")
-        data["calibration"]["source"] = data["calibration"]["source"].replace(DATA_DIR, str(data["data_dir"]))
+    for key, value in values.items():
+        if value is not None:
+            (data["predictor"] if key in PredictorConfig.model_fields else data)[key] = value
+    if calibration is not None:
+        data["calibration"]["source"], data["predictor"]["source"] = calibration, None
+    for text in (data["calibration"], data["predictor"]):
+        if DATA_DIR in (text["source"] or ""):
+            if data["data_dir"] is None:
+                raise InputError(f"calibration {text['source']}: needs the data folder: give --data-dir")
+            text["source"] = text["source"].replace(DATA_DIR, str(data["data_dir"]))
     if models:
         dtype = config.models[0].dtype if config.models else "float32"
         data["models"] = [_model_of(spec, dtype) for spec in models]

@@ -94,9 +94,9 @@ MATRICES: dict[str, tuple[Any, list[str]]] = {
     "name with a slash": (GOOD | {"name": "../up"}, ["name", "'../up'", "letters"]),
     "same sparsity twice": (block(sparsities=[0.5, 0.50]), ["duplicate cell", "accuracy.0"]),
     "same block twice": (GOOD | {"accuracy": [BLOCK, BLOCK]}, ["duplicate cell in accuracy.0 and accuracy.1"]),
-    "practical mode of a predictor method": (
-        block(methods=["d-countdown"], modes=["practical"]),
-        ["'d-countdown'", "comes with predictors; not in this version"],
+    "rank 0 of a predictor": (
+        block(methods=["d-countdown"], modes=["practical"]) | {"predictor": {"ranks": [0]}},
+        ["predictor.ranks.0", "greater than or equal to 1", "got 0"],
     ),
     "mode that a method has not": (block(methods=["random"], modes=["practical"]), ["'random'", "no mode 'practical'"]),
     "unknown mode": (block(modes=["real"]), ["accuracy.0.modes.0", "'real'"]),
@@ -368,7 +368,7 @@ def test_full_disk_is_exit_1_and_keeps_finished_cells(folder):
         "        if len(self.ran) < 4: return found\n"
         "        samples = [(str(i), 'acc', random.random()) for i in range(3000)]\n"
         "        return Outcome(found.rows, found.sparsity, samples)\n"
-        "suite.runs.executor.LocalExecutor = Big\n"
+        "suite.runs.executor.LocalExecutor = lambda **_: Big()\n"
         "suite.runs.world.LocalWorld = FakeWorld\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"

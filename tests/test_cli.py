@@ -49,7 +49,7 @@ def executor(quick, monkeypatch: pytest.MonkeyPatch) -> FakeExecutor:
 def quick(monkeypatch: pytest.MonkeyPatch) -> FakeExecutor:
     """One quick executor for all commands of a test, and no real models or data."""
     made = FakeExecutor()
-    monkeypatch.setattr("suite.runs.executor.LocalExecutor", lambda: made)
+    monkeypatch.setattr("suite.runs.executor.LocalExecutor", lambda **_: made)
     monkeypatch.setattr("suite.runs.world.LocalWorld", FakeWorld)
     return made
 

@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,10 +16,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from suite.errors import InputError
+from suite.fitting.options import Predictor
 from suite.modeling.sources import write_atomically
 
-Predictor = Literal["low-rank", "ternary"]
-
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SUFFIX = ".safetensors"
 _REMEDY = "delete it and fit anew"
 
@@ -93,6 +94,8 @@ class PredictorFit:
         Ternary: what a layer's matrix is multiplied by.
     meta : mapping of JSON values
         What it was trained on, and per layer what it reaches on held-out text.
+    cost : mapping of JSON values
+        Times and memory of the fit; not hashed, because a repeated fit does not repeat them.
     """
 
     method: str
@@ -106,12 +109,21 @@ class PredictorFit:
     key: str
     scale: Tensor | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    cost: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(d_model, d_ff)`` of the model's layers."""
         u = self.u[0]
         return int(self.v[0].shape[0] if self.v else u.shape[1]), int(u.shape[0])
+
+    @property
+    def bytes_share(self) -> float:
+        """Bytes of the predictor over those of the dense MLP; a ternary matrix counts 2 bits an entry."""
+        d_model, d_ff = self.shape
+        if self.rank is None:
+            return 0.25 / (3 * _BYTES[self.meta["dtype"]])
+        return self.rank * (d_model + d_ff) / (3 * d_model * d_ff)
 
     def logits(self, layer: int, x: Tensor) -> Tensor:
         """``(x V) U^T``, or ``scale * x T^T`` for a ternary matrix T.
@@ -137,7 +149,7 @@ class PredictorFit:
         v, u = (tuple(part.to(device) for part in parts) for parts in (self.v, self.u))
         return replace(self, v=v, u=u, scale=None if self.scale is None else self.scale.to(device))
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of the content: equal matrices, thresholds and description, equal hash."""
         return _hash(self.description(), self.tensors().values())
@@ -172,6 +184,8 @@ def save_fit(fit: Fit | PredictorFit, folder: Path) -> Path:
     """
     path = folder / f"{fit.key}{_SUFFIX}"
     metadata = {"fit": json.dumps(fit.description() | {"sha256": fit.sha256}, sort_keys=True)}
+    if isinstance(fit, PredictorFit):
+        metadata["cost"] = json.dumps(dict(fit.cost), sort_keys=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in fit.tensors().items()}
     try:
         write_atomically(path, save(tensors, metadata=metadata))
@@ -192,9 +206,12 @@ def load_fit(path: Path, key: str | None = None, *, model_fingerprint: str | Non
     try:
         with safe_open(file, framework="pt") as stored:
             description = json.loads(stored.metadata()["fit"])
+            cost = json.loads(stored.metadata().get("cost", "{}"))
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  no mapping
         sha256 = description.pop("sha256")
-        fit = _predictor_fit(description, tensors) if "predictor" in description else Fit(**description, **tensors)
+        fit = (
+            _predictor_fit(description, tensors, cost) if "predictor" in description else Fit(**description, **tensors)
+        )
     except FileNotFoundError as error:
         raise InputError(f"fit {file} does not exist: make it with countdown-suite fit") from error
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -208,11 +225,16 @@ def load_fit(path: Path, key: str | None = None, *, model_fingerprint: str | Non
     return fit
 
 
-def _predictor_fit(description: Mapping[str, Any], tensors: dict[str, Tensor]) -> PredictorFit:
+def _predictor_fit(description: Mapping[str, Any], tensors: dict[str, Tensor], cost: Mapping[str, Any]) -> PredictorFit:
     def parts(name: str) -> tuple[Tensor, ...]:
         n_parts = sum(key.startswith(f"{name}.") for key in tensors)
         return tuple(tensors[f"{name}.{layer}"] for layer in range(n_parts))
 
     return PredictorFit(
-        thresholds=tensors["thresholds"], v=parts("v"), u=parts("u"), scale=tensors.get("scale"), **description
+        thresholds=tensors["thresholds"],
+        v=parts("v"),
+        u=parts("u"),
+        scale=tensors.get("scale"),
+        cost=cost,
+        **description,
     )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 _SHIFT = 14  # of the 32 bits of a float 18 remain: sign, exponent, 9 of the mantissa
 _HALF = 1 << 17
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class ScoreHistogram:
@@ -40,10 +41,11 @@ class ScoreHistogram:
 
 
 def _edge(ordered: int) -> float:
-    """Lower edge of a bin."""
+    """Lower edge of a bin; the largest number in place of infinity, the upper edge of the bin of the largest."""
     bits = ordered << _SHIFT
     bits = bits if bits >= 0 else bits ^ 0x7FFFFFFF
-    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+    edge = float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+    return max(-_LARGEST, min(edge, _LARGEST))
 
 
 def exact_quantile(scores: Tensor, share: float) -> float:

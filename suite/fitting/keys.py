@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from suite.errors import InputError
+from suite.fitting.options import PREDICTOR_ESTIMATORS, PredictorOptions
 from suite.methods.base import Method
 from suite.registry import did_you_mean, get_method
 
@@ -16,6 +17,7 @@ ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
 # Counts up when the way thresholds are fitted changes what comes out.
 _VERSION = 1
+_PREDICTOR_VERSION = 1
 
 
 def fit_key(
@@ -60,16 +62,51 @@ def key_of(
     """`fit_key` of a method that is built already."""
     if estimator not in ESTIMATORS:
         raise InputError(f"unknown estimator {estimator!r}{did_you_mean(estimator, ESTIMATORS)}")
+    fields = _fields(method, model_fingerprint, calibration_fingerprint, max_tokens, seed, dtype)
+    return _digest(fields | {"version": _VERSION, "estimator": estimator})
+
+
+def training_key(
+    method: Method,
+    options: PredictorOptions,
+    model_fingerprint: str,
+    calibration_fingerprint: str,
+    max_tokens: int,
+    seed: int,
+    dtype: str,
+) -> str:
+    """Key of a predictor's matrices, 64 hexadecimal digits: of all but what sets the thresholds."""
+    fields = _fields(method, model_fingerprint, calibration_fingerprint, max_tokens, seed, dtype)
+    return _digest(fields | {"predictor_version": _PREDICTOR_VERSION, "options": options.fields()})
+
+
+def predictor_key(training: str, estimator: str) -> str:
+    """Key of a `PredictorFit` from that of its training.
+
+    Raises
+    ------
+    InputError
+        Unknown estimator.
+    """
+    if estimator not in PREDICTOR_ESTIMATORS:
+        raise InputError(f"unknown estimator {estimator!r}{did_you_mean(estimator, PREDICTOR_ESTIMATORS)}")
+    return _digest({"training": training, "estimator": estimator})
+
+
+def _fields(
+    method: Method, model_fingerprint: str, calibration_fingerprint: str, max_tokens: int, seed: int, dtype: str
+) -> dict[str, Any]:
     cls = type(method)
-    fields = {
-        "version": _VERSION,
+    return {
         "method": f"{cls.__module__}:{cls.__qualname__}",
         "parameters": method.parameters() | {"sparsity": float(method.sparsity)},
-        "estimator": estimator,
         "model": model_fingerprint,
         "calibration": calibration_fingerprint,
         "max_tokens": max_tokens,
         "seed": seed,
         "dtype": dtype,
     }
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

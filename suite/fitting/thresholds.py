@@ -19,7 +19,7 @@ from suite.methods.base import Method, kept_count, select_threshold
 from suite.modeling.attach import LayerSparsity, sparsified
 from suite.modeling.gated_mlp import find_gated_mlps
 from suite.modeling.loading import LoadedModel, weights_fingerprint
-from suite.modeling.modes import Select, threshold_selection
+from suite.modeling.modes import PredictorState, Select, threshold_selection
 from suite.registry import did_you_mean
 
 __all__ = ["ESTIMATORS", "Estimator", "fit", "fit_key"]
@@ -36,7 +36,7 @@ def fit(
     method: Method,
     calibration: Calibration | None = None,
     *,
-    estimator: Estimator = "calibrated",
+    estimator: str = "calibrated",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Fit:
@@ -73,7 +73,7 @@ def fit(
     if progress is not None:
         progress(f"fitting {method.name} at sparsity {method.sparsity} ({estimator}) on {calibration.description}")
     windows = make_windows(calibration, loaded.tokenizer, seed)
-    fitter = _Fitter(loaded, method)
+    fitter = ThresholdFitter(loaded, method)
     thresholds = fitter.fit(windows.fit, estimator)
     held_out = fitter.realized(windows.held_out, thresholds)
     fingerprint = weights_fingerprint(loaded.ref)
@@ -104,15 +104,23 @@ def fit(
     )
 
 
-class _Fitter:
-    """Forward passes over windows of text with a selection that watches or sets thresholds."""
+class ThresholdFitter:
+    """Forward passes over windows of text with a selection that watches or sets thresholds.
 
-    def __init__(self, loaded: LoadedModel, method: Method) -> None:
+    Parameters
+    ----------
+    predictor : PredictorState, optional
+        Its logits take the place of the method's scores; its own thresholds are not looked at.
+    """
+
+    def __init__(self, loaded: LoadedModel, method: Method, predictor: PredictorState | None = None) -> None:
         self._loaded = loaded
+        self._predictor = predictor
         self._method = method
         self._n_layers = len(find_gated_mlps(loaded.model))
 
-    def fit(self, windows: Sequence[list[int]], estimator: Estimator) -> Tensor:
+    def fit(self, windows: Sequence[list[int]], estimator: str) -> Tensor:
+        """Thresholds, shape (n_layers,), fp32."""
         if self._method.sparsity == 0:
             return torch.full((self._n_layers,), -torch.inf)
         if estimator == "mean-kth":
@@ -133,7 +141,7 @@ class _Fitter:
                 raise CellError(f"NaN scores in layer {layer} of the calibration text: the activations overflow")
             return select(layer, score)
 
-        with sparsified(model, self._method, checked) as attached, torch.inference_mode():
+        with sparsified(model, self._method, checked, predictor=self._predictor) as attached, torch.inference_mode():
             for ids, mask in batches(windows, _CHUNK):
                 # logits of one position: those of all would take 0.8 GB
                 model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=1)

@@ -85,6 +85,7 @@ class Assembly:
                 "accuracy.csv": csv_bytes(schema.ACCURACY, _sorted(self._accuracy_rows(), schema.ACCURACY)),
                 "samples.csv.gz": gzip_bytes(csv_bytes(schema.SAMPLES, self._sample_rows(), exact="value")),
                 "sparsity.csv": csv_bytes(schema.SPARSITY, self._sparsity_rows()),
+                "predictor.csv": csv_bytes(schema.PREDICTOR, self._predictor_rows()),
                 "speed.csv": csv_bytes(schema.SPEED, _sorted(self._speed_rows(), schema.SPEED)),
             }
         )
@@ -113,7 +114,8 @@ class Assembly:
         if record["status"] != "ok":
             return [common]
         realized = _realized(cell, record)
-        common |= {"sparsity_realized": realized, "bytes_share": _bytes_share(cell, realized)}
+        share = _bytes_share(cell, realized, record["rows"][0].get("predictor_share", 0.0))
+        common |= {"sparsity_realized": realized, "bytes_share": share}
         return [common | row | self._delta(cell, row) for row in record["rows"]]
 
     def _identity(self, cell: AccuracyCell) -> Row:
@@ -128,6 +130,8 @@ class Assembly:
             "estimator": cell.fit.estimator if cell.fit else None,
             "calibration": self._scrub.text(cell.fit.calibration) if cell.fit else None,
             "fit_id": cell.fit_key[:16] if cell.fit_key else None,
+            "predictor": cell.fit.options.predictor if cell.fit and cell.fit.options else None,
+            "rank": cell.fit.options.rank if cell.fit and cell.fit.options else None,
             "scope": cell.scope,
             "task": cell.task.name,
             "data_fingerprint": cell.key_fields["task"]["data"],
@@ -208,6 +212,16 @@ class Assembly:
             rows, key=lambda row: [row["model"], *(row.get(c, "") for c in ("row_method", "layer", "sparsity"))]
         )
 
+    def _predictor_rows(self) -> Iterable[Row]:
+        """Rows of every predictor once, however many cells used it."""
+        found: dict[str, list[Row]] = {}
+        for cell in self._accuracy:
+            record = self._records[cell.key]
+            if cell.fit_key and record is not None and record.get("predictor"):
+                common = {"fit_id": cell.fit_key[:16], "model": cell.model_name}
+                found.setdefault(cell.fit_key, [common | row for row in record["predictor"]])
+        return [row for key in sorted(found) for row in found[key]]
+
     def _speed_rows(self) -> list[Row]:
         rows = []
         for cell in self._speed:
@@ -241,13 +255,13 @@ def _realized(cell: AccuracyCell, record: Record) -> float | None:
     return sum(layers) / len(layers) if layers else None
 
 
-def _bytes_share(cell: AccuracyCell, realized: float | None) -> float | None:
-    """MLP bytes per token over dense at the realised sparsity (PROTOCOL section 2); ideal modes have no predictor."""
+def _bytes_share(cell: AccuracyCell, realized: float | None, predictor_share: float) -> float | None:
+    """MLP bytes per token over dense at the realised sparsity (PROTOCOL section 2), those of a predictor added."""
     if cell.mode == "none":
         return 1.0
     if realized is None:
         return None
-    return (3 - 2 * realized) / 3 if method_class(cell.method).first_projection else 1 - realized
+    return (3 - 2 * realized) / 3 if method_class(cell.method).first_projection else 1 - realized + predictor_share
 
 
 def _sorted(rows: list[Row], columns: Sequence[str]) -> list[Row]:

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from suite.config import (
     AccuracyBlock,
-    CalibrationConfig,
-    Estimator,
     MatrixConfig,
     MethodConfig,
     ModelConfig,
@@ -19,6 +17,7 @@ from suite.config import (
     TaskConfig,
 )
 from suite.errors import InputError
+from suite.fitting.options import PredictorOptions
 from suite.registry import get_method, method_class
 from suite.runs.store import canonical, sha256_of
 
@@ -66,17 +65,23 @@ class World(Protocol):
 
 @dataclass(frozen=True)
 class FitRequest:
-    """A fit that a practical cell needs: thresholds of one method at one sparsity on one model."""
+    """A fit that a practical cell needs: thresholds, or with ``options`` a predictor, of one method at one sparsity."""
 
     model: str
     dtype: str
     method: str
     params: Mapping[str, Any] = field(hash=False)
     sparsity: float
-    estimator: Estimator
+    estimator: str
     calibration: str
     max_tokens: int
     seed: int
+    options: PredictorOptions | None = None
+
+    @property
+    def shared(self) -> tuple[object, ...]:
+        """What fits that are made in one go have in common."""
+        return (self.model, self.dtype, self.calibration, self.max_tokens, self.seed, self.options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +120,8 @@ class AccuracyCell:
     def label(self) -> str:
         """One line for progress and messages."""
         setting = "dense" if self.mode == "none" else f"{self.method} {self.mode} {self.sparsity:g} {self.scope}"
+        if self.fit is not None and self.fit.options is not None:
+            setting += f" {self.fit.options.predictor}"
         return f"{self.model_name} {self.task.name} {setting}"
 
     @property
@@ -157,10 +164,10 @@ def _block_cells(
     for task_config in block.tasks:
         task = world.task(task_config)
         scopes = _scopes(task, block)
-        for method, mode, sparsity, estimator in _settings(block, config.calibration, seed, place):
+        for method, mode, sparsity, fit in _settings(block, config, model, seed, place):
             own_scopes: list[CellScope] = [""] if mode == "none" else [*scopes]
             for scope in own_scopes:
-                yield _cell(config, world, model, seed, task, method, mode, sparsity, estimator, scope)
+                yield _cell(config, world, model, seed, task, method, mode, sparsity, fit, scope)
 
 
 def _scopes(task: TaskSpec, block: AccuracyBlock) -> list[Scope]:
@@ -170,9 +177,9 @@ def _scopes(task: TaskSpec, block: AccuracyBlock) -> list[Scope]:
 
 
 def _settings(
-    block: AccuracyBlock, calibration: CalibrationConfig, seed: int, place: str
-) -> Iterator[tuple[MethodConfig, Mode, float, Estimator | None]]:
-    """Settings (method, mode, sparsity, estimator) of a block, each checked by building its method."""
+    block: AccuracyBlock, config: MatrixConfig, model: ModelConfig, seed: int, place: str
+) -> Iterator[tuple[MethodConfig, Mode, float, FitRequest | None]]:
+    """Settings (method, mode, sparsity, fit) of a block, each checked by building its method."""
     for method in block.methods:
         cls = method_class(method.name)
         if "seed" in cls.__dataclass_fields__ and "seed" not in method.params:
@@ -185,14 +192,27 @@ def _settings(
             if mode not in cls.modes:
                 known = ", ".join(cls.modes)
                 raise InputError(f"{place}: method {method.name!r} has no mode {mode!r}; it has {known}")
-            if mode == "practical" and cls.needs_predictor:
-                raise InputError(
-                    f"{place}: the practical mode of method {method.name!r} comes with predictors; not in this version; "
-                    "use mode ideal"
-                )
             get_method(method.name, sparsity=sparsity, **method.params)
-            for estimator in calibration.estimators if mode == "practical" else [None]:
-                yield method, mode, sparsity, estimator
+            if mode != "practical":
+                yield method, mode, sparsity, None
+                continue
+            for fit in _fits(config, model, method, sparsity, seed, needs_predictor=cls.needs_predictor):
+                yield method, mode, sparsity, fit
+
+
+def _fits(
+    config: MatrixConfig, model: ModelConfig, method: MethodConfig, sparsity: float, seed: int, *, needs_predictor: bool
+) -> Iterator[FitRequest]:
+    """The fits of one practical setting: thresholds by every estimator, or every predictor."""
+    text, predictor = config.calibration, config.predictor
+    common = (model.id, model.dtype, method.name, method.params, sparsity)
+    if not needs_predictor:
+        for estimator in text.estimators:
+            yield FitRequest(*common, estimator, text.source, text.max_tokens, seed)
+        return
+    for options, zero_or_calibrated in product(predictor.options(), predictor.estimators):
+        source = predictor.source or text.source
+        yield FitRequest(*common, zero_or_calibrated, source, predictor.max_tokens, seed, options)
 
 
 def _check_params(method: MethodConfig, place: str) -> None:
@@ -212,16 +232,9 @@ def _cell(
     method: MethodConfig,
     mode: Mode,
     sparsity: float,
-    estimator: Estimator | None,
+    request: FitRequest | None,
     scope: CellScope,
 ) -> AccuracyCell:
-    request = None
-    if estimator is not None:
-        calibration = config.calibration
-        request = FitRequest(
-            model.id, model.dtype, method.name, method.params, sparsity, estimator, calibration.source,
-            calibration.max_tokens, seed,
-        )  # fmt: skip
     fit_key = world.fit_key(request) if request else None
     return AccuracyCell(
         model=model.id,

@@ -131,6 +131,7 @@ def _state(
         "models": [{"id": request.model, "dtype": loaded.dtype}],
         "device": loaded.device,
         "calibration": load_config("embedded").calibration.model_dump(),
+        "predictor": load_config("embedded").predictor.model_dump(),
         "accuracy": [block],
     }
     config = build_config(matrix, "command line")

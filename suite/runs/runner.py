@@ -19,7 +19,7 @@ from suite.errors import InputError
 from suite.runs.analysis_cells import AnalysisCell
 from suite.runs.cells import AccuracyCell, FitRequest
 from suite.runs.speed_cells import TimedCell
-from suite.runs.store import CellStore, Record, StoreFullError, finite
+from suite.runs.store import CellStore, Record, StoreFullError, finite, sha256_of
 
 Rerun = Literal["missing", "failed", "all"]
 Say = Callable[[str], None]
@@ -28,18 +28,24 @@ ModelCell = AccuracyCell | AnalysisCell  # what needs a loaded model
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one accuracy cell yields: partial CSV rows, one per metric; sparsity per layer; samples per document."""
+    """What one accuracy cell yields: partial CSV rows, one per metric; sparsity per layer; samples per document.
+
+    ``predictor`` describes the predictor that was used: partial rows of predictor.csv, one per layer.
+    """
 
     rows: list[dict[str, Any]]
     sparsity: list[dict[str, Any]] = field(default_factory=list)
     samples: list[tuple[str, str, float]] = field(default_factory=list)
+    predictor: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Session(Protocol):
     """One loaded model."""
 
-    def ensure_fit(self, request: FitRequest, key: str, folder: Path, *, remake: bool) -> str:
-        """Make the fit below ``folder`` unless it is there; returns its SHA-256."""
+    def ensure_fit(
+        self, request: FitRequest, key: str, folder: Path, *, remake: bool, mates: Mapping[str, FitRequest]
+    ) -> str:
+        """Make the fit below ``folder`` unless it is there, with its ``mates`` in one go; returns its SHA-256."""
 
     def run(self, cell: AccuracyCell, fits: Path) -> Outcome:
         """Measure one cell."""
@@ -241,6 +247,7 @@ class Runner:
                 rows=outcome.rows,
                 sparsity=outcome.sparsity,
                 samples=outcome.samples,
+                predictor=outcome.predictor,
                 fit_sha256=fit_sha256,
                 elapsed_s=time.perf_counter() - start,
             )
@@ -250,14 +257,24 @@ class Runner:
         if cell.fit is None or cell.fit_key is None:
             return None
         known = self._fit_sha256.get(cell.fit_key)
-        with self._store.lock(f"fit-{cell.fit_key[:32]}"):
+        lock = cell.fit_key if cell.fit.options is None else sha256_of(repr(cell.fit.shared))
+        with self._store.lock(f"fit-{lock[:32]}"):
             remake = self._rerun == "all" and known is None
+            mates: dict[str, FitRequest] = {}
             if remake or not self._has_fit(cell.fit_key):
                 self._say(f"fitting {cell.method} {cell.sparsity:g} {cell.fit.estimator} on {cell.model_name}")
-            found = session.ensure_fit(cell.fit, cell.fit_key, self._fits, remake=remake)
+                mates = self._mates(cell.fit)
+            found = session.ensure_fit(cell.fit, cell.fit_key, self._fits, remake=remake, mates=mates)
         self._same_fit(cell, known or found, found)
         self._fit_sha256[cell.fit_key] = found
         return found
+
+    def _mates(self, fit: FitRequest) -> dict[str, FitRequest]:
+        """Missing predictors that are made with this one on the same activations, by key."""
+        if fit.options is None:
+            return {}
+        requests = {cell.fit_key: cell.fit for cell in self._matrix.accuracy if cell.fit_key and cell.fit}
+        return {key: one for key, one in requests.items() if one.shared == fit.shared and not self._has_fit(key)}
 
     @contextlib.contextmanager
     def _recording(self, cell: ModelCell) -> Iterator[None]:
@@ -313,7 +330,8 @@ def _later(waiting: list[ModelCell]) -> Iterator[tuple[ModelCell, bool]]:
 
 
 def _record(cell: ModelCell | TimedCell, status: str, *, elapsed_s: float, **values: Any) -> Record:
-    empty: Record = {"reason": "", "rows": [], "sparsity": [], "samples": [], "fit_sha256": None, "log": ""}
+    empty: Record = {"reason": "", "rows": [], "sparsity": [], "samples": [], "predictor": []}
+    empty |= {"fit_sha256": None, "log": ""}
     return {
         **empty,
         "key": cell.key,

@@ -157,10 +157,13 @@ def _differences(cell: AccuracyCell, old: Sequence[Row], new: Sequence[Mapping[s
 
 def _identity(cell: AccuracyCell) -> tuple[str, ...]:
     estimator = cell.fit.estimator if cell.fit else ""
-    setting = (cell.method, cell.mode, f"{cell.sparsity:g}", estimator, cell.scope)
+    predictor = (cell.fit_key or "")[:16] if cell.fit and cell.fit.options else ""  # of several ranks, perhaps
+    setting = (cell.method, cell.mode, f"{cell.sparsity:g}", estimator, predictor, cell.scope)
     return (cell.model_name, cell.dtype, cell.task.name, *setting, str(cell.seed))
 
 
 def _row_identity(row: Row) -> tuple[str, ...]:
-    setting = (row["method"], row["mode"], f"{float(row['sparsity_target']):g}", row["estimator"], row["scope"])
+    predictor = row["fit_id"] if row["predictor"] else ""
+    target = f"{float(row['sparsity_target']):g}"
+    setting = (row["method"], row["mode"], target, row["estimator"], predictor, row["scope"])
     return (row["model"], row["dtype"], row["task"], *setting, row["seed"])

@@ -107,19 +107,20 @@ class LocalWorld:
 
     def fit_key(self, request: FitRequest) -> str:
         """Key of a fit."""
-        from suite.fitting.keys import fit_key
+        from suite.fitting.keys import key_of, predictor_key, training_key
+        from suite.registry import get_method
 
-        return fit_key(
-            request.method,
-            dict(request.params),
-            request.sparsity,
-            request.estimator,
+        method = get_method(request.method, sparsity=request.sparsity, **request.params)
+        decided_by = (
             self.weights(request.model),
             self.calibration_fingerprint(request.calibration, request.max_tokens),
             request.max_tokens,
             request.seed,
             request.dtype,
         )
+        if request.options is not None:
+            return predictor_key(training_key(method, request.options, *decided_by), request.estimator)
+        return key_of(method, request.estimator, *decided_by)
 
     def versions(self, kind: str) -> dict[str, str]:
         """Packages that decide numbers of a kind."""

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import example as explicit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -206,6 +207,7 @@ def test_exact_quantile_comes_as_near_as_ties_allow(values, share):
 
 @settings(max_examples=100, deadline=None)
 @given(numbers, st.floats(0.01, 0.99))
+@explicit([3.3995005992199223e38], 0.5)  # in the bin below infinity
 def test_histogram_quantile_is_off_by_less_than_a_bin(values, share):
     scores = torch.tensor(values)
     histogram = ScoreHistogram()

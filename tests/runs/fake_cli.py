@@ -10,7 +10,7 @@ from tests.runs.fakes import FakeExecutor, FakeWorld
 
 if __name__ == "__main__":
     seconds = float(sys.argv.pop(1))
-    suite.runs.executor.LocalExecutor = lambda: FakeExecutor(seconds=seconds)
+    suite.runs.executor.LocalExecutor = lambda **_: FakeExecutor(seconds=seconds)
     suite.runs.world.LocalWorld = FakeWorld
     page = types.ModuleType("suite.report.page")  # has tests of its own, and takes most of a quick run's time
     page.write_report = lambda folder: None

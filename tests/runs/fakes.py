@@ -63,7 +63,9 @@ class FakeWorld:
         return f"data of {task.name}"
 
     def fit_key(self, request: FitRequest) -> str:
-        return sha256_of([request.model, request.method, request.sparsity, request.estimator, request.seed])
+        return sha256_of(
+            [request.model, request.method, request.sparsity, request.estimator, request.seed, repr(request.options)]
+        )
 
     def versions(self, kind: str) -> dict[str, str]:
         return {"torch": "0"}
@@ -88,7 +90,7 @@ class FakeExecutor:
         self.loads.append(cell.model)
         yield self
 
-    def ensure_fit(self, request: FitRequest, key: str, folder: Path, *, remake: bool) -> str:
+    def ensure_fit(self, request: FitRequest, key: str, folder: Path, *, remake: bool, mates: Any) -> str:
         path = folder / f"{key}.json"
         if remake or not path.exists():
             self.fitted.append(key)

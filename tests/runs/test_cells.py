@@ -97,10 +97,6 @@ def test_tasks_with_a_scope_of_their_own_run_once():
             [{**SPARSE, "methods": [{"name": "random", "params": {"sed": 1}}]}],
             "no parameter 'sed'; did you mean 'seed'",
         ),
-        (
-            [{**SPARSE, "modes": ["practical"], "methods": ["d-countdown"]}],
-            "comes with predictors; not in this version",
-        ),
         ([{**SPARSE, "modes": ["practical"], "methods": ["random"]}], "has no mode 'practical'"),
         ([{**SPARSE, "sparsities": [0.5, 0.50]}], "duplicate cell in accuracy.0 and accuracy.0"),
         ([SPARSE, SPARSE], "duplicate cell in accuracy.0 and accuracy.1"),

@@ -80,15 +80,22 @@ WRITTEN = ("samples.csv.gz", "sparsity.csv", "cif_caf.csv", "activations.csv")
 def small(world: Path, name: str = "tiny-llama", **changes) -> dict:
     block = {"methods": ["dense", "random", "m-countdown"], "sparsities": [0.5], "tasks": ["arc_easy", "wikitext"]}
     changes = {"analysis": {"documents": 2, "prompt_tokens": 8, "new_tokens": 4}} | changes
-    practical = block | {"methods": ["cats"], "modes": ["practical"]}
+    practical = block | {"methods": ["cats", "d-countdown", "dejavu"], "modes": ["practical"]}
     config = {"name": "small", "models": [{"id": str(world / name)}], "device": "cpu", "accuracy": [block, practical]}
-    return config | {"data_dir": str(world / "data"), "calibration": {"max_tokens": 256}} | changes
+    return (
+        config
+        | {"data_dir": str(world / "data"), "calibration": {"max_tokens": 256}, "predictor": {"max_tokens": 2048}}
+        | changes
+    )
 
 
 def test_rerun_all_gives_the_same_accuracy_csv(world, tmp_path):
     matrix = written(tmp_path, small(world))
     command = ["run", matrix, "--results", str(tmp_path / "r"), "--out", str(tmp_path / "out")]
     assert main(command) == 0
+    of_predictors = {(row["method"], row["predictor"], row["rank"]) for row in rows(tmp_path / "out") if row["rank"]}
+    assert of_predictors == {("d-countdown", "low-rank", "8"), ("dejavu", "low-rank", "8")}
+    assert not list((tmp_path / "r" / "fits").glob("partial*"))
     first = [{k: v for k, v in row.items() if k != "elapsed_s"} for row in rows(tmp_path / "out")]
     others = {name: (tmp_path / "out" / name).read_bytes() for name in WRITTEN}
     assert main([*command, "--rerun", "all"]) == 0
