@@ -45,6 +45,7 @@ def test_paper_profile_on_tiny_models_of_its_architectures(world, tmp_path):
     assert [model["id"].split("/")[1][:5] for model in config["models"]] == ["Llama", "gemma", "Qwen2", "phi-4"]
     config |= {"models": [{"id": str(world / name)} for name in ARCHITECTURES], "device": "cpu", "speed": []}
     config["calibration"] |= {"max_tokens": 512, "estimators": ["calibrated"]}
+    config["predictor"] |= {"ranks": [8], "max_tokens": 512}
     for block in list(config["accuracy"]):
         block |= {"sparsities": [0.8], "scopes": ["paper"]}
         # generation, 256 steps an answer, is half of the time: of every mode one method and dense
@@ -62,7 +63,7 @@ def test_paper_profile_on_tiny_models_of_its_architectures(world, tmp_path):
     assert {row["model"] for row in table} == set(ARCHITECTURES)
     assert len({row["task"] for row in table}) == 11
     settings = {(row["method"], row["mode"]) for row in table}
-    assert len(settings) == 1 + 7 + 2
+    assert len(settings) == 1 + 7 + 6
     for row in table:
         if row["mode"] == "ideal":  # exactly k of 40 neurons
             assert float(row["sparsity_realized"]) == pytest.approx(0.8)
