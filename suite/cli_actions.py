@@ -43,7 +43,7 @@ def _names(kind: str, results: Path | None) -> list[str]:
     if kind == "models":
         return _models()
     if kind == "profiles":
-        return [f"{name:10}{load_config(name).title}" for name in PROFILES]
+        return [f"{name:14}{load_config(name).title}" for name in PROFILES]
     folders = (results or settings.results_dir()).glob("*/*/manifest.json")
     return sorted(str(path.parent) for path in folders)
 

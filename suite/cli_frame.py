@@ -33,13 +33,14 @@ def guarded(app: typer.Typer, argv: list[str] | None) -> int:
             code = command.main(
                 [a for a in arguments if a != "--debug"], prog_name="countdown-suite", standalone_mode=False
             )
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted: finished cells are kept; run the same command again to go on", err=True)
-        return INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort):  # newer typer returns 130 instead
+        code = INTERRUPTED
     except Exception as error:  # the outermost frame: whatever it is, one line and an exit code
         if debug:
             raise
         return _one_line(error)
+    if code == INTERRUPTED:
+        typer.echo("interrupted: run the same command again to go on where it stopped", err=True)
     return int(code or OK)
 
 

@@ -243,6 +243,7 @@ def test_signal_is_exit_130_and_keeps_finished_cells(tmp_path, matrix, number):
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert re.search(rf"interrupted: \d+ of {N_CELLS} cells are finished and kept", err)
+    assert err.rstrip().endswith("run the same command again to go on where it stopped")
     finished = len(list(tmp_path.glob("r/cells/*/*.json.gz")))
     assert 0 < finished < N_CELLS
     command[3] = "0"
