@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from suite.modeling.scope import Tokens
 
 _DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16, torch.float32)}
+Listing = Callable[[Tensor], tuple[Tensor, Tensor, int | Tensor]]
 # A graph replays launches on a layer's workspace and transposed W_down: who captured one may replay it as long as the
 # model's own weights exist.
 _captured: WeakKeyDictionary[nn.Module, list[DecodeKernels]] = WeakKeyDictionary()
@@ -40,30 +41,38 @@ class DecodeKernels(Protocol):
     def kept(self, layers: Sequence[int], n_tokens: int) -> Tensor:
         """Neurons used for each token of the last pass, shape (len(layers), n_tokens), int64; does not wait."""
 
+    def active(self, layer: int) -> Tensor:
+        """Neurons used for the first token of the last pass, ascending, int64; waits."""
+
 
 class ListedKernels:
-    """Kernels for one token that know the size of their active set when they return.
+    """Kernels for one token that know their active set when they return.
 
     Parameters
     ----------
-    layers : callables x -> (y, neurons used), one a layer
+    layers : callables x -> (y, list of neurons, how many of the list are used), one a layer
     """
 
     most = 1
 
-    def __init__(self, layers: Sequence[Callable[[Tensor], tuple[Tensor, int | Tensor]]]) -> None:
+    def __init__(self, layers: Sequence[Listing]) -> None:
         self._layers = layers
-        self._used: dict[int, int | Tensor] = {}
+        self._used: dict[int, tuple[Tensor, int | Tensor]] = {}
 
     def run(self, layer: int, x: Tensor) -> Tensor:
         """As the protocol."""
-        y, self._used[layer] = self._layers[layer](x)
+        y, *self._used[layer] = self._layers[layer](x)  # type: ignore[assignment]
         return y
 
     def kept(self, layers: Sequence[int], n_tokens: int) -> Tensor:
         """As the protocol."""
-        used = [self._used[layer] for layer in layers]
+        used = [self._used[layer][1] for layer in layers]
         return torch.stack([torch.as_tensor(n, dtype=torch.int64) for n in used])[:, None]
+
+    def active(self, layer: int) -> Tensor:
+        """As the protocol."""
+        listed, count = self._used[layer]
+        return listed[: int(count)].long()
 
 
 class ChoosingKernels:
@@ -88,6 +97,11 @@ class ChoosingKernels:
         from kernels_numba.gpu.counts import active_counts
 
         return active_counts([self.layers[layer] for layer in layers], n_tokens)
+
+    def active(self, layer: int) -> Tensor:
+        """As the protocol."""
+        found: Tensor = self.layers[layer].active()
+        return found
 
 
 class Fallback:
@@ -192,7 +206,7 @@ def _cpu_threads() -> int:
     return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
 
 
-def _cpu_threshold(mlp: GatedMLP, first: str, threshold: float) -> Callable[[Tensor], tuple[Tensor, int]]:
+def _cpu_threshold(mlp: GatedMLP, first: str, threshold: float) -> Listing:
     from kernels_numba.cpu import ThresholdLayer, transpose_down
 
     w_gate, w_up, w_down = (weight.detach() for weight in mlp.weights())
@@ -206,42 +220,40 @@ def _cpu_threshold(mlp: GatedMLP, first: str, threshold: float) -> Callable[[Ten
         threads=_cpu_threads(),
     )
 
-    def run(x: Tensor) -> tuple[Tensor, int]:
-        return layer(x), layer.count
+    def run(x: Tensor) -> tuple[Tensor, Tensor, int]:
+        y = layer(x)
+        return y, torch.from_numpy(layer.active), layer.count
 
     return run
 
 
-def _cpu_given(
-    mlp: GatedMLP, predictor: PredictorState, threshold: float
-) -> Callable[[Tensor], tuple[Tensor, int | Tensor]]:
+def _cpu_given(mlp: GatedMLP, predictor: PredictorState, threshold: float) -> Listing:
     """The predictor in torch, as the masked backend computes it, then the kernel for a given set."""
     from kernels_numba.cpu import GivenLayer, transpose_down
 
     w_gate, w_up, w_down = (weight.detach() for weight in mlp.weights())
     layer = GivenLayer(w_gate, w_up, transpose_down(w_down), activation=mlp.activation, threads=_cpu_threads())
 
-    def run(x: Tensor) -> tuple[Tensor, int]:
+    def run(x: Tensor) -> tuple[Tensor, Tensor, int]:
         keep = select_threshold(predictor.logits(mlp.layer, x.reshape(1, -1)), threshold)
-        return layer(x, keep[0].nonzero()[:, 0]), layer.count
+        listed = keep[0].nonzero()[:, 0]
+        return layer(x, listed), listed, layer.count
 
     return run
 
 
-def _cuda_given(
-    mlp: GatedMLP, predictor: PredictorState, threshold: float
-) -> Callable[[Tensor], tuple[Tensor, int | Tensor]]:
+def _cuda_given(mlp: GatedMLP, predictor: PredictorState, threshold: float) -> Listing:
     """The same on a GPU, for predictors that have no kernel of their own; the count stays on the device."""
     from kernels_numba.gpu.layers import GivenLayer, transpose_down
 
     w_gate, w_up, w_down = (weight.detach() for weight in mlp.weights())
     layer = GivenLayer(w_gate, w_up, transpose_down(w_down), activation=mlp.activation)
 
-    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         keep = select_threshold(predictor.logits(mlp.layer, x.reshape(1, -1)), threshold)[0]
         listed = torch.nonzero_static(keep, size=mlp.d_ff, fill_value=0)[:, 0].int()
         count = keep.sum(dtype=torch.int32)
-        return layer(x.contiguous(), listed, count.reshape(1)), count
+        return layer(x.contiguous(), listed, count.reshape(1)), listed, count
 
     return run
 
