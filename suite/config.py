@@ -20,7 +20,7 @@ from suite.fitting.options import Loss, Predictor, PredictorEstimator, Predictor
 from suite.registry import did_you_mean
 
 DATA_DIR = "{data_dir}"  # in a calibration's source: the data folder given on the command line
-PROFILES = ("embedded", "small", "paper", "gpu-kernels", "gpu-accuracy")
+PROFILES = ("embedded", "small", "paper", "gpu-kernels", "gpu-accuracy", "gpu-decode")
 
 Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -140,7 +140,7 @@ class AccuracyBlock(Section):
 
 
 class SpeedBlock(Section):
-    """Cells of speed: shapes x methods x sparsities x dtypes x backends x batch sizes x threads."""
+    """Cells of speed: shapes x methods x sparsities x dtypes x backends x batch sizes x threads (x contexts of decode)."""
 
     level: Literal["op", "layer", "decode"] = "layer"
     shapes: list[str] = Field(min_length=1)
@@ -154,6 +154,7 @@ class SpeedBlock(Section):
         default=["eager"], min_length=1
     )
     clocks: list[Literal["wall", "event", "graph"]] = Field(default=["wall"], min_length=1)
+    contexts: list[Count] = Field(default=[128], min_length=1)
 
 
 class AnalysisConfig(Section):

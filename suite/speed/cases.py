@@ -50,7 +50,7 @@ class SpeedCase:
 
     Parameters
     ----------
-    level : "op" (the down projection alone) or "layer" (one gated MLP)
+    level : "op" (the down projection alone), "layer" (one gated MLP) or "decode" (a token of a whole model)
     model_shape : name of the shape; d_model, d_ff and activation are its values
     method : "dense", "cats", "m-countdown", "given" (a given active set: what a predictor method runs), ...
     mode : "none" for dense, "practical" for thresholds, "ideal" for a given set (exactly k kept)
@@ -60,6 +60,7 @@ class SpeedCase:
     variant : "eager"; of dense on a GPU "compile"; of a CUDA kernel "no-overlap" (without programmatic dependent launch)
         or "trace" (with the clock written at every phase)
     clock : "wall" on a CPU, "graph" or "event" on a GPU
+    context_tokens : tokens in the cache, of level "decode" only
     """
 
     level: str = "layer"
@@ -79,6 +80,7 @@ class SpeedCase:
     clock: str = "wall"
     cache: str = "cold"
     rank: int | None = None
+    context_tokens: int | None = None
 
     def key_fields(self) -> dict[str, Any]:
         """Everything about the case that decides its number, as plain values."""
@@ -88,6 +90,7 @@ class SpeedCase:
     def group(self) -> str:
         """Cases of one group are timed interleaved in one go and always run again together."""
         shape = f"{self.model_shape}-{self.d_model}x{self.d_ff}-{self.activation}"
+        shape = f"decode-{shape}" if self.level == "decode" else shape
         return f"{self.device}-{shape}-{self.dtype}-b{self.batch_size}-t{self.threads}"
 
     @property
@@ -146,6 +149,7 @@ def make_cases(
     threads: Iterable[int | str] = ("all",),
     variants: Iterable[str] = ("eager",),
     clocks: Iterable[str] = ("wall",),
+    contexts: Iterable[int] = (128,),
 ) -> list[SpeedCase]:
     """All cases of a matrix block, those of one group side by side; combinations that mean nothing are left out.
 
@@ -160,6 +164,9 @@ def make_cases(
     """
     methods, sparsities, backends, clocks = list(methods), list(sparsities), list(backends), list(clocks)
     _check_names(level, methods, sparsities, backends)
+    if level == "decode":
+        axes = (list(dtypes), list(batch_sizes), list(threads), list(variants), list(contexts))
+        return _decode_cases(list(shapes), methods, sparsities, backends, *axes)
     gpu = "numba-cuda" in backends
     devices = [d for d, wanted in (("cpu", "numba-cpu" in backends or not gpu), ("cuda", gpu)) if wanted]
     cases: list[SpeedCase] = []
@@ -207,8 +214,57 @@ def make_cases(
     return sorted(cases, key=lambda case: list(dict.fromkeys(c.group for c in cases)).index(case.group))
 
 
+def _decode_cases(
+    shapes: list[str],
+    methods: list[str],
+    sparsities: list[float],
+    backends: list[str],
+    dtypes: list[str],
+    batch_sizes: list[int],
+    threads: list[int | str],
+    variants: list[str],
+    contexts: list[int],
+) -> list[SpeedCase]:
+    """Whole models: sparse methods in the own loop only (a graph on the GPU), dense also by the other variants."""
+    if batch_sizes != [1] or "given" in methods:
+        raise InputError("level decode: batch size 1 and methods with a practical mode only; leave the others out")
+    devices = [d for d, backend in (("cpu", "numba-cpu"), ("cuda", "numba-cuda")) if backend in backends]
+    cases = []
+    for device, name, dtype, count, context in product(devices, shapes, dtypes, threads, contexts):
+        if name not in SHAPES:
+            raise InputError(f"unknown shape {name!r}{did_you_mean(name, SHAPES)}")
+        shape, own = SHAPES[name], "graph" if device == "cuda" else "eager"
+        others = [v for v in variants if v == "generate" or (v == "compile" and device == "cuda")]
+        for method in methods:
+            dense = method == "dense"
+            cases += [
+                SpeedCase(
+                    level="decode",
+                    model_shape=name,
+                    d_model=shape.d_model,
+                    d_ff=shape.d_ff,
+                    activation=shape.activation,
+                    dtype=dtype,
+                    method=method,
+                    mode=MODES[method],
+                    sparsity=float(sparsity),
+                    backend="torch" if dense else f"numba-{device}",
+                    device=device,
+                    variant=variant,
+                    threads=_thread_count(count) if device == "cpu" else 0,
+                    clock="wall" if device == "cpu" or variant != own else "graph",
+                    cache="cold",
+                    rank=512 if method == "d-countdown" else None,
+                    context_tokens=context,
+                )
+                for variant in ([own, *others] if dense else [own])
+                for sparsity in ([0.0] if dense else sparsities)
+            ]
+    return sorted(cases, key=lambda case: list(dict.fromkeys(c.group for c in cases)).index(case.group))
+
+
 def _check_names(level: str, methods: list[str], sparsities: list[float], backends: list[str]) -> None:
-    known = {"level": ["op", "layer"], "method": list(MODES), "backend": ["torch", "numba-cpu", "numba-cuda"]}
+    known = {"level": ["op", "layer", "decode"], "method": list(MODES), "backend": ["torch", "numba-cpu", "numba-cuda"]}
     for kind, names in (("level", [level]), ("method", methods), ("backend", backends)):
         for name in names:
             if name not in known[kind]:
@@ -252,6 +308,10 @@ def run_group(cases: Sequence[SpeedCase], *, seed: int = 0, progress: Progress |
     groups = sorted({case.group for case in cases})
     if len(groups) > 1:
         raise InputError(f"cases of {len(groups)} groups ({', '.join(groups)}): run each group on its own")
+    if cases[0].level == "decode":
+        from suite.speed.decode import time_group
+
+        return time_group(cases, seed=seed, progress=progress)
     reason, module = _backend(cases[0].device)
     if reason:
         return [skipped_row(case, reason) for case in cases]

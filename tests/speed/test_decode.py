@@ -1,0 +1,147 @@
+"""Decode cases on a tiny model: rows, checks that can fail, refusals by one line."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from suite import schema
+from suite.errors import InputError
+from suite.speed import decode, decode_check, decode_time, model_shapes
+from suite.speed.cases import SHAPES, Shape, make_cases, run_group
+from tests.conftest import D_FF, D_MODEL
+from tests.speed.test_step import build
+
+METHODS = ("dense", "cats", "m-countdown", "d-countdown")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(SHAPES, "tiny", Shape(D_MODEL, D_FF))
+    monkeypatch.setitem(model_shapes.MODEL_SHAPES, "tiny", model_shapes.ModelShape("", {"num_hidden_layers": 2}, 9000))
+    monkeypatch.setattr(decode, "build_model", lambda *_: build("llama"))
+    monkeypatch.setattr(decode_time, "_ROUNDS", 2)
+
+
+def cases(methods=METHODS, sparsities=(0.5,), contexts=(16,), variants=("eager", "generate")):
+    options = {"backends": ["torch", "numba-cpu"], "threads": [1], "variants": variants, "contexts": contexts}
+    made = make_cases(["tiny"], methods, sparsities, level="decode", **options)
+    return [replace(case, rank=8 if case.rank else None) for case in made]
+
+
+def test_rows_of_every_method(tiny):
+    said = []
+    rows = run_group(cases(), progress=said.append)
+    assert [(row["method"], row["variant"]) for row in rows] == [
+        ("dense", "eager"),
+        ("dense", "generate"),
+        ("cats", "eager"),
+        ("m-countdown", "eager"),
+        ("d-countdown", "eager"),
+    ]
+    for row in rows:
+        assert set(row) <= set(schema.SPEED)
+        assert (row["level"], row["status"], row["check"], row["context_tokens"]) == ("decode", "ok", "passed", 16)
+        assert row["tokens_per_s"] == pytest.approx(1e6 / row["latency_us_median"])
+        assert row["latency_us_q25"] <= row["latency_us_median"] <= row["latency_us_q75"]
+    own, sparse = rows[0], rows[2:]
+    # 2 layers of 3 MLP matrices, q, k, v and o, the head, and keys and values of 16 tokens, 4 bytes each
+    weights = 2 * (3 * 32 * 48 + (32 + 16 + 16 + 32) * 32) + 64 * 32 + 2 * 2 * 16 * 16
+    assert own["bytes_read_mib"] == pytest.approx(weights * 4 / 2**20)
+    for row in sparse:
+        assert 0.35 < row["sparsity_realized"] < 0.65
+        assert 0 < row["max_rel_error"] < 1e-5
+        assert row["mlp_share"] > 0
+        assert row["extra_memory_mib"] >= 2 * 32 * 48 * 4 / 2**20
+    assert sum("equal next tokens" in line for line in said) == 3
+
+
+@pytest.mark.parametrize("method", ["m-countdown", "d-countdown"])
+def test_a_wrong_kernel_gets_no_time(tiny, method, monkeypatch):
+    right = decode.decode_kernels
+
+    def wrong(*arguments):
+        kernels = right(*arguments)
+        run = kernels.run
+        kernels.run = lambda layer, x: run(layer, x) * (1.0 if layer == 0 else 1.001)
+        return kernels
+
+    monkeypatch.setattr(decode, "decode_kernels", wrong)
+    row = run_group(cases((method,)))[0]
+    assert (row["status"], row["check"], row["latency_us_median"]) == ("failed", "failed", None)
+    assert "over the bound" in row["reason"]
+
+
+def test_a_wrong_step_gets_no_time(tiny, monkeypatch):
+    monkeypatch.setattr(decode.DecodeModel, "dense", lambda self, layer, x: x)
+    row = run_group(cases(("dense",), variants=("eager",)))[0]
+    assert (row["status"], row["tokens_per_s"]) == ("failed", None)
+
+
+def test_contexts_are_cases_of_one_group(tiny):
+    made = cases(("dense", "m-countdown"), contexts=(16, 40), variants=("eager",))
+    assert len({case.group for case in made}) == 1
+    rows = run_group(made)
+    assert [row["context_tokens"] for row in rows] == [16, 16, 40, 40]
+    assert rows[0]["bytes_read_mib"] < rows[2]["bytes_read_mib"]
+
+
+def test_out_of_memory_marks_its_context_and_the_others_go_on(tiny, monkeypatch):
+    right = decode_time.prepare
+
+    def prepare(case, *rest):
+        if case.context_tokens == 16:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
+        return right(case, *rest)
+
+    monkeypatch.setattr(decode_time, "prepare", prepare)
+    rows = run_group(cases(("dense",), contexts=(16, 40), variants=("eager",)))
+    assert [row["status"] for row in rows] == ["failed", "ok"]
+    assert rows[0]["reason"].startswith("out of memory: ")
+    assert "\n" not in rows[0]["reason"]
+
+
+def test_too_big_a_model_is_estimated_not_loaded(tiny, monkeypatch):
+    monkeypatch.setattr(decode, "free_bytes", lambda device: 30 << 30)
+    monkeypatch.setattr(decode, "build_model", lambda *_: pytest.fail("it was built"))
+    made = make_cases(["phi-4"], ["dense", "m-countdown"], [0.9], level="decode", dtypes=["bfloat16"])
+    rows = run_group(made)
+    assert {row["status"] for row in rows} == {"skipped"}
+    assert rows[0]["reason"] == (
+        "phi-4 in bfloat16 needs about 36 GiB with its copies, 30 are free; embedded, tiny would fit"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"methods": ["given"]}, "level decode"),
+        ({"batch_sizes": [2]}, "level decode: batch size 1"),
+        ({"shapes": ["lama"]}, "unknown shape 'lama'"),
+    ],
+)
+def test_bad_cases_are_refused(change, match):
+    options = {"shapes": ["embedded"], "methods": ["dense"], "sparsities": [0.5], "level": "decode"} | change
+    with pytest.raises(InputError, match=match):
+        make_cases(**options)
+
+
+@pytest.mark.parametrize("name", [name for name, shape in model_shapes.MODEL_SHAPES.items() if shape.config])
+def test_shapes_are_the_papers(name):
+    """Parameters of the published models, counted on a model without memory."""
+    model = model_shapes.build_model(name, torch.bfloat16, "meta")
+    mlp = model.model.layers[0].mlp
+    assert sum(p.numel() for p in model.parameters()) == model_shapes.MODEL_SHAPES[name].n_parameters
+    assert tuple(mlp.down_proj.weight.shape) == (SHAPES[name].d_model, SHAPES[name].d_ff)
+    with pytest.raises(InputError, match="did you mean 'phi-4'"):
+        model_shapes.build_model("phi4", torch.bfloat16, "meta")
+
+
+def test_limit_of_the_check_grows_with_the_layers():
+    class Two:
+        mlps, dtype = [type("Mlp", (), {"d_model": 32, "d_ff": 48})] * 2, torch.float32
+
+    class Eight(Two):
+        mlps = Two.mlps * 4
+
+    assert decode_check._limit(Eight) == pytest.approx(2 * decode_check._limit(Two))
