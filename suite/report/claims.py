@@ -124,12 +124,16 @@ def _c1(quality: Quality, block: Row, settings: Sequence[Average], dense: Averag
         found = quality.quantity([one, dense], tasks, lambda m: 1 - _mean(m, 0) / _mean(m, 1))
         if found is not None:
             row = _row("C1", one, "dense", "relative_loss_of_average", found, SAYS_C1)
-            rows.append(_judged(row, C1_LOSS, True, f"relative loss of the average over {len(tasks)} tasks{note}", "5.5 %"))
+            rows.append(
+                _judged(row, C1_LOSS, True, f"relative loss of the average over {len(tasks)} tasks{note}", "5.5 %")
+            )
         fair = [task for task in tasks if above_chance(dense.cells[task])[0]]
         found = _above_chance_loss(quality, one, dense, fair)
         if found is not None:
             row = _row("C1", one, "dense", "relative_loss_above_chance", found, SAYS_C1)
-            text = f"stricter reading, chance taken out, mean over the {len(fair)} tasks where dense is above chance{note}"
+            text = (
+                f"stricter reading, chance taken out, mean over the {len(fair)} tasks where dense is above chance{note}"
+            )
             rows.append(_judged(row, C1_LOSS, True, text, "5.5 %"))
     return rows
 

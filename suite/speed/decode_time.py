@@ -27,9 +27,9 @@ _WARM_UP, _ROUNDS, _ROUND_STEPS, _COUNTED_STEPS = 3, 10, 12, 12
 def device_facts(case: SpeedCase) -> Row:
     """Name of the device and its driver."""
     if case.device == "cuda":
-        from suite.speed.gpu import _driver
+        from suite.speed.gpu import driver_version
 
-        return {"device_name": torch.cuda.get_device_name(), "driver_version": _driver()}
+        return {"device_name": torch.cuda.get_device_name(), "driver_version": driver_version()}
     from suite.speed.timing import device_name
 
     return {"device_name": device_name(), "driver_version": ""}
@@ -129,13 +129,13 @@ def _wall_times(run: Callable[[], None], n: int) -> list[float]:
 
 
 def _gpu_bandwidth() -> Callable[[], float]:
-    from suite.speed.gpu import read_bandwidth
+    from suite.speed.gpu_timing import ReadBandwidth
 
-    buffer, samples = torch.ones(1 << 30, dtype=torch.float32, device="cuda"), []
+    reader = ReadBandwidth()
 
     def measure() -> float:
-        samples.append(read_bandwidth(buffer, 3))
-        return float(np.median(samples))
+        reader.measure(3)
+        return reader.bytes_per_s
 
     return measure
 

@@ -245,7 +245,8 @@ def _unsupported(case: SpeedCase) -> str:
     return ""
 
 
-def _driver() -> str:
+def driver_version() -> str:
+    """CUDA version that the driver supports."""
     import cuda.bindings.driver as driver
 
     version = int(driver.cuDriverGetVersion()[1])
@@ -280,7 +281,7 @@ def time_group(cases: Sequence[SpeedCase], *, seed: int = 0, progress: Progress 
             bounds = [bind(case, layer) for layer in layers]
             found = check(case, bounds[0], layers[0], seed)
             facts: Row = {"max_rel_error": found.error, "jit_s": found.jit_s, "n_layers": len(layers)}
-            facts |= {"device_name": torch.cuda.get_device_name(), "driver_version": _driver()}
+            facts |= {"device_name": torch.cuda.get_device_name(), "driver_version": driver_version()}
             if bounds[0].layer is not None:
                 facts["extra_memory_mib"] = bounds[0].layer.extra_bytes / 2**20
             facts["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
