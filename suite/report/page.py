@@ -47,6 +47,7 @@ CAPTIONS = {
 INLINE_TABLES = (
     "accuracy", "difference_to_dense", "methods_against_each_other", "above_chance", "scope_effect", "perplexity", "speed",
 )  # fmt: skip
+_SOURCES = {"pydoc": "the English reference prose that every Python carries (`pydoc_data.topics`)"}
 DEFECTS = (
     "Gemma kernels that apply SiLU instead of GELU-tanh.",
     "End-to-end D-COUNTDOWN that passes an index list to kernels that read a flag mask.",
@@ -216,10 +217,11 @@ def _warnings(material: Material) -> Iterator[str]:
             "everything runs and to tell methods apart roughly. The paper's tasks are the real ones (profiles `small` "
             "and `paper`)."
         )
-    if any(source.startswith("pydoc") for source in sources):
+    in_domain = material.results.manifest.get("in_domain") or {}
+    outside = [_SOURCES.get(source, f"`{source}`") for source in sorted(sources) if not in_domain.get(source)]
+    if outside:
         yield (
-            "Thresholds of the practical methods were fitted out of domain, on the English reference prose that every "
-            "Python carries (`pydoc_data.topics`)."
+            f"Practical methods were fitted out of domain (not on train splits of the tasks): on {', '.join(outside)}."
         )
     if not material.results.manifest:
         yield "There is no manifest.json in this folder: nothing is known about where its numbers come from."

@@ -13,6 +13,7 @@ from typing import Any
 from suite import __version__
 from suite.config import MatrixConfig
 from suite.errors import InputError
+from suite.fitting.calibration import Calibration
 from suite.runs import provenance
 from suite.runs.runner import Matrix, ModelCell
 from suite.runs.speed_cells import TimedCell
@@ -57,6 +58,7 @@ def build_manifest(
         "models": {c.model_name: {"weights": c.key_fields["weights"], "dtype": c.dtype} for c in matrix.of_models},
         "data": {c.task.name: c.key_fields["task"]["data"] for c in matrix.of_models},
         "fits": _fits(matrix, records),
+        "in_domain": {scrub.text(s): Calibration(s).in_domain for s in _sources(matrix)},
         "key_common": scrub.value(common),
         "cells": {c.id: _cell(c, records[c.key], common[c.kind], scrub) for c in sorted(cells, key=lambda c: c.id)},
     }
@@ -79,6 +81,11 @@ def key_fields(manifest: Mapping[str, Any], cell_id: str) -> dict[str, Any]:
     """Key fields of a cell as they were hashed."""
     cell = manifest["cells"][cell_id]
     return {**manifest["key_common"][cell["kind"]], **cell["fields"]}
+
+
+def _sources(matrix: Matrix) -> list[str]:
+    """Calibration sources of the practical cells."""
+    return sorted({cell.fit.calibration for cell in matrix.accuracy if cell.fit})
 
 
 def _fits(matrix: Matrix, records: Mapping[str, Record | None]) -> dict[str, str]:

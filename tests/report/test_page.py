@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import re
 import shutil
 
@@ -182,3 +183,11 @@ def test_labels_are_pushed_apart_and_keep_their_order(places, gap):
     assert len(moved) == len(places)
     assert all(b - a >= gap * (1 - 1e-9) for a, b in itertools.pairwise(moved))
     assert np.mean(moved or [0]) == pytest.approx(np.mean(sorted(places) or [0]), abs=1e-9)
+
+
+@pytest.mark.parametrize(("in_domain", "warned"), [({}, True), ({"pydoc": False}, True), ({"pydoc": True}, False)])
+def test_out_of_domain_fits_are_said_unless_the_manifest_knows_better(copy, in_domain, warned):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"in_domain": in_domain}))
+    write_report(copy)
+    assert ("fitted out of domain" in (copy / "REPORT.md").read_text()) is warned
