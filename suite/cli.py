@@ -48,7 +48,7 @@ BatchSize = Annotated[int | None, typer.Option(parser=_whole, metavar="N", help=
 Seed = Annotated[
     list[int] | None, typer.Option(parser=_whole, metavar="N", help="Seed instead of the matrix' own. Repeatable.")
 ]
-Rerun = Annotated[str, typer.Option(help="missing, failed (and missing) or all.")]
+Rerun = Annotated[str, typer.Option(help="missing, failed (and missing), all, or none (write the folder only).")]
 NoFit = Annotated[bool, typer.Option("--no-fit", help="Refuse to make a missing fit (exit 2).")]
 Calibration = Annotated[str | None, typer.Option(help="Text of the fits: pydoc, file:PATH (.txt, .jsonl, .jsonl.gz).")]
 Rank = Annotated[list[int] | None, typer.Option(parser=_whole, metavar="N", help="Rank of predictors. Repeatable.")]

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from suite.runs.executor import LocalExecutor
     from suite.runs.run import Finished
     from suite.runs.runner import Rerun
+    from suite.runs.world import LocalWorld
 
 _KINDS = ("methods", "tasks", "models", "profiles", "runs")
-_RERUN = ("missing", "failed", "all")
+_RERUN = ("missing", "failed", "all", "none")
 
 
 def show_names(kind: str | None, results: Path | None) -> None:
@@ -157,6 +158,13 @@ def _world(config: MatrixConfig) -> Any:
     return world
 
 
+def _stored_world(config: MatrixConfig, results: Path) -> LocalWorld:
+    from suite.runs.store import CellStore
+    from suite.runs.world import StoredWorld
+
+    return StoredWorld(config, CellStore(results, _say))
+
+
 def _run(config: MatrixConfig, results: Path | None, out: Path | None, rerun: str, no_fit: bool) -> int:
     return _tell(_finish(config, results, out, rerun, no_fit))
 
@@ -173,11 +181,12 @@ def _finish(config: MatrixConfig, results: Path | None, out: Path | None, rerun:
         argv=sys.argv[1:],
         progress=True,
     )
-    return run_matrix(config, _world(config), _executor(config), options, _say, report)
+    world = _world(config) if options.rerun != "none" else _stored_world(config, options.results)
+    return run_matrix(config, world, _executor(config), options, _say, report)
 
 
 def _rerun(text: str) -> Rerun:
-    for known in ("missing", "failed", "all"):
+    for known in ("missing", "failed", "all", "none"):
         if text == known:
             return known
     raise InputError(f"--rerun {text!r}{did_you_mean(text, _RERUN)}")

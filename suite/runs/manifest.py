@@ -31,6 +31,7 @@ def build_manifest(
     device: provenance.Device,
     scrub: provenance.Scrubber,
     argv: Sequence[str],
+    packages: Mapping[str, str],
 ) -> dict[str, Any]:
     """Everything but the hashes of the files, which :func:`seal` adds."""
     resolved = scrub.value(portable(config).model_dump(mode="json"))
@@ -52,7 +53,7 @@ def build_manifest(
         "report_code": provenance.code_hash(provenance.REPORT_ROOMS),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "packages": provenance.versions(),
+        "packages": dict(packages),
         "device": {"type": device.type, "name": device.name, "driver": device.driver},
         "seeds": config.seeds,
         "models": {c.model_name: {"weights": c.key_fields["weights"], "dtype": c.dtype} for c in matrix.of_models},

@@ -21,7 +21,7 @@ from suite.runs.cells import AccuracyCell, FitRequest
 from suite.runs.speed_cells import TimedCell
 from suite.runs.store import CellStore, Record, StoreFullError, finite, sha256_of
 
-Rerun = Literal["missing", "failed", "all"]
+Rerun = Literal["missing", "failed", "all", "none"]
 Say = Callable[[str], None]
 ModelCell = AccuracyCell | AnalysisCell  # what needs a loaded model
 
@@ -98,7 +98,8 @@ class Runner:
     matrix, executor, store
     fits : Path
         Folder of the fits.
-    rerun : ``missing`` computes what has no record; ``failed`` also what failed; ``all`` everything, fits too.
+    rerun : ``missing`` computes what has no record; ``failed`` also what failed; ``all`` everything, fits too;
+        ``none`` nothing.
     no_fit : refuse to make a missing fit.
     say : gets one line per event.
     """
@@ -170,6 +171,8 @@ class Runner:
         return any(self._fits.glob(f"{key}*"))
 
     def _is_pending(self, record: Record | None) -> bool:
+        if self._rerun == "none":
+            return False
         if record is None or self._rerun == "all":
             return True
         return record["status"] == "failed" and self._rerun == "failed"

@@ -158,6 +158,12 @@ class CellStore:
             self._told.add(path.name)
             self._say(f"damaged cell {path.name} ({why}): treated as missing and computed again")
 
+    def newest(self, kind: str) -> Record | None:
+        """The cell of a kind that was measured last, None if there is none."""
+        keys = (path.name.removesuffix(".json.gz") for path in self.folder.glob("??/*.json.gz"))
+        found = [record for key in keys if (record := self.get(key)) is not None and record["kind"] == kind]
+        return max(found, key=lambda record: str(record["created"]), default=None)
+
     def put(self, record: Record) -> None:
         """Store a record under its key, replacing what was there.
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from suite.evaluation.tasks import TaskSpec
     from suite.fitting.calibration import Calibration
     from suite.modeling.loading import ModelRef
+    from suite.runs.store import CellStore
 
 
 class LocalWorld:
@@ -133,3 +134,36 @@ class LocalWorld:
         )
         own = () if method in METHODS or ":" not in method else (method.partition(":")[0],)
         return provenance.code_hash(rooms + own)
+
+
+class StoredWorld(LocalWorld):
+    """The same for cells that another machine has measured: device, versions and code are the newest cell's of the store.
+
+    Models and data are this machine's own, so that a cell of other weights or documents is not found.
+
+    Raises
+    ------
+    InputError
+        The store has no accuracy cell.
+    """
+
+    def __init__(self, config: MatrixConfig, store: CellStore) -> None:
+        super().__init__(config.model_copy(update={"device": "cpu"}))
+        self._newest = {kind: store.newest(kind) for kind in ("accuracy", "analysis")}
+        accuracy = self._newest["accuracy"]
+        if accuracy is None:
+            raise InputError(
+                f"no accuracy cell below {store.folder}: copy the store of the machine that measured, or run"
+            )
+        kind = accuracy["key_fields"]["device"]
+        self.device = provenance.Device(kind, "as in the cells, whose store was carried over")
+
+    def versions(self, kind: str) -> dict[str, str]:
+        """Packages that the cells were measured with."""
+        newest = self._newest.get(kind)
+        return dict(newest["key_fields"]["versions"]) if newest else super().versions(kind)
+
+    def code(self, kind: str, method: str) -> str:
+        """Hash of the code that they were measured by."""
+        newest = self._newest.get(kind)
+        return str(newest["key_fields"]["code"]) if newest else super().code(kind, method)

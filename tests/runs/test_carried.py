@@ -1,0 +1,55 @@
+"""A store carried to a machine with other packages: the run folder is written from it, and nothing is measured."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from suite.cli import main
+from suite.runs import provenance
+from tests.runs.tiny_world import _SHAPE, ARCHITECTURES, data_folder, save_model
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    model = save_model(tmp_path / "tiny-llama", ARCHITECTURES["tiny-llama"](**_SHAPE))
+    data = data_folder(tmp_path / "data")
+    matrix = {
+        "name": "carried",
+        "device": "cpu",
+        "models": [{"id": str(model)}],
+        "accuracy": [{"methods": ["dense", "cats"], "sparsities": [0.5], "tasks": [{"name": "arc_easy", "limit": 2}]}],
+    }
+    (tmp_path / "matrix.yaml").write_text(yaml.safe_dump(matrix))
+    return ["run", str(tmp_path / "matrix.yaml"), "--data-dir", str(data), "--results", str(tmp_path / "results")]
+
+
+def statuses(folder: Path) -> set[str]:
+    with (folder / "accuracy.csv").open() as file:
+        return {row["status"] for row in csv.DictReader(file)}
+
+
+def test_a_store_is_read_under_the_versions_of_its_cells(command, tmp_path, monkeypatch, capsys):
+    assert main([*command, "--out", str(tmp_path / "here")]) == 0
+    versions = provenance.versions
+    monkeypatch.setattr(provenance, "versions", lambda *names: versions(*names) | {"torch": "another"})
+
+    def measures(*_):
+        raise AssertionError("a cell was measured")
+
+    monkeypatch.setattr("suite.runs.executor.LocalExecutor.session", measures)
+    out = tmp_path / "there"
+    assert main([*command, "--rerun", "none", "--out", str(out)]) == 0
+    assert statuses(out) == {"ok"}
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["packages"] == versions(provenance.ACCURACY_PACKAGES)
+    assert main([*command, "--rerun", "none", "--limit", "1", "--out", str(tmp_path / "other")]) == 1
+    assert statuses(tmp_path / "other") == {"missing"}
+    assert main(["verify", str(out)]) == 0
+
+
+def test_an_empty_store_is_refused(command, capsys):
+    assert main([*command, "--rerun", "none"]) == 2
+    assert "no accuracy cell" in capsys.readouterr().err
