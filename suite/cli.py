@@ -50,7 +50,9 @@ Seed = Annotated[
 ]
 Rerun = Annotated[str, typer.Option(help="missing, failed (and missing), all, or none (write the folder only).")]
 NoFit = Annotated[bool, typer.Option("--no-fit", help="Refuse to make a missing fit (exit 2).")]
-Calibration = Annotated[str | None, typer.Option(help="Text of the fits: pydoc, file:PATH (.txt, .jsonl, .jsonl.gz).")]
+Calibration = Annotated[
+    str | None, typer.Option(help="Text of the fits: pydoc, file:PATH, train:TASK,TASK of --data-dir.")
+]
 Rank = Annotated[list[int] | None, typer.Option(parser=_whole, metavar="N", help="Rank of predictors. Repeatable.")]
 ActivationBudget = Annotated[
     float | None,

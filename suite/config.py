@@ -86,9 +86,9 @@ class CalibrationConfig(Section):
 
 
 class PredictorConfig(Section):
-    """Predictors of d-countdown, s-countdown and Deja Vu: kinds x ranks x estimators, and how they are trained.
+    """Predictors of d-countdown, s-countdown and Deja Vu: kinds x ranks x estimators x sources, and how they are trained.
 
-    ``source`` and ``max_tokens``: their text, ``calibration.source`` if none is named. A rank of null is
+    ``sources`` and ``max_tokens``: their text, ``calibration.source`` if none is named. A rank of null is
     min(512, d_model // 2). ``activation_budget_gib``: memory for activations, by default half of what is free; it decides
     no number. The rest as in :class:`suite.fitting.options.PredictorOptions`.
     """
@@ -96,7 +96,7 @@ class PredictorConfig(Section):
     predictors: list[Predictor] = Field(default=["low-rank"], min_length=1)
     ranks: list[Count | None] = Field(default=[None], min_length=1)
     estimators: list[PredictorEstimator] = Field(default=["calibrated"], min_length=1)
-    source: str | None = None
+    sources: list[str] = []
     max_tokens: Count = 100_000
     epochs: Annotated[int, Field(ge=0, strict=True)] = PredictorOptions.epochs
     loss: Loss = PredictorOptions.loss
@@ -319,12 +319,10 @@ def override(
         if value is not None:
             (data["predictor"] if key in PredictorConfig.model_fields else data)[key] = value
     if calibration is not None:
-        data["calibration"]["source"], data["predictor"]["source"] = calibration, None
-    for text in (data["calibration"], data["predictor"]):
-        if DATA_DIR in (text["source"] or ""):
-            if data["data_dir"] is None:
-                raise InputError(f"calibration {text['source']}: needs the data folder: give --data-dir")
-            text["source"] = text["source"].replace(DATA_DIR, str(data["data_dir"]))
+        data["calibration"]["source"], data["predictor"]["sources"] = calibration, []
+    folder = data["data_dir"]
+    data["calibration"]["source"] = _with_data_dir(data["calibration"]["source"], folder)
+    data["predictor"]["sources"] = [_with_data_dir(source, folder) for source in data["predictor"]["sources"]]
     if models:
         dtype = config.models[0].dtype if config.models else "float32"
         data["models"] = [_model_of(spec, dtype) for spec in models]
@@ -341,6 +339,21 @@ def override(
             for task in block["tasks"]:
                 task["limit"] = _limit(limit)
     return build_config(data, "command line")
+
+
+def _with_data_dir(source: str, folder: str | None) -> str:
+    """A calibration's source with its folder of data: ``{data_dir}``, or tasks named after ``train:``."""
+    kind, _, rest = source.partition(":")
+    if kind == "train":
+        rest = ",".join(
+            name if "/" in name else f"{DATA_DIR}/{name.strip()}" for name in rest.split(",") if name.strip()
+        )
+        source = f"{kind}:{rest}"
+    if DATA_DIR not in source:
+        return source
+    if folder is None:
+        raise InputError(f"calibration {source}: needs the data folder: give --data-dir")
+    return source.replace(DATA_DIR, str(folder))
 
 
 def _model_of(spec: str, dtype: str) -> dict[str, str]:

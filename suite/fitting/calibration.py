@@ -7,18 +7,21 @@ import hashlib
 import json
 import platform
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from suite.errors import InputError
 from suite.registry import did_you_mean
 
 PYDOC = "pydoc"
-_FILE = "file:"
+_FILE, _TRAIN = "file:", "train:"
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 _TXT_DOCUMENT = 2000  # characters of a plain text that are taken as one document
 _SHORT = 200  # characters; a topic with less prose is all grammar and tables
+_PARAGRAPH = 100  # characters; shorter ones recur in texts that have nothing to do with each other
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,10 @@ class Calibration:
     Parameters
     ----------
     source : str
-        ``pydoc``: the English reference prose that every Python carries (`pydoc_data.topics`); ``file:PATH``: a .txt
-        file, or .jsonl or .jsonl.gz with the field ``text``, one document a line.
+        ``pydoc``: the English reference prose that every Python carries (`pydoc_data.topics`). ``file:PATH``: a .txt
+        file, or .jsonl or .jsonl.gz with a field ``text`` or ``page``, one document a line; or a folder of such files.
+        ``train:FOLDER,FOLDER ...``: the train splits of tasks, ``FOLDER/train.jsonl`` each, in the form that lm-eval
+        shows to the model, with the right answer.
     max_tokens : int
         Tokens that a fit takes of it, held-out ones included.
 
@@ -43,8 +48,9 @@ class Calibration:
     max_tokens: int = 4096
 
     def __post_init__(self) -> None:
-        if self.source != PYDOC and not (self.source.startswith(_FILE) and self.source != _FILE):
-            raise InputError(f"unknown calibration {self.source!r}{did_you_mean(self.source, [PYDOC, 'file:PATH'])}")
+        if self.source != PYDOC and not any(self.source.startswith(k) and self.source != k for k in (_FILE, _TRAIN)):
+            known = [PYDOC, "file:PATH", "train:FOLDER,FOLDER"]
+            raise InputError(f"unknown calibration {self.source!r}{did_you_mean(self.source, known)}")
         if not isinstance(self.max_tokens, int) or self.max_tokens < 2:
             raise InputError(f"calibration max_tokens {self.max_tokens!r}: must be an integer of at least 2")
 
@@ -54,33 +60,61 @@ class Calibration:
         Raises
         ------
         InputError
-            File missing, of an unknown kind, broken at a line, or with fewer than two documents.
+            File missing, of an unknown kind, broken at a line, or with fewer than two documents; a task without train
+            split.
         """
         return list(self._documents)
 
     @cached_property
     def _documents(self) -> tuple[str, ...]:
-        documents = _pydoc_prose() if self.source == PYDOC else _read(Path(self.source[len(_FILE) :]).expanduser())
+        if self.source == PYDOC:
+            documents = _pydoc_prose()
+        elif self.source.startswith(_FILE):
+            documents = _read(Path(self.source[len(_FILE) :]).expanduser())
+        else:
+            documents = [text for folder in self._folders for text in train_documents(folder)]
         documents = [text for text in documents if text.strip()]
         if len(documents) < 2:
             raise InputError(f"calibration {self.source}: needs at least 2 documents (to fit and to check on)")
         return tuple(documents)
 
+    @property
+    def _folders(self) -> list[Path]:
+        return [Path(folder.strip()).expanduser() for folder in self.source[len(_TRAIN) :].split(",")]
+
     def fingerprint(self) -> str:
         """SHA-256 of the documents: not of the path, and different between Python versions for ``pydoc``."""
         return hashlib.sha256(json.dumps(self._documents).encode()).hexdigest()
 
+    def paragraphs(self) -> frozenset[str]:
+        """Fingerprints of the paragraphs, to be compared with those of evaluated documents."""
+        return fingerprints(self._documents)
+
     @property
     def in_domain(self) -> bool:
-        """Whether the text is of the evaluated tasks' own train splits; never for these sources."""
-        return False
+        """Whether the text is of evaluated tasks' own train splits."""
+        return self.source.startswith(_TRAIN)
 
     @property
     def description(self) -> str:
         """One line for reports; names no folder."""
         if self.source == PYDOC:
             return f"reference prose of pydoc_data.topics (Python {'.'.join(platform.python_version_tuple()[:2])})"
+        if self.in_domain:
+            names = ", ".join(folder.name for folder in self._folders)
+            return f"{len(self._documents)} documents of the train splits of {names}"
         return f"{len(self._documents)} documents of {Path(self.source[len(_FILE) :]).name}"
+
+
+def fingerprints(texts: Iterable[str]) -> frozenset[str]:
+    """Hashes of paragraphs of at least 100 characters, without regard to case and white space."""
+    found = set()
+    for text in texts:
+        for line in text.splitlines():
+            words = " ".join(line.lower().split())
+            if len(words) >= _PARAGRAPH:
+                found.add(hashlib.sha256(words.encode()).hexdigest()[:24])
+    return frozenset(found)
 
 
 def _pydoc_prose() -> list[str]:
@@ -104,14 +138,23 @@ def _prose(text: str) -> str:
 
 
 def _read(path: Path) -> list[str]:
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.name.endswith(_SUFFIXES))
+        if not files:
+            raise InputError(f"calibration folder {path}: no file that ends in {', '.join(_SUFFIXES)}")
+        return [text for file in files for text in _read(file)]
     if not path.name.endswith(_SUFFIXES):
         raise InputError(f"calibration file {path}: must end in {', '.join(_SUFFIXES)}")
+    text = _text_of(path)
+    return _pieces(text) if path.suffix == ".txt" else _jsonl(path, text)
+
+
+def _text_of(path: Path) -> str:
     try:
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"calibration file {path} cannot be read: {error}") from error
-    return _pieces(text) if path.suffix == ".txt" else _jsonl(path, text)
 
 
 def _pieces(text: str) -> list[str]:
@@ -126,6 +169,15 @@ def _pieces(text: str) -> list[str]:
 
 def _jsonl(path: Path, text: str) -> list[str]:
     documents = []
+    for number, record in _records(path, text):
+        value = record.get("text", record.get("page"))
+        if not isinstance(value, str):
+            raise InputError(f"calibration file {path}, line {number}: no field 'text' or 'page' with a string")
+        documents.append(value)
+    return documents
+
+
+def _records(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
@@ -133,7 +185,42 @@ def _jsonl(path: Path, text: str) -> list[str]:
             record = json.loads(line)
         except ValueError as error:
             raise InputError(f"calibration file {path}, line {number}: no JSON ({error})") from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise InputError(f"calibration file {path}, line {number}: no field 'text' with a string")
-        documents.append(record["text"])
+        yield number, record if isinstance(record, dict) else {}
+
+
+def train_documents(folder: Path) -> list[str]:
+    """Documents of a task's train split: questions with their right answers.
+
+    Raises
+    ------
+    InputError
+        No train split, or a row of a schema that is not known.
+    """
+    path = next((file for file in (folder / "train.jsonl", folder / "train.jsonl.gz") if file.is_file()), None)
+    if path is None:
+        raise InputError(f"calibration train:{folder}: task {folder.name} has no train split; name another source")
+    documents = []
+    for number, record in _records(path, _text_of(path)):
+        try:
+            documents.append(_shown(record))
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise InputError(f"calibration file {path}, line {number}: not the schema of a known task") from error
     return documents
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    """A row as text, by its fields (data sets of ARC, OpenBookQA, WinoGrande, PIQA, GSM8K; else field text or page)."""
+    if "choices" in row and "answerKey" in row:
+        answer = row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])]
+        return (
+            f"{row['question_stem']} {answer}"
+            if "question_stem" in row
+            else f"Question: {row['question']}\nAnswer: {answer}"
+        )
+    if "sentence" in row:
+        return str(row["sentence"]).replace("_", row[f"option{int(row['answer'])}"])
+    if "goal" in row:
+        return f"Question: {row['goal']}\nAnswer: {row['sol2' if int(row['label']) else 'sol1']}"
+    if "question" in row:
+        return f"Question: {row['question']}\nAnswer: {row['answer']}"
+    return str(row["text"] if "text" in row else row["page"])

@@ -19,6 +19,7 @@ from suite.config import (
 from suite.errors import InputError
 from suite.fitting.options import PredictorOptions
 from suite.registry import get_method, method_class
+from suite.runs.guard import refuse_evaluated_text
 from suite.runs.store import canonical, sha256_of
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def expand(config: MatrixConfig, world: World) -> list[AccuracyCell]:
     Raises
     ------
     InputError
-        Unknown method, task or mode, a cell named twice, a practical mode that needs a predictor.
+        Unknown method, task or mode, a cell named twice, a fit on text that is evaluated.
     """
     cells: list[AccuracyCell] = []
     first_place: dict[str, tuple[str, AccuracyCell]] = {}
@@ -154,6 +155,7 @@ def expand(config: MatrixConfig, world: World) -> list[AccuracyCell]:
                 cells.append(cell)
             elif cell.mode != "none":
                 raise InputError(f"duplicate cell in {earlier[0]} and {place}: {cell.label}; name each setting once")
+    refuse_evaluated_text(cells)
     rank = {key: number for number, key in enumerate(dict.fromkeys((*c.load_group, c.seed, c.base) for c in cells))}
     return sorted(cells, key=lambda c: (rank[(*c.load_group, c.seed, c.base)], c.mode != "none"))
 
@@ -210,8 +212,8 @@ def _fits(
         for estimator in text.estimators:
             yield FitRequest(*common, estimator, text.source, text.max_tokens, seed)
         return
-    for options, zero_or_calibrated in product(predictor.options(), predictor.estimators):
-        source = predictor.source or text.source
+    sources = predictor.sources or [text.source]
+    for options, zero_or_calibrated, source in product(predictor.options(), predictor.estimators, sources):
         yield FitRequest(*common, zero_or_calibrated, source, predictor.max_tokens, seed, options)
 
 

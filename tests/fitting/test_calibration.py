@@ -6,7 +6,7 @@ import json
 import pytest
 
 from suite.errors import InputError
-from suite.fitting.calibration import Calibration
+from suite.fitting.calibration import Calibration, fingerprints
 from suite.fitting.windows import WINDOW, batches, make_windows
 
 
@@ -99,7 +99,55 @@ def test_bad_files(tmp_path, name, content, match):
         Calibration(f"file:{tmp_path / name}").documents()
 
 
-@pytest.mark.parametrize("source", ["pydocs", "file:", "c4", ""])
+def test_folders_and_pages(tmp_path):
+    (tmp_path / "b.jsonl").write_text(json.dumps({"page": "third"}))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("first", "second")))
+    (tmp_path / "notes.md").write_text("not a text")
+    assert Calibration(f"file:{tmp_path}").documents() == ["first", "second", "third"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no file that ends in"):
+        Calibration(f"file:{tmp_path / 'empty'}").documents()
+
+
+CHOICES = {"text": ["red", "blue"], "label": ["A", "B"]}
+ROWS = {
+    "arc_easy": ({"question": "Why?", "choices": CHOICES, "answerKey": "B"}, "Question: Why?\nAnswer: blue"),
+    "openbookqa": ({"question_stem": "It is", "choices": CHOICES, "answerKey": "A"}, "It is red"),
+    "winogrande": (
+        {"sentence": "So _ broke.", "option1": "cup", "option2": "box", "answer": "2"},
+        "So box broke.",
+    ),
+    "piqa": ({"goal": "Open", "sol1": "lift", "sol2": "wait", "label": 0}, "Question: Open\nAnswer: lift"),
+    "gsm8k": ({"question": "1+1?", "answer": "#### 2"}, "Question: 1+1?\nAnswer: #### 2"),
+    "own": ({"text": "free text"}, "free text"),
+}
+
+
+def test_train_splits_of_tasks_with_their_right_answers(tmp_path):
+    for name, (row, _) in ROWS.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(json.dumps(row))
+    found = Calibration("train:" + ",".join(str(tmp_path / name) for name in ROWS))
+    assert found.documents() == [shown for _, shown in ROWS.values()]
+    assert found.in_domain
+    assert found.description == f"6 documents of the train splits of {', '.join(ROWS)}"
+    assert not Calibration(f"file:{tmp_path / 'own' / 'train.jsonl'}").in_domain
+    with pytest.raises(InputError, match="task truthfulqa_mc1 has no train split; name another source"):
+        Calibration(f"train:{tmp_path}/truthfulqa_mc1").documents()
+    (tmp_path / "own" / "train.jsonl").write_text('{"other": 1}')
+    with pytest.raises(InputError, match="line 1: not the schema of a known task"):
+        Calibration(f"train:{tmp_path}/own").documents()
+
+
+def test_fingerprints_are_of_long_paragraphs_whatever_their_case_and_spaces():
+    long = "It was the best of times, it was the worst of times, it was the age of wisdom and of much else besides."
+    same = fingerprints([f"short\n{long}"])
+    assert len(same) == 1
+    assert same == fingerprints([long.upper().replace(" ", "  ")])
+    assert not fingerprints([long[:90]])
+
+
+@pytest.mark.parametrize("source", ["pydocs", "file:", "train:", "c4", ""])
 def test_bad_sources(source):
     with pytest.raises(InputError, match="unknown calibration"):
         Calibration(source)

@@ -19,12 +19,12 @@ def test_every_setting_once_and_dense_once_per_model_and_task():
     assert sorted(dense) == [("a", "decode_perplexity"), ("a", "t1"), ("b", "decode_perplexity"), ("b", "t1")]
 
 
-def test_embedded_profile_has_28_settings_on_5_tasks():
+def test_embedded_profile_has_30_settings_on_5_tasks():
     from suite.config import load_config
 
     found = expand(load_config("embedded"), FakeWorld())
-    assert len({(c.method, c.mode, c.sparsity) for c in found}) == 28
-    assert len(found) == 28 * 5
+    assert len({(c.method, c.mode, c.sparsity) for c in found}) == 30
+    assert len(found) == 30 * 5
 
 
 def test_one_model_at_a_time_and_dense_of_a_task_first():

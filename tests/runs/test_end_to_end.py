@@ -138,6 +138,8 @@ def test_embedded_profile_in_small_and_its_repetition(tmp_path):
         for task in block["tasks"]:
             task["limit"] = 2
     config["calibration"]["max_tokens"] = 256
+    config["accuracy"][2]["methods"] = [{"name": "d-countdown"}]
+    config["predictor"] |= {"max_tokens": 1024, "rounds": 1}
     config["analysis"] |= {"documents": 2, "new_tokens": 4}
     config["speed"] = config["speed"][:1]
     config["speed"][0] |= {"shapes": ["embedded"], "sparsities": [0.9]}
