@@ -16,8 +16,8 @@ def make_rest(plan: Plan, dev: Any) -> Any:
     """``rest(...)``: a block's neurons that are not on their way yet go to the end of its work list; returns how many.
 
     A block keeps what it finds. Neurons have no order that training could favour, so a block's share is hypergeometric:
-    10.9 +- 3.1 of 109 at sparsity .9. An SM alone reads 2 to 3 times its share of the bandwidth, so blocks with many
-    catch up while others are done; dealing out even shares cost a grid barrier and two trips to L2 (5 us).
+    10.9 +- 3.1 of 109 at sparsity .9. Even shares cost a grid barrier and two trips to L2 (5 us), uneven ones make the
+    blocks wait 2 to 5 us longer for the last: gains and losses by method and sparsity stand in NOTES.md.
     """
     tokens, threads, held_places, neurons = plan.batch, plan.threads, plan.held, plan.neurons
     valued, sync = plan.kind == "threshold", dev.syncthreads

@@ -41,7 +41,8 @@ CAPTIONS = {
     "the 95th percentile.",
     "efficiency": "Efficiency (needed bytes over time x the read bandwidth of the run; 1 is the limit of memory) by shape "
     "and sparsity.",
-    "phases": "Where the time of a layer goes: median over all blocks of each phase, by their own clocks.",
+    "phases": "Where the time of a layer goes: median over all blocks of each phase, by their own clocks, from the end of the "
+    "layer in front on.",
     "sparsity_per_layer": "Realised sparsity per layer against the target.",
 }
 INLINE_TABLES = (

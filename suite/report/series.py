@@ -150,9 +150,10 @@ def efficiencies(material: Material) -> pd.DataFrame:
 
 
 def phases(material: Material) -> pd.DataFrame:
-    """Phases of every traced kernel, with the row they belong to."""
+    """Phases of every traced kernel, with the row they belong to; none of a kernel whose clock rate was mismeasured (< 0)."""
     speed = material.speed[["cell_id", "model_shape", "dtype", "batch_size", "method", "rank", "sparsity_target"]]
     merged = material.results.phases.merge(speed, on="cell_id", how="inner")
+    merged = merged[merged.groupby("cell_id")["us_median"].transform("min") >= 0].copy()
     merged["_order"] = merged.groupby("cell_id", sort=False).cumcount()
     merged["_method"] = merged["method"].map(method_order)
     merged = merged.sort_values(["model_shape", "_method", "sparsity_target", "_order"], kind="stable")

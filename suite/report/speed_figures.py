@@ -18,7 +18,7 @@ from suite.report.style import WIDTH, label_ends, look, new_figure
 _FEWEST = 4  # sparsities of a panel of speed-ups; shorter lines stand in the tables
 _HEAT = "viridis"
 # light to dark in the order of the phases; "wait" in grey: nothing is read
-_PHASES = {"fill": "#cfe8f3", "first packet": "#a2d4ec", "z = V x": "#73bfe2", "choose": "#46abdb", "logits": "#46abdb"}
+_PHASES = {"first packet": "#a2d4ec", "z = V x": "#73bfe2", "choose": "#46abdb", "logits": "#46abdb"}
 _PHASES |= {"active rows": "#12719e", "wait": "#9d9d9d", "sum of y": "#fdbf11"}
 
 
@@ -121,7 +121,11 @@ def _heat_panel(axes: Axes, rows: pd.DataFrame, label: str) -> None:
 
 
 def draw_phases(data: pd.DataFrame) -> Figure:
-    """Microseconds in each phase, stacked, a bar per method and sparsity; a panel per shape."""
+    """Microseconds in each phase, stacked, a bar per method and sparsity; a panel per shape.
+
+    Without the first: dependent launches wait in it until the layer in front has ended.
+    """
+    data = data[data["phase"] != "fill"]
     shapes = list(dict.fromkeys(data["model_shape"]))
     bars = max(data[data["model_shape"] == shape]["bar"].nunique() for shape in shapes)
     figure = new_figure(WIDTH, (0.7 + 0.24 * bars) * len(shapes) + 0.4)
@@ -144,9 +148,7 @@ def draw_phases(data: pd.DataFrame) -> Figure:
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_title(f"{shape}, {rows['dtype'].iloc[0]}, batch {rows['batch_size'].iloc[0]}")
-        axes.set_xlabel(
-            "microseconds in a layer, median over blocks (the first phase overlaps with the layer in front)"
-        )
+        axes.set_xlabel("microseconds from the end of the layer in front, median over blocks")
     order = [name for name in _PHASES if name in drawn]
     figure.legend([drawn[name] for name in order], order, loc="outside lower center", ncols=len(order))
     return figure

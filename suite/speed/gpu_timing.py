@@ -126,6 +126,7 @@ def time_interleaved(timed: Sequence[Timed], n_layers: int, tell: Progress) -> f
 def clock_rate() -> float:
     """Cycles of an SM's clock in a microsecond, from two spins of known length."""
     milliseconds = []
+    torch.cuda._sleep(1_000)  # loads the kernel: in the first run its loading made a rate below 0
     for cycles in (4_000_000, 20_000_000):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
