@@ -59,6 +59,9 @@ def _panel(axes: Axes, panel: pd.DataFrame, dense: pd.DataFrame, scale: float, h
         top = scale * float(dense["value"].iloc[0])
         axes.axhline(top, color="black", linewidth=1.0, zorder=1)
         ends.append((axes.get_xlim()[1], top, "dense", "black"))
+    if not lines:  # its x axis is shared: a name at its own end would lie far outside of the others' limits
+        axes.text(0.5, 0.5, "no average yet", transform=axes.transAxes, ha="center", fontsize=7)
+        return
     axes.margins(x=0.04)
     axes.set_xlim(axes.get_xlim())
     axes.set_ylim(axes.get_ylim())
