@@ -34,7 +34,7 @@ def test_whatever_decides_the_rows_changes_the_key(changes):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     executor = FakeExecutor()
-    monkeypatch.setattr("suite.runs.executor.LocalExecutor", lambda: executor)
+    monkeypatch.setattr("suite.runs.executor.LocalExecutor", lambda **_: executor)
     monkeypatch.setattr("suite.runs.world.LocalWorld", FakeWorld)
     path = tmp_path / "m.yaml"
     path.write_text(yaml.safe_dump({"name": "m", "models": [{"id": "a"}, {"id": "b"}], "analysis": ANALYSIS}))

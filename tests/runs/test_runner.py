@@ -324,3 +324,18 @@ def test_a_finished_run_repeated_leaves_its_sealed_folder_alone(tmp_path):
     again()
     assert len(reports) == 3
     assert verify_files(folder) == []
+
+
+def test_phases_of_traced_cells_have_a_file_of_their_own(tmp_path):
+    class Tracing(FakeExecutor):
+        def time(self, cells):
+            phases = [{"phase": name, "us_median": 2.0, "us_q05": 1.0, "us_q95": 3.0} for name in ("fill", "choose")]
+            timed = zip(cells, super().time(cells), strict=True)
+            return [row | {"phases": phases if cell.case.method == "cats" else []} for cell, row in timed]
+
+    assert not (go(tmp_path / "a", FakeExecutor(), timing()).folder / "phases.csv").exists()
+    finished = go(tmp_path / "b", Tracing(), timing())
+    traced = sorted(row["cell_id"] for row in rows(finished.folder, "speed.csv") if row["method"] == "cats")
+    found = rows(finished.folder, "phases.csv")
+    assert [row["cell_id"] for row in found] == [cell for cell in traced for _ in range(2)]
+    assert [row["phase"] for row in found] == ["fill", "choose"] * 2
