@@ -15,6 +15,14 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from suite.report import series
 from suite.report.coefficients import draw_activations, draw_cif_caf
+from suite.report.decode_figures import (
+    break_even,
+    decode_phases,
+    decode_tokens,
+    draw_break_even,
+    draw_decode_phases,
+    draw_decode_tokens,
+)
 from suite.report.speed_figures import draw_efficiency, draw_phases, draw_speedup_vs_sparsity, lines_of
 from suite.report.style import WIDTH, label_ends, look, new_figure, styled
 
@@ -288,6 +296,9 @@ FIGURES: dict[str, tuple[Callable[[series.Material], pd.DataFrame], Callable[[pd
     "speedup_vs_sparsity": (series.speed_ups, draw_speedup_vs_sparsity),
     "efficiency": (series.efficiencies, draw_efficiency),
     "phases": (series.phases, draw_phases),
+    "decode_tokens": (lambda material: decode_tokens(material.speed), draw_decode_tokens),
+    "decode_phases": (lambda material: decode_phases(material.speed, material.results.phases), draw_decode_phases),
+    "decode_break_even": (lambda material: break_even(material.speed), draw_break_even),
     "cif_caf": (lambda material: material.results.cif_caf, draw_cif_caf),
     "activations": (lambda material: material.results.activations, draw_activations),
     "sparsity_per_layer": (series.sparsity_per_layer, draw_sparsity_per_layer),

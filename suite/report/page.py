@@ -43,6 +43,10 @@ CAPTIONS = {
     "and sparsity.",
     "phases": "Where the time of a layer goes: median over all blocks of each phase, by their own clocks, from the end of the "
     "layer in front on.",
+    "decode_tokens": "Tokens per second of whole models, batch 1, greedy, in one loop that differs in the MLP alone. Dashed: "
+    "what the read bandwidth of the run allows at the bytes of a token. Dense also by transformers' own generate.",
+    "decode_phases": "Where a token's time goes: all attentions, all MLPs and the head, each timed alone, and the rest.",
+    "decode_break_even": "Where sparsity does not pay: left of a point a token takes longer than with the fastest dense row.",
     "sparsity_per_layer": "Realised sparsity per layer against the target.",
 }
 INLINE_TABLES = (

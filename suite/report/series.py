@@ -151,7 +151,8 @@ def efficiencies(material: Material) -> pd.DataFrame:
 
 def phases(material: Material) -> pd.DataFrame:
     """Phases of every traced kernel, with the row they belong to; none of a kernel whose clock rate was mismeasured (< 0)."""
-    speed = material.speed[["cell_id", "model_shape", "dtype", "batch_size", "method", "rank", "sparsity_target"]]
+    layers = material.speed[material.speed["level"] != "decode"]
+    speed = layers[["cell_id", "model_shape", "dtype", "batch_size", "method", "rank", "sparsity_target"]]
     merged = material.results.phases.merge(speed, on="cell_id", how="inner")
     merged = merged[merged.groupby("cell_id")["us_median"].transform("min") >= 0].copy()
     merged["_order"] = merged.groupby("cell_id", sort=False).cumcount()

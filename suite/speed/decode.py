@@ -21,7 +21,7 @@ from suite.methods.base import kept_count
 from suite.modeling.decode import ChoosingKernels, DecodeKernels, decode_kernels
 from suite.registry import get_method
 from suite.speed.cases import BYTES, Progress, Row, SpeedCase, empty_row, needed_bytes, skipped_row
-from suite.speed.model_shapes import MODEL_SHAPES, build_model
+from suite.speed.model_shapes import MODEL_SHAPES, build_model, model_name, prompt_tokens
 from suite.speed.step import DecodeModel, Mlp
 
 if TYPE_CHECKING:
@@ -133,16 +133,23 @@ class Method:
 
 @dataclass
 class Timed:
-    """A case ready to be timed: ``run`` makes one step; ``mlps`` computes all MLPs alone on inputs of such a step."""
+    """A case ready to be timed.
+
+    Parameters
+    ----------
+    run : makes one step
+    parts : name -> all attentions, all MLPs or the head alone, on inputs of such a step
+    samples : seconds of a step, and of each part
+    """
 
     case: SpeedCase
     run: Callable[[], None]
-    mlps: Callable[[], None]
+    parts: dict[str, Callable[[], None]]
     realised: float
     capture_s: float | None = None
     keep: list[Any] = field(default_factory=list)
     samples: list[float] = field(default_factory=list)
-    mlp_samples: list[float] = field(default_factory=list)
+    part_samples: dict[str, list[float]] = field(default_factory=dict)
 
 
 def unavailable(device: str) -> str:
@@ -235,9 +242,8 @@ class _Group:
 
         start_jit = time.perf_counter()
         decode = DecodeModel(self.model, context + _STEPS, compiled=self.device == "cuda")
-        generator = torch.Generator().manual_seed(self.seed)
-        vocabulary = int(decode.head.shape[0])
-        prompt = torch.randint(0, vocabulary, (1, context), generator=generator).to(decode.device)
+        first, vocabulary = self.cases[0], int(decode.head.shape[0])
+        prompt = prompt_tokens(first.model_shape, context, vocabulary, self.seed).to(decode.device)
         decode.prefill(prompt)
         start = int(decode.token), int(decode.position)
         dense = check_dense(decode, prompt, start)
@@ -247,7 +253,11 @@ class _Group:
         rows: dict[SpeedCase, Row] = {}
         timed: list[Timed] = []
         for case in cases:
-            row = empty_row(case) | {"n_layers": len(decode.mlps), "context_tokens": context} | device_facts(case)
+            row = (
+                empty_row(case)
+                | {"n_layers": len(decode.mlps), "model": model_name(case.model_shape)}
+                | device_facts(case)
+            )
             rows[case] = row
             if case.variant in ("generate", "compile"):
                 self.tell(case.label)

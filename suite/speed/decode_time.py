@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -60,18 +61,29 @@ def prepare(
     def step() -> None:
         decode.step(mlp)
 
-    @torch.no_grad()
-    def mlps() -> None:
-        for layer, x in zip(layers, inputs, strict=True):
-            mlp(layer, x)
-
+    parts: dict[str, Callable[[], None]] = {
+        name: partial(_part, decode, mlp, name, inputs) for name in ("attention", "MLP", "head")
+    }
     if case.device != "cuda":
-        return Timed(case, step, mlps, realised, keep=[inputs])
+        return Timed(case, step, parts, realised, keep=[inputs])
     begin = time.perf_counter()
-    graphs = [_captured(step), _captured(mlps)]
-    return Timed(
-        case, graphs[0].replay, graphs[1].replay, realised, time.perf_counter() - begin, [graphs, inputs, kernels, mlp]
-    )
+    graphs = {name: _captured(run) for name, run in (parts | {"step": step}).items()}
+    capture_s = time.perf_counter() - begin
+    replays: dict[str, Callable[[], None]] = {name: graphs[name].replay for name in parts}
+    return Timed(case, graphs["step"].replay, replays, realised, capture_s, [graphs, inputs, kernels, mlp])
+
+
+@torch.no_grad()
+def _part(decode: DecodeModel, mlp: Mlp, name: str, inputs: Sequence[Tensor]) -> None:
+    """One part of a step alone; what attention writes at the present position, the next step overwrites."""
+    if name == "head":
+        decode.logits(inputs[-1]).argmax(-1)
+        return
+    for layer, x in enumerate(inputs):
+        if name == "MLP":
+            mlp(layer, x)
+        else:
+            decode.attentions[layer](x, decode.position, decode.f)
 
 
 def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -102,7 +114,8 @@ def time_all(
             decode.rewind(*start)
             entry.run()  # the caches belong to another case
             entry.samples += clock(entry.run, _ROUND_STEPS)
-            entry.mlp_samples += clock(entry.mlps, 2)
+            for name, part in entry.parts.items():
+                entry.part_samples.setdefault(name, []).extend(clock(part, 3)[1:])
         measure()
         if round_ % 5 == 4:
             tell(f"round {round_ + 1}")
@@ -159,7 +172,8 @@ def numbers(entry: Timed, decode: DecodeModel, context: int, bandwidth: Callable
     needed = token_bytes(entry.case, decode, context, entry.realised)
     row = times(entry.samples) | {
         "sparsity_realized": entry.realised,
-        "mlp_share": float(np.median(entry.mlp_samples) / np.median(entry.samples)),
+        "mlp_share": float(np.median(entry.part_samples["MLP"]) / np.median(entry.samples)),
+        "phases": phase_rows(entry),
         "capture_s": entry.capture_s,
         "bytes_read_mib": needed / 2**20,
         "read_bandwidth_gb_s": bandwidth() / 1e9,
@@ -168,6 +182,16 @@ def numbers(entry: Timed, decode: DecodeModel, context: int, bandwidth: Callable
     if entry.case.device == "cuda":
         row["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
     return row
+
+
+def phase_rows(entry: Timed) -> list[Row]:
+    """Microseconds of each part of a step; the rest is norms, additions, embedding and what lies between the parts."""
+    rows: list[Row] = []
+    for name, samples in entry.part_samples.items():
+        low, median, high = (float(q) * 1e6 for q in np.percentile(samples, [5, 50, 95]))
+        rows.append({"phase": name, "us_median": median, "us_q05": low, "us_q95": high})
+    rest = float(np.median(entry.samples)) * 1e6 - math.fsum(float(str(row["us_median"])) for row in rows)
+    return [*rows, {"phase": "rest", "us_median": max(0.0, rest), "us_q05": None, "us_q95": None}]
 
 
 def times(samples: Sequence[float]) -> Row:

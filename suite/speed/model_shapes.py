@@ -90,3 +90,31 @@ def build_model(name: str, dtype: torch.dtype, device: str, seed: int = 0) -> nn
     with torch.device(device):  # each layer is made where it will lie: nothing of the model on the host
         model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval()
+
+
+def model_name(name: str) -> str:
+    """Name for the tables."""
+    return f"{name}, random weights" if MODEL_SHAPES[name].config else "SmolLM2-135M-Instruct"
+
+
+def prompt_tokens(name: str, n_tokens: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
+    """A prompt (1, n_tokens), int64: English text of Python's documentation for real weights, else random tokens."""
+    import torch
+
+    if name != "embedded":
+        return torch.randint(0, vocabulary, (1, n_tokens), generator=torch.Generator().manual_seed(seed))
+    import pydoc
+
+    from transformers import AutoTokenizer
+
+    from suite.modeling.convert import converted_folder
+    from suite.modeling.loading import prepare_model
+
+    ref = prepare_model(name)
+    if ref.path is None:
+        raise InputError(ref.remedy)
+    tokenizer = AutoTokenizer.from_pretrained(converted_folder(ref.path), local_files_only=True)
+    text = "".join(pydoc.plain(pydoc.render_doc(thing)) for thing in ("argparse.ArgumentParser", "str", "logging"))
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    repeated: torch.Tensor = ids.repeat(1, -(-n_tokens // ids.shape[1]))[:, :n_tokens]
+    return repeated

@@ -174,6 +174,8 @@ def embedded_run(folder: Path, seed: int = 0) -> Path:
     run = write_run(folder, accuracy, samples, speed, sparsity_rows, manifest())
     traced = next(row["cell_id"] for row in speed if row["method"] == "m-countdown")
     phases = [(traced, name, 3.0, 2.0, 4.0) for name in ("fill", "first packet", "choose", "active rows", "sum of y")]
+    for cell in ("decode-dense-0.0", "decode-m-countdown-0.7", "decode-m-countdown-0.9"):
+        phases += [(cell, name, 8000.0, 7900.0, 8200.0) for name in ("attention", "MLP", "head", "rest")]
     pd.DataFrame(phases, columns=schema.PHASES).to_csv(run / "phases.csv", index=False)
     return run
 
@@ -255,6 +257,9 @@ def speed_rows() -> list[dict[str, Any]]:
         for s in (0.5, 0.7, 0.8, 0.9):
             rows += [speed_row(m, s, time * (3 - 2 * s) / 3 / 0.8 + 15, **more) for m in ("cats", "m-countdown")]
             rows.append(speed_row("given", s, time * (1 - s) / 0.75 + 20, **more))
+    tokens = {"level": "decode", "model": MODEL, "context_tokens": 128, "tokens_per_s": 30.0, "mlp_share": 0.6}
+    for m, s, time in (("dense", 0.0, 33000.0), ("m-countdown", 0.7, 27000.0), ("m-countdown", 0.9, 24000.0)):
+        rows.append(speed_row(m, s, time, **more | tokens) | {"cell_id": f"decode-{m}-{s}"})
     skipped = {"latency_us_median": "", "latency_us_q25": "", "latency_us_q75": "", "latency_us_min": ""}
     skipped |= {"status": "skipped", "reason": "no CUDA device", "efficiency": "", "check": "skipped"}
     for m in ("cats", "m-countdown"):

@@ -40,11 +40,14 @@ def test_rows_of_every_method(tiny):
         ("d-countdown", "eager"),
     ]
     for row in rows:
-        assert set(row) <= set(schema.SPEED)
+        assert set(row) <= {*schema.SPEED, "phases"}
         assert (row["level"], row["status"], row["check"], row["context_tokens"]) == ("decode", "ok", "passed", 16)
         assert row["tokens_per_s"] == pytest.approx(1e6 / row["latency_us_median"])
         assert row["latency_us_q25"] <= row["latency_us_median"] <= row["latency_us_q75"]
     own, sparse = rows[0], rows[2:]
+    for row in (own, *sparse):
+        assert [phase["phase"] for phase in row["phases"]] == ["attention", "MLP", "head", "rest"]
+        assert all(set(phase) == set(schema.PHASES) - {"cell_id"} for phase in row["phases"])
     # 2 layers of 3 MLP matrices, q, k, v and o, the head, and keys and values of 16 tokens, 4 bytes each
     weights = 2 * (3 * 32 * 48 + (32 + 16 + 16 + 32) * 32) + 64 * 32 + 2 * 2 * 16 * 16
     assert own["bytes_read_mib"] == pytest.approx(weights * 4 / 2**20)

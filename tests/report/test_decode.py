@@ -1,0 +1,83 @@
+"""Figures of decode rows from synthetic runs: tokens per second with their bound, parts of a token, break-even."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from suite.report.decode_figures import break_even, decode_phases, decode_tokens
+from suite.report.figures import FIGURES, draw
+from suite.report.load import load_results
+from suite.report.page import CAPTIONS
+from suite.report.series import Material
+from tests.report.synthetic import manifest, speed_row, write_run
+
+DECODE = {"level": "decode", "model": "m", "context_tokens": 128, "backend": "numba-cpu"}
+
+
+def row(method, sparsity, latency, **more):
+    made = speed_row(method, sparsity, latency, **DECODE | more)
+    return made | {"tokens_per_s": 1e6 / latency, "cell_id": f"{method}-{sparsity}-{made['variant']}"}
+
+
+@pytest.fixture
+def material(tmp_path):
+    rows = [
+        row("dense", 0.0, 10000.0, backend="torch", variant="eager"),
+        row("dense", 0.0, 8000.0, backend="torch", variant="generate", clock="wall"),
+        row("m-countdown", 0.1, 9000.0),
+        row("m-countdown", 0.5, 7000.0),
+        row("m-countdown", 0.9, 5000.0),
+        row("cats", 0.5, 6000.0),
+        row("cats", 0.9, 5500.0),
+        row("d-countdown", 0.5, 9000.0),
+    ]
+    run = write_run(tmp_path / "run", speed=rows, manifest=manifest())
+    parts = [("attention", 1000), ("MLP", 5000), ("head", 500), ("rest", 2500)]
+    cells = [
+        (made["cell_id"], part, time, "", "") for made in rows if made["variant"] != "generate" for part, time in parts
+    ]
+    columns = ["cell_id", "phase", "us_median", "us_q05", "us_q95"]
+    pd.DataFrame(cells, columns=columns).to_csv(run / "phases.csv", index=False)
+    return Material(load_results(run))
+
+
+def test_bound_is_bandwidth_over_bytes(material):
+    found = decode_tokens(material.speed)
+    speed = material.speed
+    one = found[(found["method"] == "m-countdown") & (found["sparsity_target"] == 0.9)].iloc[0]
+    raw = speed[(speed["method"] == "m-countdown") & (speed["sparsity_target"] == 0.9)].iloc[0]
+    assert one["tokens_per_s"] == pytest.approx(200)
+    assert one["bound_tokens_per_s"] == pytest.approx(
+        raw["read_bandwidth_gb_s"] * 1e9 / (raw["bytes_read_mib"] * 2**20)
+    )
+    assert one["speed_up"] == pytest.approx(8 / 5)  # against the fastest dense, whatever timed it
+
+
+def test_break_even_lies_where_the_speed_up_passes_one(material):
+    found = break_even(material.speed).set_index("method")
+    assert found.loc["m-countdown", "at"] == pytest.approx(0.1 + 0.4 * (1 - 8 / 9) / (8 / 7 - 8 / 9), abs=0.02)
+    assert not found.loc["m-countdown", "below"]
+    assert found.loc["cats", "at"] == pytest.approx(0.5, abs=0.02)
+    assert found.loc["cats", "below"]
+    assert np.isnan(found.loc["d-countdown", "at"])  # never faster: no number
+
+
+def test_parts_stand_with_their_row(material):
+    found = decode_phases(material.speed, material.results.phases)
+    assert list(dict.fromkeys(found["bar"])) == [
+        "dense", "cats, s=0.5", "cats, s=0.9", "m-countdown, s=0.1", "m-countdown, s=0.5", "m-countdown, s=0.9",
+        "d-countdown, s=0.5",
+    ]  # fmt: skip
+    assert FIGURES["phases"][0](material).empty  # that one is of layers
+
+
+@pytest.mark.parametrize("name", ["decode_tokens", "decode_phases", "decode_break_even"])
+def test_figures_are_drawn_and_have_captions(name, material, tmp_path):
+    assert name in CAPTIONS
+    figure = draw(name, FIGURES[name][0](material))
+    figure.savefig(tmp_path / f"{name}.png")
+    assert (tmp_path / f"{name}.png").stat().st_size > 5000
+    empty = Material(
+        load_results(write_run(tmp_path / "other", speed=[speed_row("dense", 0.0, 5.0)], manifest=manifest()))
+    )
+    assert draw(name, FIGURES[name][0](empty)) is None
