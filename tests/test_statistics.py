@@ -134,6 +134,18 @@ def test_average_over_tasks_resamples_within_each_task():
     assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.12)
 
 
+def test_interval_is_that_of_scipys_bootstrap():
+    rng = np.random.default_rng(11)
+    own, base = rng.exponential(size=(2, 300))
+    _, low, high = paired_delta(own, None, base, None, "acc", n_resamples=20_000)
+    theirs = stats.bootstrap(
+        (own - base,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(0)
+    )
+    width = high - low  # the end of 20000 draws scatters by 1.5 % of the width
+    assert low == pytest.approx(theirs.confidence_interval.low, abs=0.03 * width)
+    assert high == pytest.approx(theirs.confidence_interval.high, abs=0.03 * width)
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_ratio_to_nothing_has_no_interval():
     tasks = [Units.of([[1, 1, 0, 1], [0, 0, 0, 0]])]

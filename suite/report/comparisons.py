@@ -79,18 +79,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def pair_rows(quality: Quality, first: str, second: str) -> dict[tuple[str, str, str], list[Row]]:
     """Comparisons of two methods by (model, dtype, scope): a family, which Holm's rule corrects together."""
+    pairs: dict[tuple[Any, ...], Row] = {}
+    for blocks, compare in ((quality.summary_blocks, _compared), (quality.perplexity_blocks, _compared_texts)):
+        for block, settings in blocks:
+            tasks = quality.tasks_of(block)
+            for one in (s for s in settings if s.method == first):
+                for other in (s for s in settings if s.method == second):
+                    row = pairs.setdefault((_place(one.setting), _place(other.setting)), Row(one, other, {}))
+                    row.comparisons.update({c.column: c for c in compare(quality, one, other, tasks)})
     families: dict[tuple[str, str, str], list[Row]] = {}
-    texts = {_place(one.setting): one for _, settings in quality.perplexity_blocks for one in settings}
-    for block, settings in quality.summary_blocks:
-        tasks = quality.tasks_of(block)
-        for one in (s for s in settings if s.method == first):
-            for other in (s for s in settings if s.method == second):
-                found = {c.column: c for c in _compared(quality, one, other, tasks)}
-                pair = [texts.get(_place(s.setting)) for s in (one, other)]
-                if pair[0] is not None and pair[1] is not None:
-                    found |= {c.column: c for c in _compared_texts(quality, pair[0], pair[1])}
-                key = (str(block["model"]), str(block["dtype"]), str(block["scope"]))
-                families.setdefault(key, []).append(Row(one, other, found))
+    for row in pairs.values():
+        model, dtype, scope = (str(row.one.setting[c]) for c in ("model", "dtype", "scope"))
+        families.setdefault((model, dtype, scope), []).append(row)
     return families
 
 
@@ -111,7 +111,7 @@ def _compared(quality: Quality, one: Average, other: Average, tasks: Sequence[st
         yield Comparison(AVERAGE, average, p_value(average))
 
 
-def _compared_texts(quality: Quality, one: Average, other: Average) -> Iterator[Comparison]:
+def _compared_texts(quality: Quality, one: Average, other: Average, _tasks: Sequence[str]) -> Iterator[Comparison]:
     for column in sorted(one.cells.keys() & other.cells.keys()):
         base = cell_value(other.cells[column])
         if cell_value(one.cells[column]) is None or not base:
