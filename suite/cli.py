@@ -32,7 +32,7 @@ def _number(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is no number") from error
 
 
-Config = Annotated[str, typer.Argument(help="Matrix: a YAML file, or a profile (embedded, small, paper, gpu-kernels).")]
+Config = Annotated[str, typer.Argument(help="Matrix: a YAML file, or a profile (embedded, small, paper, gpu-*).")]
 Model = Annotated[
     list[str] | None,
     typer.Option(
@@ -167,7 +167,7 @@ def run(
 
 @app.command()
 def reproduce(
-    profile: Annotated[str, typer.Option(help="embedded, small, paper or gpu-kernels.")] = "embedded",
+    profile: Annotated[str, typer.Option(help="embedded, small, paper, gpu-kernels or gpu-accuracy.")] = "embedded",
     model: Model = None,
     device: Device = None,
     data_dir: DataDir = None,
