@@ -23,6 +23,7 @@ from suite.report.decode_figures import (
     draw_decode_phases,
     draw_decode_tokens,
 )
+from suite.report.predictors import draw_predictor_layers, predictor_layers
 from suite.report.speed_figures import draw_efficiency, draw_phases, draw_speedup_vs_sparsity, lines_of
 from suite.report.style import WIDTH, label_ends, look, new_figure, styled
 
@@ -301,5 +302,6 @@ FIGURES: dict[str, tuple[Callable[[series.Material], pd.DataFrame], Callable[[pd
     "decode_break_even": (lambda material: break_even(material.speed), draw_break_even),
     "cif_caf": (lambda material: material.results.cif_caf, draw_cif_caf),
     "activations": (lambda material: material.results.activations, draw_activations),
+    "predictors": (lambda material: predictor_layers(material.results), draw_predictor_layers),
     "sparsity_per_layer": (series.sparsity_per_layer, draw_sparsity_per_layer),
 }

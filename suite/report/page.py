@@ -17,6 +17,7 @@ from suite.report import figures, style
 from suite.report.claims import NOT_SETTLED, UNTESTED, make_claims
 from suite.report.findings import duels_table, summary
 from suite.report.load import load_results
+from suite.report.predictors import predictor_table
 from suite.report.series import Material
 from suite.report.tables import all_tables
 from suite.report.text import MISSING, markdown_table, percent
@@ -39,6 +40,8 @@ CAPTIONS = {
     "activations": "Why the methods differ, layer by layer on generated tokens. Left: share of the sum of v^2 that each "
     "ranking keeps at sparsity .8. Right: median of |u|, |act(g)| and |v| over tokens and neurons, band from the 5th to "
     "the 95th percentile.",
+    "predictors": "Predictors on held-out documents, means over the fits of a method at one sparsity. Left: share of the sum "
+    "of v^2 that is kept, dashed what the true top k keeps. Right: share of the true top k among the k largest logits.",
     "efficiency": "Efficiency (needed bytes over time x the read bandwidth of the run; 1 is the limit of memory) by shape "
     "and sparsity.",
     "phases": "Where the time of a layer goes: median over all blocks of each phase, by their own clocks, from the end of the "
@@ -50,7 +53,8 @@ CAPTIONS = {
     "sparsity_per_layer": "Realised sparsity per layer against the target.",
 }
 INLINE_TABLES = (
-    "accuracy", "difference_to_dense", "methods_against_each_other", "above_chance", "scope_effect", "perplexity", "speed",
+    "accuracy", "difference_to_dense", "methods_against_each_other", "above_chance", "scope_effect", "perplexity",
+    "predictors", "speed",
 )  # fmt: skip
 _SOURCES = {"pydoc": "the English reference prose that every Python carries (`pydoc_data.topics`)"}
 DEFECTS = (
@@ -123,6 +127,8 @@ def _texts(material: Material) -> tuple[dict[str, str], dict[str, pd.DataFrame]]
     """Every text file of the report by relative path, REPORT.md last, and the data of its figures by name."""
     claims = make_claims(material.quality, material.speed)
     tables = all_tables(material.quality, material.speed)
+    if found := predictor_table(material.results):
+        tables["predictors"] = found
     data = {name: make(material) for name, (make, _) in figures.FIGURES.items()}
     data = {name: frame for name, frame in data.items() if not frame.empty}
     texts = {"claims.csv": _csv(claims)}

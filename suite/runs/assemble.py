@@ -76,16 +76,16 @@ class Assembly:
         """Content of the CSVs and the logs of failed cells; those of the analysis only where the matrix has one."""
         analysis = {name: self._analysis_rows(columns) for name, columns in _ANALYSIS_FILES.items()}
         files = {name: csv_bytes(_ANALYSIS_FILES[name], rows) for name, rows in analysis.items() if self._analysis}
-        phases = self._phase_rows()
+        phases, predictors = self._phase_rows(), self._predictor_rows()
         return (
             self._logs()
             | files
+            | ({"predictor.csv": csv_bytes(schema.PREDICTOR, predictors)} if predictors else {})
             | ({"phases.csv": csv_bytes(schema.PHASES, phases)} if phases else {})
             | {
                 "accuracy.csv": csv_bytes(schema.ACCURACY, _sorted(self._accuracy_rows(), schema.ACCURACY)),
                 "samples.csv.gz": gzip_bytes(csv_bytes(schema.SAMPLES, self._sample_rows(), exact="value")),
                 "sparsity.csv": csv_bytes(schema.SPARSITY, self._sparsity_rows()),
-                "predictor.csv": csv_bytes(schema.PREDICTOR, self._predictor_rows()),
                 "speed.csv": csv_bytes(schema.SPEED, _sorted(self._speed_rows(), schema.SPEED)),
             }
         )
@@ -212,7 +212,7 @@ class Assembly:
             rows, key=lambda row: [row["model"], *(row.get(c, "") for c in ("row_method", "layer", "sparsity"))]
         )
 
-    def _predictor_rows(self) -> Iterable[Row]:
+    def _predictor_rows(self) -> list[Row]:
         """Rows of every predictor once, however many cells used it."""
         found: dict[str, list[Row]] = {}
         for cell in self._accuracy:

@@ -248,7 +248,7 @@ def test_sealed_folder_verifies_and_a_changed_one_does_not(tmp_path):
     problems = verify_files(folder)
     assert any("extra.txt: is not in the manifest" in problem for problem in problems)
     assert any("speed.csv: is missing" in problem for problem in problems)
-    assert set(file_hashes(folder)) == {"accuracy.csv", "samples.csv.gz", "sparsity.csv", "predictor.csv", "extra.txt"}
+    assert set(file_hashes(folder)) == {"accuracy.csv", "samples.csv.gz", "sparsity.csv", "extra.txt"}
 
 
 SPEED = {"shapes": ["embedded"], "methods": ["dense", "cats", "given"], "sparsities": [0.5, 0.9], "threads": [1]}
