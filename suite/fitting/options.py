@@ -25,7 +25,7 @@ _MOST_RANK = 512  # the paper's, for d_model 3584 to 5120
 
 @dataclass(frozen=True)
 class PredictorOptions:
-    """Training of a predictor; the defaults are those that the ablation in results/README.md chose.
+    """Training of a predictor; why the defaults are what they are stands in NOTES.md beside this file.
 
     Parameters
     ----------

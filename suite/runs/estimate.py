@@ -14,7 +14,7 @@ import psutil
 
 from suite import settings
 from suite.runs.analysis_cells import AnalysisCell
-from suite.runs.cells import AccuracyCell
+from suite.runs.cells import AccuracyCell, FitRequest
 from suite.runs.provenance import Device
 from suite.runs.runner import Matrix, ModelCell
 from suite.runs.speed_cells import TimedCell
@@ -79,6 +79,7 @@ def estimate(matrix: Matrix, store: CellStore, world: Models, results: Path) -> 
     of_models = [cell for cell in matrix.of_models if records[cell.key] is None]
     seconds = sum(known.get(_like(cell)) or cell_seconds(cell, world) for cell in todo)
     seconds += sum(_analysis_seconds(cell, world) for cell in matrix.analysis if records[cell.key] is None)
+    seconds += sum(_fit_seconds(fit, world) for fit in _missing_fits(matrix, results))
     seconds += sum(_speed_seconds(cell, world) for cell in matrix.speed if records[cell.key] is None)
     missing: list[str] = []
     blocking: list[str] = []
@@ -162,6 +163,20 @@ def _speed_seconds(cell: TimedCell, world: Models) -> float:
 
 def _flops(world: Models) -> float:
     return _GPU_FLOPS if world.device.type == "cuda" else _CPU_FLOPS_PER_CORE * (psutil.cpu_count(logical=False) or 1)
+
+
+def _missing_fits(matrix: Matrix, results: Path) -> list[FitRequest]:
+    wanted = {cell.fit_key: cell.fit for cell in matrix.accuracy if cell.fit_key and cell.fit}
+    return [fit for key, fit in wanted.items() if not any((results / "fits").glob(f"{key}*"))]
+
+
+def _fit_seconds(fit: FitRequest, world: Models) -> float:
+    """Two passes over the text of thresholds; of a predictor three a round, and its steps.
+
+    A predictor's matrices hold about a fifth of a layer's weights, and a step runs over them three times.
+    """
+    passes = 2.0 if fit.options is None else fit.options.rounds * (3.0 + 0.6 * (1 + fit.options.epochs))
+    return 2 * (parameters(world.model(fit.model)) or 1e9) * fit.max_tokens * passes / _flops(world)
 
 
 def parameters(ref: ModelRef) -> float | None:
