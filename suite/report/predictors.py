@@ -48,8 +48,8 @@ def predictor_table(results: Results) -> str:
     return (
         "# Predictors\n\nMeans over layers on documents that neither matrices nor thresholds were fitted on, all earlier "
         "layers being sparse. Mass: share of the sum of v^2 that is kept, by the predictor and by the true top k; it, not "
-        "recall, decides the output. Time: the training's share of this predictor, without the passes of the model.\n\n"
-        + markdown_table(header, lines)
+        "recall, decides the output. Time: the training's share of this predictor, without the passes of the model. What "
+        "each choice of training is worth: `suite/fitting/NOTES.md`.\n\n" + markdown_table(header, lines)
     )
 
 
