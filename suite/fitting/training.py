@@ -15,7 +15,7 @@ from suite.fitting.linear import LowRank, Stack, Ternary, regression
 from suite.fitting.options import Loss, PredictorOptions
 from suite.methods.base import kept_count
 
-Step = Callable[[int], None]
+Step = Callable[[float], None]
 
 _WARM_UP = 0.1  # share of the steps
 _WEIGHT_DECAY = 0.01
@@ -140,7 +140,7 @@ def train(
     x : Tensor, shape (n_layers, n_tokens, d_model)
         Inputs of the MLPs; the products of the training are in its dtype, the master weights in fp32.
     layers : their indices, for messages
-    step : called with the number of each step that is done
+    step : called after each step with the share of them that is done
 
     Raises
     ------
@@ -170,7 +170,7 @@ def train(
                 optimizer.step()
                 if loss is not None:
                     job.loss += loss / (n_steps - math.floor(0.9 * n_steps))
-            step(done)
+            step(done / n_steps)
         for job in jobs:
             _check(job, layers)
 

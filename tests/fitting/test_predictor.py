@@ -368,6 +368,9 @@ def test_progress_tells_the_time_left(tmp_path, text, monkeypatch):
     assert lines[0].startswith("fitting low-rank predictors of dejavu 0.7 on 120 documents")
     assert any("s left" in line for line in lines[1:])
     assert lines[-1].startswith("predictors: 100 % trained, about 0 s left")
+    shares = [int(line.split()[1]) for line in lines[1:]]
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < 100
 
 
 def test_predictors_of_layers_do_not_depend_on_each_other():
