@@ -12,7 +12,7 @@ _PUBLIC = {
     "get_method": "suite.registry",
     "load_model": "suite.modeling.loading",
     "attach": "suite.modeling.attach",
-    "fit": "suite.fitting.thresholds",
+    "fit": "suite.fitting.api",
     "evaluate": "suite.evaluation.evaluator",
     "benchmark": "suite.speed.cases",
     "load_results": "suite.report.load",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from suite import attach, get_method
+from suite import attach, fit, get_method
 from suite.errors import CellError, InputError
 from suite.fitting import predictor as module
 from suite.fitting import training
@@ -314,6 +314,18 @@ def test_what_cannot_be_fitted(tmp_path, text):
         fit_predictors(model, wanted("dejavu"), dataclasses.replace(text, max_tokens=40), QUICK)
     with pytest.raises(InputError, match="unknown estimator 'zeroo'; did you mean 'zero'"):
         fit_predictors(model, wanted("dejavu", estimator="zeroo"), text, QUICK)
+
+
+def test_public_fit_makes_what_the_method_needs(tmp_path, text, ids):
+    model, method = loaded(tmp_path), get_method("dejavu", sparsity=0.7)
+    made = fit(model, method, text, options=QUICK)
+    assert made.sha256 == fit_predictors(model, wanted("dejavu"), text, QUICK)[0].sha256
+    with torch.inference_mode(), attach(model.model, method, made) as attached:
+        model.model(ids)
+    assert 0.4 < attached.realized < 0.95
+    assert fit(model, get_method("cats", sparsity=0.7), text).method == "cats"
+    with pytest.raises(InputError, match="no threshold to fit"):
+        fit(model, get_method("random", sparsity=0.7), text)
 
 
 KILLED = """

@@ -172,7 +172,7 @@ def test_key_is_known_before_the_fit(tmp_path, text):
 
 def test_what_cannot_be_fitted(tmp_path, text):
     model = loaded(tmp_path)
-    for name in ("d-countdown", "dejavu", "random", "dense"):
+    for name in ("random", "dense"):
         with pytest.raises(InputError, match="no threshold to fit"):
             fit(model, get_method(name), text)
     with pytest.raises(InputError, match="unknown estimator 'calibratd'; did you mean 'calibrated'"):
