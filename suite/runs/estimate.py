@@ -36,6 +36,7 @@ _TOKENS = {
 _CPU_FLOPS_PER_CORE = 5e10
 _GPU_FLOPS = 1e14
 _SPEED_CASE_S = 4.0  # CPU
+_DECODE_CASE_S = 30.0  # CPU: 200 steps of the check three times, 120 timed, of 30 to 40 ms
 _CUDA_CASE_S = 0.7  # measured on an H200: 75 s for 395 cases, and 3 minutes to compile
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _OVERHEAD_BYTES = 1.5 * 2**30  # Python, torch and activations
@@ -157,7 +158,7 @@ def _analysis_seconds(cell: AnalysisCell, world: Models) -> float:
 
 def _speed_seconds(cell: TimedCell, world: Models) -> float:
     if cell.case.device == "cpu":
-        return _SPEED_CASE_S
+        return _DECODE_CASE_S if cell.case.level == "decode" else _SPEED_CASE_S
     return _CUDA_CASE_S if world.speed_device("cuda") is not None else 0.0
 
 

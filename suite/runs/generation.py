@@ -120,6 +120,7 @@ def _state(
     from suite.runs.executor import LocalSession
     from suite.runs.world import LocalWorld
 
+    embedded = load_config("embedded")  # its calibration, so that fits are shared with its runs
     block = {
         "methods": [request.method],
         "modes": ["practical"],
@@ -130,8 +131,8 @@ def _state(
         "name": "generate",
         "models": [{"id": request.model, "dtype": loaded.dtype}],
         "device": loaded.device,
-        "calibration": load_config("embedded").calibration.model_dump(),
-        "predictor": load_config("embedded").predictor.model_dump(),
+        "calibration": embedded.calibration.model_dump(),
+        "predictor": embedded.predictor.model_dump(),
         "accuracy": [block],
     }
     config = build_config(matrix, "command line")

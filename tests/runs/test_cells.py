@@ -108,10 +108,11 @@ def test_bad_settings_are_named_with_their_place(blocks, message):
     assert "\n" not in str(caught.value)
 
 
-def test_embedded_profile_times_every_cpu_kernel_at_both_levels():
+def test_embedded_profile_times_every_cpu_kernel_at_every_level():
     from suite.config import load_config
     from suite.runs.speed_cells import expand_speed
 
     cases = [cell.case for cell in expand_speed(load_config("embedded"), FakeWorld())]
     timed = {(case.level, case.method) for case in cases if case.backend == "numba-cpu"}
-    assert timed == {("op", "given"), ("layer", "given"), ("layer", "cats"), ("layer", "m-countdown")}
+    layers = {("layer", "given"), ("layer", "cats"), ("layer", "m-countdown")}
+    assert timed == {("op", "given"), *layers, ("decode", "m-countdown")}

@@ -53,6 +53,17 @@ def test_shows_both_texts_with_speed_and_makes_the_fit_once(run, folder):
     assert again.splitlines()[-1] == out.splitlines()[-1]  # the same text from the stored fit
 
 
+def test_a_method_with_a_predictor_trains_it_and_runs_the_kernels(run):
+    code, out, err = run("--method", "d-countdown", "--sparsity", "0.5", "--backend", "numba")
+    assert code == 0
+    assert "making the fit of d-countdown at 0.5" in err
+    sparse = out.split("--- d-countdown")[1]
+    assert 0.2 < float(re.search(r"sparsity (0\.\d+)", sparse)[1]) < 0.8
+    code, masked, _ = run("--method", "d-countdown", "--sparsity", "0.5", "--backend", "masked", "--no-fit")
+    assert code == 0
+    assert masked.split("--- d-countdown")[1].splitlines()[1:] == sparse.splitlines()[1:]  # the same text
+
+
 def test_dense_alone_and_a_method_without_a_fit(run):
     code, out, _ = run("--method", "dense")
     assert (code, out.count("---")) == (0, 1)
