@@ -53,8 +53,8 @@ CAPTIONS = {
     "sparsity_per_layer": "Realised sparsity per layer against the target.",
 }
 INLINE_TABLES = (
-    "accuracy", "difference_to_dense", "methods_against_each_other", "above_chance", "scope_effect", "perplexity",
-    "predictors", "speed",
+    "accuracy", "difference_to_dense", "methods_against_each_other", "above_chance", "scope_effect", "seeds",
+    "perplexity", "predictors", "speed",
 )  # fmt: skip
 _SOURCES = {"pydoc": "the English reference prose that every Python carries (`pydoc_data.topics`)"}
 DEFECTS = (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from suite.report.comparisons import paired_table, scope_table
+from suite.report.comparisons import paired_table, scope_table, seeds_table
 from suite.report.frames import (
     TEXT_METRICS,
     Average,
@@ -284,6 +284,8 @@ def all_tables(quality: Quality, speed: pd.DataFrame) -> dict[str, str]:
         tables["methods_against_each_other"] = paired_table(quality)
         tables["above_chance"] = chance_table(quality)
         tables["scope_effect"] = scope_table(quality)
+        if seeds := seeds_table(quality):
+            tables["seeds"] = seeds
     if not quality.ok.empty:
         tables["perplexity"] = perplexity_table(quality)
     if not speed.empty:
