@@ -206,9 +206,9 @@ def test_a_small_budget_takes_more_passes_and_gives_the_same(tmp_path, text, mon
 def test_inputs_are_those_of_the_model_without_padding(tmp_path):
     model = tiny_model("llama")
     mlps = find_gated_mlps(model)
-    windows = [[5, 6, 7, 8], [9, 10]]
+    windows = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14]]  # the padded one is not the last
     found = mlp_inputs(model, mlps, windows)
-    assert found.shape == (2, 6, D_MODEL)
+    assert found.shape == (2, 10, D_MODEL)
     seen = []
     handle = mlps[1].module.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0]))
     with torch.inference_mode():
