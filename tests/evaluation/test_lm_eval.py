@@ -5,11 +5,13 @@ import json
 import lm_eval
 import numpy as np
 import pytest
+import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from suite import evaluate, get_method
 from suite.errors import InputError
+from suite.evaluation.engine import Scorer
 from suite.evaluation.evaluator import Evaluator
 from suite.evaluation.lm_eval import sample_indices
 from suite.evaluation.tasks import PACK_DIR, resolve_task
@@ -48,6 +50,30 @@ def test_dense_loglikelihoods_equal_lm_eval(tiny, batch_size):
     assert result.metrics[0].value == theirs["results"]["pack_grammar"]["acc,none"]
     assert layers == []
     assert result.sparse_share == 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_equal_batches_equal_lm_eval_bit_for_bit(tiny, batch_size):
+    """Hidden states of whole requests in lm-eval's batches; its head works on all positions, ours on the scored ones."""
+    evaluator = Evaluator(tiny, batch_size=batch_size, seed=1)
+    built = evaluator._build(resolve_task("pack_grammar", limit=8))
+    evaluator.run(resolve_task("pack_grammar", limit=8), DENSE, mode="none")
+    requests = evaluator.lm.plans["loglikelihood"].requests
+    ours = Scorer(tiny.model, batch_size=batch_size, share_contexts=False).dense_hidden(requests)
+    seen = []
+    ids = tiny.model.register_forward_pre_hook(lambda _, args: seen.append([args[0]]))
+    hidden = tiny.model.lm_head.register_forward_pre_hook(lambda _, args: seen[-1].append(args[0]))
+    try:
+        upstream(tiny, "pack_grammar", built.documents, batch_size)
+    finally:
+        ids.remove()
+        hidden.remove()
+    rows = [(row, states) for tokens, batch in seen for row, states in zip(tokens.tolist(), batch, strict=True)]
+    assert max(len(batch) for _, batch in seen) == batch_size
+    for request, mine in zip(requests, ours, strict=True):
+        end = len(request.tokens)
+        theirs = [states[request.n_context : end] for row, states in rows if tuple(row[:end]) == request.tokens]
+        assert any(torch.equal(mine, one) for one in theirs)
 
 
 @pytest.mark.parametrize("task", ["pack_knowledge", "pack_last_word", "pack_generation"])
