@@ -213,22 +213,26 @@ def draw_quality_vs_bytes(data: pd.DataFrame) -> Figure | None:
     rows = _groups(quality, "model", "dtype", "scope")
     if not rows:
         return None
-    panels = [list(dict.fromkeys(g["quantity"])) for _, g in rows]
-    speeds = [_groups(speed[speed["model"] == model], "quantity") for (model, _, _), _ in rows]
-    n_columns = max(len(p) + len(s) for p, s in zip(panels, speeds, strict=True))
-    figure = new_figure(WIDTH if n_columns > 1 else 0.62 * WIDTH, 0.5 + 2.6 * len(rows))
-    grid = figure.subplots(len(rows), n_columns, squeeze=False)
-    for ((model, _, scope), group), quantities, timed, line in zip(rows, panels, speeds, grid, strict=True):
-        for axes, quantity in zip(line, quantities, strict=False):
-            _bytes_panel(axes, group[group["quantity"] == quantity], quantity)
-        for axes, ((quantity,), own) in zip(line[len(quantities) :], timed, strict=False):
-            _bytes_speed_panel(axes, own, quantity)
-        line[0].set_title(f"{model} (scope {scope})" if scope else model)
-        for axes in line[len(quantities) + len(timed) :]:
-            axes.set_visible(False)
-        for axes in line:
+    lines: list[tuple[str, list[tuple[str, pd.DataFrame]]]] = []  # measured speed-ups stand in a row of their own
+    for (model, _, scope), group in rows:
+        title = f"{model} (scope {scope})" if scope else model
+        lines.append((title, [(quantity, own) for (quantity,), own in _groups(group, "quantity")]))
+        measured = speed[speed["model"] == model]
+        if not measured.empty:
+            title = f"{model}, measured"
+            lines.append((title, [(quantity, own) for (quantity,), own in _groups(measured, "quantity")]))
+    n_columns = max(len(panels) for _, panels in lines)
+    figure = new_figure(WIDTH if n_columns > 1 else 0.62 * WIDTH, 0.5 + 2.4 * len(lines))
+    grid = figure.subplots(len(lines), n_columns, squeeze=False)
+    for (title, panels), row in zip(lines, grid, strict=True):
+        for axes, (quantity, own) in zip(row, panels, strict=False):
+            panel = _bytes_speed_panel if quantity.startswith("speed-up") else _bytes_panel
+            panel(axes, own, quantity)
             axes.set_xlim(0, 105)
             axes.set_xlabel("MLP bytes per token, % of dense")
+        row[0].set_title(title)
+        for axes in row[len(panels) :]:
+            axes.set_visible(False)
     _legend(figure, data, modes=True)
     return figure
 
@@ -260,7 +264,6 @@ def _bytes_speed_panel(axes: Axes, panel: pd.DataFrame, quantity: str) -> None:
     axes.axhline(1, color="black", linewidth=0.8, zorder=1)
     axes.plot([100], [1], color="black", marker="*", markersize=8, zorder=4)
     axes.set_ylim(bottom=0)
-    axes.set_title("same model, measured")
     axes.set_ylabel(f"{quantity} over dense")
 
 
