@@ -1,6 +1,7 @@
 """The wheel and the source archive hold what they need: installed into a clean virtual environment, and run."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -22,7 +23,10 @@ def run(*command, cwd, **environment):
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory):
     out = tmp_path_factory.mktemp("dist")
-    built = run(sys.executable, "-m", "build", "--outdir", out, ROOT, cwd=out)
+    # a copy: two workers that build in one folder take each other's files away
+    source = tmp_path_factory.mktemp("source") / "project"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "results"))
+    built = run(sys.executable, "-m", "build", "--outdir", out, source, cwd=out)
     assert built.returncode == 0, built.stdout + built.stderr
     return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
 
