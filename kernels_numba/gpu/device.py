@@ -98,7 +98,7 @@ def _load16(builder: Any, address: Any, space: str) -> list[Any]:
     return [builder.extract_value(words, i) for i in range(4)]
 
 
-def _widen(builder: Any, words: Sequence[Any], dtype: str) -> list[Any]:
+def widen(builder: Any, words: Sequence[Any], dtype: str) -> list[Any]:
     """The 8 (float32: 4) elements of a 16-byte piece, in fp32."""
     if dtype == "float32":
         return [builder.bitcast(w, F32) for w in words]
@@ -174,9 +174,9 @@ def make_rows_dot(
                 ]
                 for b in range(batch):
                     place = shared_address(builder, offset(builder, x_at, (b * chunks + c) * chunk_stride))
-                    vector = _widen(builder, _load16(builder, place, "shared"), dtype)
+                    vector = widen(builder, _load16(builder, place, "shared"), dtype)
                     for r in range(n_rows):
-                        for w, v in zip(_widen(builder, words[r], dtype), vector, strict=True):
+                        for w, v in zip(widen(builder, words[r], dtype), vector, strict=True):
                             total[r * batch + b] = builder.fma(w, v, total[r * batch + b])
             return pack(ctx, builder, kind, total)
 
@@ -204,7 +204,7 @@ def make_rows_dot_f32(dtype: str, n_rows: int, batch: int, row_stride: int, z_st
                     place = shared_address(builder, offset(builder, args[1], b * z_stride + part * 16))
                     vector += [builder.bitcast(w, F32) for w in _load16(builder, place, "shared")]
                 for r in range(n_rows):
-                    for w, v in zip(_widen(builder, words[r], dtype), vector, strict=True):
+                    for w, v in zip(widen(builder, words[r], dtype), vector, strict=True):
                         total[r * batch + b] = builder.fma(w, v, total[r * batch + b])
             return pack(ctx, builder, kind, total)
 
@@ -229,7 +229,7 @@ def make_rows_add(
             for r in range(n_rows):
                 for c in range(chunks):
                     place = shared_address(builder, offset(builder, args[0], r * row_stride + c * chunk_stride))
-                    row = _widen(builder, _load16(builder, place, "shared"), dtype)
+                    row = widen(builder, _load16(builder, place, "shared"), dtype)
                     for b in range(batch):
                         for e in range(per_chunk):
                             i = (b * chunks + c) * per_chunk + e

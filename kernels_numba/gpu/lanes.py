@@ -16,7 +16,8 @@ device_function = cuda.jit(device=True, forceinline=True)
 _FULL_WARP = 0xFFFFFFFF
 
 
-def _shuffle(builder: Any, value: Any, lane: Any, mode: str) -> Any:
+def shuffle(builder: Any, value: Any, lane: Any, mode: str) -> Any:
+    """LLVM value of a lane's ``value``, the warp's lanes chosen by ``mode``: bfly, idx, up."""
     suffix = "f32" if value.type == F32 else "i32"
     kind = ir.FunctionType(value.type, [I32, value.type, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.nvvm.shfl.sync.{mode}.{suffix}")
@@ -40,14 +41,14 @@ def make_lanes_sum(n: int) -> Callable[..., Any]:
             left, lane = unpack(builder, args[0], n) + [F32(0.0)] * padding, _lane(builder)
             for offset in (16, 8, 4, 2, 1):
                 if len(left) == 1:
-                    left = [builder.fadd(left[0], _shuffle(builder, left[0], I32(offset), "bfly"))]
+                    left = [builder.fadd(left[0], shuffle(builder, left[0], I32(offset), "bfly"))]
                     continue
                 half = len(left) // 2
                 upper = builder.icmp_signed("!=", builder.and_(lane, I32(offset)), I32(0))
                 left = [
                     builder.fadd(
                         builder.select(upper, high, low),
-                        _shuffle(builder, builder.select(upper, low, high), I32(offset), "bfly"),
+                        shuffle(builder, builder.select(upper, low, high), I32(offset), "bfly"),
                     )
                     for low, high in zip(left[:half], left[half:], strict=True)
                 ]
@@ -66,7 +67,7 @@ def make_lanes_fold(width: int) -> Callable[..., Any]:
         def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
             total, offset = args[0], width // 2
             while offset:
-                total = builder.fadd(total, _shuffle(builder, total, I32(offset), "bfly"))
+                total = builder.fadd(total, shuffle(builder, total, I32(offset), "bfly"))
                 offset //= 2
             return total
 
@@ -82,7 +83,7 @@ def make_lanes_spread(n: int, stride: int) -> Callable[..., Any]:
     @intrinsic
     def lanes_spread(context: Any, value: Any) -> Any:
         def codegen(ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-            return pack(ctx, builder, kind, [_shuffle(builder, args[0], I32(i * stride), "idx") for i in range(n)])
+            return pack(ctx, builder, kind, [shuffle(builder, args[0], I32(i * stride), "idx") for i in range(n)])
 
         return kind(types.float32), codegen
 
@@ -94,7 +95,7 @@ def lane_xor(context: Any, value: Any, mask: Any) -> Any:
     """Value of lane ``lane ^ mask``."""
 
     def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-        return _shuffle(builder, args[0], builder.trunc(args[1], I32), "bfly")
+        return shuffle(builder, args[0], builder.trunc(args[1], I32), "bfly")
 
     return types.float32(types.float32, types.int64), codegen
 

@@ -45,7 +45,8 @@ def allowed(*arrays: np.ndarray, shared_bytes: int) -> Iterator[None]:
         _exchange.clear()
 
 
-def _view(address: int, kind: Any, n: int = 1) -> Any:
+def view(address: int, kind: Any, n: int = 1) -> Any:
+    """Array of ``n`` C values at an address of a known buffer."""
     size = ctypes.sizeof(kind) * n
     address = int(address)
     if address % min(size, 16):
@@ -72,14 +73,14 @@ def syncthreads() -> None:
 
 def _loader(kind: Any, convert: Callable[[Any], Any]) -> Callable[[int], Any]:
     def load(address: int) -> Any:
-        return convert(_view(address, kind)[0])
+        return convert(view(address, kind)[0])
 
     return load
 
 
 def _storer(kind: Any) -> Callable[[int, Any], None]:
     def store(address: int, value: Any) -> None:
-        _view(address, kind)[0] = float(value) if kind is ctypes.c_float else int(value)
+        view(address, kind)[0] = float(value) if kind is ctypes.c_float else int(value)
 
     return store
 
@@ -91,7 +92,7 @@ shared_store_f32 = store_f32 = _storer(ctypes.c_float)
 
 def shared_store_i32(address: int, value: int) -> None:
     """32 bits, wrapped as the machine does."""
-    _view(address, ctypes.c_uint32)[0] = int(value) & 0xFFFFFFFF
+    view(address, ctypes.c_uint32)[0] = int(value) & 0xFFFFFFFF
 
 
 store_i32 = shared_store_i32
@@ -99,17 +100,17 @@ store_i32 = shared_store_i32
 
 def flag_store(address: int, value: int) -> None:
     """64 bits."""
-    _view(address, ctypes.c_int64)[0] = int(value)
+    view(address, ctypes.c_int64)[0] = int(value)
 
 
 def flag_load(address: int) -> int:
     """64 bits."""
-    return int(_view(address, ctypes.c_int64)[0])
+    return int(view(address, ctypes.c_int64)[0])
 
 
 def store_clock(address: int) -> None:
     """No clock here: writes 0."""
-    _view(address, ctypes.c_int64)[0] = 0
+    view(address, ctypes.c_int64)[0] = 0
 
 
 def exp2(x: Any) -> Any:
@@ -145,23 +146,24 @@ def make_copy(_hint: str) -> Callable[..., None]:
     """``copy(shared, global, size)``."""
 
     def copy(destination: int, source: int, size: int) -> None:
-        target = _view(destination, ctypes.c_uint32, 4)
-        target[:] = _view(source, ctypes.c_uint32, 4)[:] if size else [0] * 4
+        target = view(destination, ctypes.c_uint32, 4)
+        target[:] = view(source, ctypes.c_uint32, 4)[:] if size else [0] * 4
 
     return copy
 
 
 def load16(address: int) -> tuple[int, ...]:
     """Four words."""
-    return tuple(_view(address, ctypes.c_uint32, 4)[:])
+    return tuple(view(address, ctypes.c_uint32, 4)[:])
 
 
 def shared_store16(address: int, words: tuple[int, ...]) -> None:
     """Store four words."""
-    _view(address, ctypes.c_uint32, 4)[:] = [int(w) for w in words]
+    view(address, ctypes.c_uint32, 4)[:] = [int(w) for w in words]
 
 
-def _widen(raw: bytes, dtype: str) -> np.ndarray:
+def widen(raw: bytes, dtype: str) -> np.ndarray:
+    """Stored elements in fp32."""
     if dtype == "float32":
         return np.frombuffer(raw, np.float32)
     if dtype == "float16":
@@ -170,7 +172,7 @@ def _widen(raw: bytes, dtype: str) -> np.ndarray:
 
 
 def _vector(address: int, dtype: str) -> np.ndarray:
-    return _widen(bytes(_view(address, ctypes.c_uint32, 4)), dtype)
+    return widen(bytes(view(address, ctypes.c_uint32, 4)), dtype)
 
 
 def make_rows_dot(
@@ -196,7 +198,7 @@ def make_rows_dot_f32(dtype: str, n_rows: int, batch: int, row_stride: int, z_st
     n = 4 if dtype == "float32" else 8
 
     def rows_dot_f32(rows: int, z: int) -> tuple[Any, ...]:
-        vectors = [np.array(_view(z + b * z_stride, ctypes.c_float, n)[:], np.float32) for b in range(batch)]
+        vectors = [np.array(view(z + b * z_stride, ctypes.c_float, n)[:], np.float32) for b in range(batch)]
         with np.errstate(all="ignore"):
             return tuple(
                 _vector(rows + r * row_stride, dtype) @ vectors[b] for r in range(n_rows) for b in range(batch)
@@ -237,7 +239,7 @@ def make_store_columns(
         for c in range(min(limit, chunks)):
             for b in range(batch):
                 at = (b * chunks + c) * n
-                _view(address + b * token_stride + c * chunk_stride, ctypes.c_float, n)[:] = [
+                view(address + b * token_stride + c * chunk_stride, ctypes.c_float, n)[:] = [
                     float(a) for a in y[at : at + n]
                 ]
 
@@ -250,20 +252,21 @@ def make_sum_strided(n: int, stride: int) -> Callable[..., tuple[Any, ...]]:
     def sum_strided(address: int, count: int) -> tuple[Any, ...]:
         total = np.zeros(4, np.float32)
         for i in range(min(n, count)):
-            total += np.array(_view(address + i * stride, ctypes.c_float, 4)[:], np.float32)
+            total += np.array(view(address + i * stride, ctypes.c_float, 4)[:], np.float32)
         return tuple(total)
 
     return sum_strided
 
 
 # warps ----------------------------------------------------------------------------------------------------------------
-def _tid() -> int:
+def thread_index() -> int:
+    """Number of this thread in its block."""
     return int(_thread().threadIdx.x)
 
 
-def _all_lanes(value: Any) -> list[Any]:
+def all_lanes(value: Any) -> list[Any]:
     """Values of the 32 threads of this thread's warp."""
-    tid = _tid()
+    tid = thread_index()
     _exchange[tid] = value
     syncthreads()
     lanes = [_exchange[(tid & ~31) + i] for i in range(32)]
@@ -276,7 +279,7 @@ def make_lanes_sum(n: int) -> Callable[..., Any]:
     width = 32 // (1 << (n - 1).bit_length())
 
     def lanes_sum(values: tuple[Any, ...]) -> Any:
-        lanes, number = _all_lanes(values), (_tid() & 31) // width
+        lanes, number = all_lanes(values), (thread_index() & 31) // width
         with np.errstate(all="ignore"):
             return np.float32(sum(lane[number] for lane in lanes)) if number < n else np.float32(0.0)
 
@@ -287,7 +290,7 @@ def make_lanes_fold(width: int) -> Callable[..., Any]:
     """As in ``device``."""
 
     def lanes_fold(value: Any) -> Any:
-        lanes, first = _all_lanes(value), (_tid() & 31) // width * width
+        lanes, first = all_lanes(value), (thread_index() & 31) // width * width
         with np.errstate(all="ignore"):
             return np.float32(sum(lanes[first : first + width]))
 
@@ -298,7 +301,7 @@ def make_lanes_spread(n: int, stride: int) -> Callable[..., Any]:
     """As in ``device``."""
 
     def lanes_spread(value: Any) -> tuple[Any, ...]:
-        lanes = _all_lanes(value)
+        lanes = all_lanes(value)
         return tuple(lanes[i * stride] for i in range(n))
 
     return lanes_spread
@@ -306,33 +309,38 @@ def make_lanes_spread(n: int, stride: int) -> Callable[..., Any]:
 
 def lane_xor(value: Any, mask: int) -> Any:
     """As in ``device``."""
-    return _all_lanes(value)[(_tid() & 31) ^ mask]
+    return all_lanes(value)[(thread_index() & 31) ^ mask]
 
 
 def ballot(predicate: bool) -> int:
     """As in ``device``."""
-    return sum(1 << i for i, lane in enumerate(_all_lanes(bool(predicate))) if lane)
+    return sum(1 << i for i, lane in enumerate(all_lanes(bool(predicate))) if lane)
 
 
 def make_load_narrow(dtype: str) -> Callable[[int], Any]:
     """As in ``device``."""
     if dtype == "float32":
         return load_f32
-    return lambda address: _widen(bytes(_view(address, ctypes.c_uint16)), dtype)[0]
+    return lambda address: widen(bytes(view(address, ctypes.c_uint16)), dtype)[0]
+
+
+def narrow(value: Any, dtype: str) -> bytes:
+    """An element rounded to nearest even, as it is stored."""
+    if dtype == "float32":
+        return np.float32(value).tobytes()
+    if dtype == "float16":
+        return np.float16(value).tobytes()
+    word = int(np.float32(value).view(np.uint32))
+    bits = 0x7FC0 if value != value else (word + 0x7FFF + ((word >> 16) & 1)) >> 16
+    return np.uint16(bits).tobytes()
 
 
 def make_store_narrow(dtype: str) -> Callable[[int, Any], None]:
-    """As in ``device``; bf16 rounds to nearest even."""
+    """As in ``device``."""
     if dtype == "float32":
         return store_f32
 
     def store(address: int, value: Any) -> None:
-        if dtype == "float16":
-            bits = int(np.float16(value).view(np.uint16))
-        else:
-            word = int(np.float32(value).view(np.uint32))
-            nan = value != value
-            bits = 0x7FC0 if nan else (word + 0x7FFF + ((word >> 16) & 1)) >> 16
-        _view(address, ctypes.c_uint16)[0] = bits
+        view(address, ctypes.c_uint16)[0] = int(np.frombuffer(narrow(value, dtype), np.uint16)[0])
 
     return store

@@ -292,6 +292,7 @@ class _Group:
 def token_bytes(case: SpeedCase, decode: DecodeModel, context: int, realised: float) -> float:
     """Bytes that a token has to read: MLPs at a realised sparsity, attention, head, keys and values of the context."""
     size = BYTES[case.dtype]
-    attention = sum(a.weight.numel() + a.out.weight.numel() for a in decode.attentions)
-    cache = sum(2 * a.n_kv * a.head_dim * min(context, a.window or context) for a in decode.attentions)
+    attention = sum(a.weight.numel() + a.out.numel() for a in decode.attentions)
+    heads = [a.heads for a in decode.attentions]
+    cache = sum(2 * h.n_kv * h.head_dim * min(context, h.window or context) for h in heads)
     return needed_bytes(case, realised) * len(decode.mlps) + (attention + decode.head.numel() + cache) * size

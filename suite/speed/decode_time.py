@@ -77,13 +77,13 @@ def prepare(
 def _part(decode: DecodeModel, mlp: Mlp, name: str, inputs: Sequence[Tensor]) -> None:
     """One part of a step alone; what attention writes at the present position, the next step overwrites."""
     if name == "head":
-        decode.logits(inputs[-1]).argmax(-1)
+        decode.parts.next_token(inputs[-1], decode.head)
         return
     for layer, x in enumerate(inputs):
         if name == "MLP":
             mlp(layer, x)
         else:
-            decode.attentions[layer](x, decode.position, decode.f)
+            decode.attentions[layer](x, decode.position, decode.parts)
 
 
 def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:

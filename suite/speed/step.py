@@ -1,8 +1,8 @@
 """A decode step over the weights of a Hugging Face model: batch 1, static cache, few launches, any MLP put in.
 
-Everything outside the large products is a handful of small functions, compiled by torch on a GPU: a layer costs 13
-launches instead of about 50. The MLP is a callable, so that methods and dense differ in nothing else. Nothing waits for
-the device: a step can be captured in a CUDA graph, which then feeds itself its next token.
+What lies outside the large products comes from `suite.speed.step_parts`, on a GPU from `suite.speed.step_gpu`. The MLP is
+a callable, so that methods and dense differ in nothing else. Nothing waits for the device: a step can be captured in a CUDA
+graph, which then feeds itself its next token.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,86 +19,9 @@ from torch.nn import functional
 
 from suite.errors import InputError
 from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
+from suite.speed.step_parts import CHUNK, Heads, Parts
 
 Mlp = Callable[[int, Tensor], Tensor]  # (layer, x of shape (1, d_model)) -> y
-
-_CHUNK = 256  # keys that one product of probabilities and values sums: long contexts fill the device with chunks
-
-
-def _norm(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
-    """RMS norm, scaled by ``weight + offset`` in fp32."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * (weight.float() + offset)).to(x.dtype)
-
-
-def _add_norm(hidden: Tensor, y: Tensor, weight: Tensor, offset: float, eps: float) -> tuple[Tensor, Tensor]:
-    hidden = hidden + y
-    return hidden, _norm(hidden, weight, offset, eps)
-
-
-def _norm_add_norm(
-    hidden: Tensor, y: Tensor, first: Tensor, weight: Tensor, offset: float, eps: float
-) -> tuple[Tensor, Tensor]:
-    hidden = hidden + _norm(y, first, offset, eps)
-    return hidden, _norm(hidden, weight, offset, eps)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of heads (n_heads, head_dim); only the first ``cos.shape[-1]`` entries turn."""
-    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    low, high = turned.chunk(2, dim=-1)
-    return torch.cat([turned * cos + torch.cat([-high, low], -1) * sin, rest], -1)
-
-
-def _heads(
-    qkv: Tensor, position: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv: int, norms: tuple[Tensor, Tensor] | None,
-    offset: float, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Queries (n_kv, group, head_dim), and keys with values (2, n_kv, 1, head_dim), of one token."""
-    heads = qkv.view(n_heads + 2 * n_kv, -1)
-    q, k, v = heads.split([n_heads, n_kv, n_kv])
-    if norms is not None:
-        q, k = _norm(q, norms[0], offset, eps), _norm(k, norms[1], offset, eps)
-    cos, sin = cos.index_select(0, position), sin.index_select(0, position)
-    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-    return q.view(n_kv, n_heads // n_kv, -1), torch.stack([k, v])[:, :, None]
-
-
-def _probabilities(scores: Tensor, position: Tensor, scale: float, cap: float | None, window: int | None) -> Tensor:
-    """Softmax in fp32 over the keys written so far, shape of the scores (n_kv, group, length)."""
-    wide = scores.float() * scale
-    if cap is not None:
-        wide = torch.tanh(wide / cap) * cap
-    keys = torch.arange(scores.shape[-1], device=scores.device)
-    hidden = keys > position
-    if window is not None:
-        hidden = hidden | (keys <= position - window)
-    return torch.softmax(wide.masked_fill(hidden, -math.inf), -1).to(scores.dtype)
-
-
-def _act(gate_up: Tensor, activation: str) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return (functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")) * up
-
-
-@dataclass(frozen=True)
-class _Functions:
-    norm: Callable[..., Tensor]
-    add_norm: Callable[..., tuple[Tensor, Tensor]]
-    norm_add_norm: Callable[..., tuple[Tensor, Tensor]]
-    heads: Callable[..., tuple[Tensor, Tensor]]
-    probabilities: Callable[..., Tensor]
-    act: Callable[..., Tensor]
-
-    @classmethod
-    def of(cls, device: torch.device, compiled: bool) -> _Functions:
-        plain: tuple[Any, ...] = (_norm, _add_norm, _norm_add_norm, _heads, _probabilities, _act)
-        if not compiled or device.type != "cuda":
-            return cls(*plain)
-        torch.compiler.reset()  # one model at a time, or the shapes of many would reach the limit of recompilations
-        compiled_all: list[Any] = [torch.compile(function, dynamic=False) for function in plain]
-        return cls(*compiled_all)
 
 
 def fuse(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
@@ -122,44 +44,40 @@ def fuse(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
 
 
 class _Attention:
-    """Attention of one layer, its cache of keys and values, and the norms around."""
+    """Attention of one layer, with its own weights and cache."""
 
     def __init__(self, block: nn.Module, rotary: tuple[Tensor, Tensor], length: int, offset: float, n_kv: int) -> None:
         own: Any = block.get_submodule("self_attn")
         fused = hasattr(own, "qkv_proj")
         self.weight, self.bias = fuse([own.qkv_proj] if fused else [own.q_proj, own.k_proj, own.v_proj])
-        self.out = own.o_proj
-        self.head_dim, self.n_kv = own.head_dim, n_kv
-        self.n_heads = len(self.weight) // own.head_dim - 2 * n_kv
-        self.norms = (own.q_norm.weight, own.k_norm.weight) if hasattr(own, "q_norm") else None
-        self.cos, self.sin = rotary
-        self.scale = float(own.scaling)
-        self.cap = getattr(own, "attn_logit_softcapping", None)
-        self.window = getattr(own, "sliding_window", None)
-        self.offset, self.eps = offset, _eps(own.q_norm) if self.norms else 0.0
-        shape = (2, n_kv, length, self.head_dim)
-        self.cache = torch.zeros(shape, dtype=self.weight.dtype, device=self.weight.device)
+        self.out: Tensor = own.o_proj.weight
+        self._out_bias: Tensor | None = own.o_proj.bias
+        shape = (2, n_kv, length, own.head_dim)
+        norms = (own.q_norm.weight, own.k_norm.weight) if hasattr(own, "q_norm") else None
+        self.heads = Heads(
+            n_heads=len(self.weight) // own.head_dim - 2 * n_kv,
+            n_kv=n_kv,
+            head_dim=own.head_dim,
+            cos=rotary[0],
+            sin=rotary[1],
+            cache=torch.zeros(shape, dtype=self.weight.dtype, device=self.weight.device),
+            scale=float(own.scaling),
+            cap=getattr(own, "attn_logit_softcapping", None),
+            window=getattr(own, "sliding_window", None),
+            norms=norms,
+            offset=offset,
+            eps=0.0 if norms is None else _eps(own.q_norm),
+        )
 
-    def __call__(self, x: Tensor, position: Tensor, f: _Functions) -> Tensor:
-        qkv = functional.linear(x, self.weight, self.bias)
-        q, kv = f.heads(
-            qkv, position, self.cos, self.sin, self.n_heads, self.n_kv, self.norms, self.offset, self.eps
-        )  # fmt: skip
-        self.cache.index_copy_(2, position, kv)
-        keys, values = self.cache[0], self.cache[1]
-        p = f.probabilities(q @ keys.transpose(1, 2), position, self.scale, self.cap, self.window)
-        chunk = min(_CHUNK, p.shape[-1])
-        n_chunks = p.shape[-1] // chunk
-        p = p.view(self.n_kv, -1, n_chunks, chunk).transpose(1, 2)
-        mixed = (p @ values.view(self.n_kv, n_chunks, chunk, -1)).sum(1)
-        y: Tensor = self.out(mixed.view(1, -1))
-        return y
+    def __call__(self, x: Tensor, position: Tensor, parts: Parts) -> Tensor:
+        mixed = parts.attend(self.heads, parts.linear(x, self.weight, self.bias), position, self.out)
+        return parts.linear(mixed, self.out, self._out_bias)
 
     def fill(self, keys: Tensor, values: Tensor, n_tokens: int) -> None:
         """Put in keys and values (1, n_kv, n_kept, head_dim) of a prefill; a window keeps fewer than all tokens."""
         n_kept = keys.shape[2]
-        self.cache[0, :, n_tokens - n_kept : n_tokens] = keys[0]
-        self.cache[1, :, n_tokens - n_kept : n_tokens] = values[0]
+        self.heads.cache[0, :, n_tokens - n_kept : n_tokens] = keys[0]
+        self.heads.cache[1, :, n_tokens - n_kept : n_tokens] = values[0]
 
 
 def _eps(norm: Any) -> float:
@@ -177,7 +95,7 @@ class DecodeModel:
     length : int
         Tokens that the cache holds; rounded up to a multiple of 256.
     compiled : bool
-        Compile what lies outside the products; on a GPU only.
+        On a GPU: few launches, by kernels and compiled functions; False for torch's own.
 
     Attributes
     ----------
@@ -186,7 +104,7 @@ class DecodeModel:
     """
 
     def __init__(self, model: nn.Module, length: int, *, compiled: bool = True) -> None:
-        self.model, self.length = model, _CHUNK * math.ceil(length / _CHUNK)
+        self.model, self.length = model, CHUNK * math.ceil(length / CHUNK)
         inner: Any = model.get_submodule("model")
         self._inner = inner
         self.mlps: list[GatedMLP] = find_gated_mlps(model)
@@ -209,9 +127,20 @@ class DecodeModel:
             for mlp in self.mlps
         ]  # fmt: skip
         self.head: Tensor = model.get_submodule("lm_head").get_parameter("weight")
-        self.f = _Functions.of(self.device, compiled)
+        self.parts = self._parts() if compiled and self.device.type == "cuda" else Parts(self._offset, self._norm_eps)
         self.token = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
+
+    def _parts(self) -> Parts:
+        """Parts in few launches, with the fastest products of this model's weights."""
+        from suite.speed.step_gpu import GpuParts  # late: needs CUDA
+
+        parts = GpuParts(self._offset, self._norm_eps, self.mlps[0].d_model, self.dtype)
+        downs = [mlp.weights()[2] for mlp in self.mlps]
+        attentions = [a.weight for a in self.attentions], [a.out for a in self.attentions]
+        with torch.no_grad():
+            parts.measure([*attentions, self._gate_up, downs, [self.head]])
+        return parts
 
     def _rotary(self, block: Any) -> tuple[Tensor, Tensor]:
         """Cosine and sine of every position, (length, rotary_dim)."""
@@ -274,8 +203,11 @@ class DecodeModel:
 
     def dense(self, layer: int, x: Tensor) -> Tensor:
         """The dense MLP: two products."""
-        product = self.f.act(functional.linear(x, self._gate_up[layer]), self.mlps[layer].activation)
-        return self.mlps[layer].down(product)
+        mlp = self.mlps[layer]
+        if mlp.has_bias():
+            return mlp.down(self.parts.act(torch.cat(mlp.gate_up(x), -1), mlp.activation))
+        product = self.parts.act(self.parts.linear(x, self._gate_up[layer]), mlp.activation)
+        return self.parts.linear(product, mlp.weights()[2])
 
     @torch.no_grad()
     def hidden(self, mlp: Mlp) -> Tensor:
@@ -283,21 +215,21 @@ class DecodeModel:
         hidden = self._inner.embed_tokens(self.token)
         if self._embedding_scale is not None:
             hidden = hidden * self._embedding_scale
-        x = self.f.norm(hidden, self.blocks[0].input_layernorm.weight, self._offset, self._norm_eps)
+        x = self.parts.norm(hidden, self.blocks[0].input_layernorm.weight)
+        add_norm, dense = self.parts.add_norm, mlp == self.dense
         for layer, (block, attention) in enumerate(zip(self.blocks, self.attentions, strict=True)):
             last = layer + 1 == len(self.blocks)
             after = self._inner.norm if last else self.blocks[layer + 1].input_layernorm
+            then = self.head if last else self.attentions[layer + 1].weight
             around = hasattr(block, "pre_feedforward_layernorm")  # Gemma norms what attention and MLP give, too
             before = block.pre_feedforward_layernorm if around else block.post_attention_layernorm
-            y = attention(x, self.position, self.f)
-            hidden, x = self._add(hidden, y, block.post_attention_layernorm if around else None, before)
-            hidden, x = self._add(hidden, mlp(layer, x), block.post_feedforward_layernorm if around else None, after)
+            inner = block.post_attention_layernorm.weight if around else None
+            y = attention(x, self.position, self.parts)
+            # the kernels of sparse MLPs start to read while the launch before is still running
+            hidden, x = add_norm(hidden, y, inner, before.weight, self._gate_up[layer] if dense else None)
+            inner = block.post_feedforward_layernorm.weight if around else None
+            hidden, x = add_norm(hidden, mlp(layer, x), inner, after.weight, then)
         return x
-
-    def _add(self, hidden: Tensor, y: Tensor, first: Any, norm: Any) -> tuple[Tensor, Tensor]:
-        if first is None:
-            return self.f.add_norm(hidden, y, norm.weight, self._offset, self._norm_eps)
-        return self.f.norm_add_norm(hidden, y, first.weight, norm.weight, self._offset, self._norm_eps)
 
     def logits(self, hidden: Tensor, *, wide: bool = False) -> Tensor:
         """Logits (1, vocabulary); ``wide``: product in fp32."""
@@ -307,7 +239,7 @@ class DecodeModel:
     @torch.no_grad()
     def step(self, mlp: Mlp) -> None:
         """One greedy step: token and position become the next ones."""
-        self.token.copy_(self.logits(self.hidden(mlp)).argmax(-1))
+        self.token.copy_(self.parts.next_token(self.hidden(mlp), self.head))
         self.position.add_(1)
 
 

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("cuda.bindings", reason="needs numba-cuda[cu13]")
 
 PTXAS = shutil.which("ptxas")
+ptxas_needed = pytest.mark.skipif(PTXAS is None, reason="ptxas is not installed")
 # name: arguments of tuned_plan, compute capability
 PLANS = {
     "m-bf16-sm90": "('threshold', 4096, 14336, 'bfloat16', 'silu', n_blocks=132, capability=(9, 0))",
@@ -50,24 +51,34 @@ def ptx() -> dict[str, str]:
     return made
 
 
+def assert_clean(text: str) -> None:
+    """No local memory, no call, no double."""
+    assert not re.search(r"\.local|\bld\.local|\bst\.local", text), "local memory: an array left the registers"
+    assert not re.search(r"^\s*call", text, re.MULTILINE), "a device function was not inlined"
+    assert not re.search(r"fma\.rn\.f64|mul\.f64|add\.f64", text), "a constant made the arithmetic double"
+
+
+def assert_no_spills(text: str, capability: str, folder: Path) -> None:
+    """Assemble it and look at the report."""
+    source = folder / "kernel.ptx"
+    # only the version line is newer than an older ptxas knows
+    source.write_text(re.sub(r"\.version \d+\.\d+", ".version 8.0", text, count=1))
+    command = [str(PTXAS), "-v", f"-arch=sm_{capability}", str(source), "-o", str(folder / "kernel.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_ptx(name: str, ptx: dict[str, str]) -> None:
     text = ptx[name]
     assert f".target sm_{name[-2:]}" in text
-    assert not re.search(r"\.local|\bld\.local|\bst\.local", text), "local memory: an array left the registers"
-    assert not re.search(r"^\s*call", text, re.MULTILINE), "a device function was not inlined"
     assert re.search(r"cp\.async\.cg\.shared\.global\S* \[\S+\], \[\S+\], 16", text), "no 16-byte copies"
     assert "ld.shared.v4.b32" in text
-    assert not re.search(r"fma\.rn\.f64|mul\.f64|add\.f64", text), "a constant made the arithmetic double"
+    assert_clean(text)
 
 
-@pytest.mark.skipif(PTXAS is None, reason="ptxas is not installed")
+@ptxas_needed
 @pytest.mark.parametrize("name", PLANS)
 def test_no_spills(name: str, ptx: dict[str, str], tmp_path: Path) -> None:
-    # only the version line is newer than an older ptxas knows
-    source = tmp_path / "kernel.ptx"
-    source.write_text(re.sub(r"\.version \d+\.\d+", ".version 8.0", ptx[name], count=1))
-    command = [str(PTXAS), "-v", f"-arch=sm_{name[-2:]}", str(source), "-o", str(tmp_path / "kernel.cubin")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr
+    assert_no_spills(ptx[name], name[-2:], tmp_path)

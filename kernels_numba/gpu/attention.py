@@ -1,0 +1,376 @@
+"""Attention of one decode step in one launch: rotary embedding, cache write, scores, softmax, mix of the values.
+
+torch takes eight launches for it (23 us a layer of the Llama-3.1-8B shape at 128 tokens of context on an H100), each of
+them shorter than the time between two launches. Blocks that have no keys bring weights of the next product into L2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numba import cuda, int64, void
+
+from kernels_numba.gpu.norm import make_prefetch
+from kernels_numba.gpu.plan import BYTES
+
+THREADS = 512
+_WARPS, _AT_ONCE = THREADS // 32, 4  # warps; keys that a lane has in flight
+_LOG2_E = math.log2(math.e)
+MAX_GROUP, _SHARED = 8, 48 << 10
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What an attention kernel is compiled for.
+
+    Parameters
+    ----------
+    n_kv, group, head_dim : int
+        Heads of keys and values, queries that share one, elements of a head.
+    rotary_dim : int
+        Entries of a head that turn; the rest pass.
+    length : int
+        Tokens that the cache holds, a multiple of 256.
+    dtype : str
+    scale : float
+        Of the scores.
+    cap : float, optional
+        Scores go through ``cap * tanh(score / cap)``.
+    window : int, optional
+        Tokens that are looked back at.
+    split : int
+        Keys of a block; with more than one block a head the last to end adds them up.
+    spare : int
+        Further blocks, which prefetch.
+    """
+
+    n_kv: int
+    group: int
+    head_dim: int
+    rotary_dim: int
+    length: int
+    dtype: str
+    scale: float
+    cap: float | None = None
+    window: int | None = None
+    split: int = 512
+    spare: int = 0
+
+    @property
+    def element(self) -> int:
+        """Bytes of an element."""
+        return BYTES[self.dtype]
+
+    @property
+    def lanes(self) -> int:
+        """Lanes that share a key, 16 bytes each."""
+        return self.head_dim * self.element // 16
+
+    @property
+    def keys(self) -> int:
+        """Keys that the block reads at once."""
+        return _WARPS * 32 // self.lanes
+
+    @property
+    def n_splits(self) -> int:
+        """Blocks of a head of keys."""
+        return math.ceil(self.length / self.split)
+
+    @property
+    def row(self) -> int:
+        """Floats of a query's scores in shared memory, the keys read past the last one included."""
+        return self.split + _AT_ONCE * self.keys
+
+    @property
+    def shared(self) -> dict[str, int]:
+        """Offset of every area of shared memory, and ``total``."""
+        width = self.group * self.head_dim
+        sizes = {"query": width, "largest": 8, "sum": 8, "last": 8, "score": max(self.group * self.row, _WARPS * width)}
+        at, total = {}, 0
+        for name, size in sizes.items():
+            at[name], total = total, total + 4 * size
+        return at | {"mix": at["score"], "total": total}  # the mix replaces the scores
+
+    @property
+    def partial_floats(self) -> int:
+        """Floats in which the blocks of all heads leave their shares: mix, largest score, sum."""
+        return self.n_kv * self.n_splits * (self.group * self.head_dim + 2 * self.group)
+
+    def check(self) -> AttentionPlan:
+        """Raise ValueError for a shape that the kernel does not take."""
+        pieces = self.head_dim * self.element / 16
+        if pieces not in (4, 8, 16, 32) or not 1 <= self.group <= MAX_GROUP or self.shared["total"] > _SHARED:
+            raise ValueError(
+                f"head_dim={self.head_dim} in {self.dtype} with {self.group} queries a head: the kernel takes heads of "
+                f"64, 128, 256 or 512 bytes and at most {MAX_GROUP} queries of {_SHARED >> 10} KiB; use the torch functions"
+            )
+        return self
+
+
+def make_query(plan: AttentionPlan, dev: Any) -> Any:
+    """``query(...)``: turned and scaled queries of a head into shared memory; its block writes the new key and value."""
+    head, half, n_kv, group = plan.head_dim, plan.rotary_dim // 2, plan.n_kv, plan.group
+    rotary, size, at = plan.rotary_dim, plan.element, plan.shared["query"]
+    load, store, shared_store, scale = (
+        dev.make_load_narrow(plan.dtype),
+        dev.make_store_narrow(plan.dtype),
+        dev.shared_store_f32,
+        np.float32(plan.scale),
+    )
+    cache_half = plan.n_kv * plan.length * plan.head_dim * plan.element
+
+    @dev.device_function
+    def turned(row, d, cos, sin):
+        value = load(row + d * size)
+        if d >= rotary:
+            return value
+        if d < half:
+            other = -load(row + (d + half) * size)
+        else:
+            other = load(row + (d - half) * size)
+        return value * load(cos + d * size) + other * load(sin + d * size)
+
+    @dev.device_function
+    def query(shared, qkv, cos, sin, kv_head, mine, cache_row, tid):
+        for i in range(tid, group * head, THREADS):
+            row = qkv + (kv_head * group + i // head) * head * size
+            shared_store(shared + at + i * 4, turned(row, i % head, cos, sin) * scale)
+        if mine:
+            keys = qkv + (n_kv * group + kv_head) * head * size
+            for d in range(tid, head, THREADS):
+                store(cache_row + d * size, turned(keys, d, cos, sin))
+                store(cache_row + cache_half + d * size, load(keys + (n_kv * head + d) * size))
+
+    return query
+
+
+def make_scores(plan: AttentionPlan, dev: Any) -> Any:
+    """``scores(...)``: products of the queries with keys ``begin`` up to ``end`` into shared memory."""
+    lanes, keys, group, head_bytes = plan.lanes, plan.keys, plan.group, plan.head_dim * plan.element
+    vector = 16 // plan.element
+    query_at, score_at = plan.shared["query"], plan.shared["score"]
+    load_query, _ = dev.make_shared_floats(group, vector, plan.head_dim * 4)
+    _, store_scores = dev.make_shared_floats(group, 1, plan.row * 4)
+    dot, total, load16 = dev.make_piece_dot(plan.dtype, group), dev.make_lanes_total(group, 1, lanes), dev.load16
+
+    @dev.device_function
+    def scores(shared, cache_head, first, begin, end, tid):
+        piece, own = tid % lanes, tid // lanes
+        q = load_query(shared + query_at + piece * vector * 4)
+        at = cache_head + piece * 16
+        for start in range(begin, end, keys * 4):
+            k0, k1, k2, k3 = start + own, start + own + keys, start + own + 2 * keys, start + own + 3 * keys
+            w0 = load16(at + min(k0, end - 1) * head_bytes)
+            w1 = load16(at + min(k1, end - 1) * head_bytes)
+            w2 = load16(at + min(k2, end - 1) * head_bytes)
+            w3 = load16(at + min(k3, end - 1) * head_bytes)
+            s0, s1, s2, s3 = total(dot(w0, q)), total(dot(w1, q)), total(dot(w2, q)), total(dot(w3, q))
+            if piece == 0:
+                place = shared + score_at
+                store_scores(place + (k0 - first) * 4, s0)
+                store_scores(place + (k1 - first) * 4, s1)
+                store_scores(place + (k2 - first) * 4, s2)
+                store_scores(place + (k3 - first) * 4, s3)
+
+    return scores
+
+
+def make_softmax(plan: AttentionPlan, dev: Any) -> Any:
+    """``softmax(...)``: scores to powers below their largest, zeros outside ``begin`` to ``end``; a warp a query."""
+    group, row, capped = plan.group, plan.row, plan.cap is not None
+    cap = np.float32(plan.cap or 1.0)
+    score_at, largest_at, sum_at = (plan.shared[name] for name in ("score", "largest", "sum"))
+    load, store, lane_xor, exp2, divide = (
+        dev.shared_load_f32, dev.shared_store_f32, dev.lane_xor, dev.exp2, dev.divide,
+    )  # fmt: skip
+    log2_e, lowest, zero, one, two = (np.float32(v) for v in (_LOG2_E, -3.0e38, 0.0, 1.0, 2.0))
+    twice = np.float32(2 * _LOG2_E)
+
+    @dev.device_function
+    def softmax(shared, begin, end, tid):
+        """``begin`` and ``end`` counted from the block's first key; no key at all gives a sum of 0."""
+        lane, warp = tid & 31, tid >> 5
+        place, mine = shared + score_at + warp * row * 4, warp < group
+        largest = lowest
+        for i in range(lane, row, 32):
+            if mine and begin <= i and i < end:
+                score = load(place + i * 4)
+                if capped:
+                    score = cap * (one - divide(two, exp2(score / cap * twice) + one))
+                score *= log2_e
+                store(place + i * 4, score)
+                if not score <= largest:  # NaN comes through
+                    largest = score
+        bit = 1
+        while bit < 32:
+            other = lane_xor(largest, bit)
+            if not other <= largest:
+                largest = other
+            bit *= 2
+        total = zero
+        for i in range(lane, row, 32):
+            if mine:
+                power = zero
+                if begin <= i and i < end:
+                    power = exp2(load(place + i * 4) - largest)
+                store(place + i * 4, power)
+                total += power
+        bit = 1
+        while bit < 32:
+            total += lane_xor(total, bit)
+            bit *= 2
+        if mine and lane == 0:
+            store(shared + largest_at + warp * 4, largest)
+            store(shared + sum_at + warp * 4, total)
+
+    return softmax
+
+
+def make_mix(plan: AttentionPlan, dev: Any) -> Any:
+    """``mix(...)``: every warp's sum of powers times values, (warps, group, head_dim) in shared memory."""
+    lanes, keys, group, head_bytes = plan.lanes, plan.keys, plan.group, plan.head_dim * plan.element
+    vector, width = 16 // plan.element, plan.group * plan.head_dim * 4
+    score_at, mix_at = plan.shared["score"], plan.shared["mix"]
+    load_powers, _ = dev.make_shared_floats(group, 1, plan.row * 4)
+    _, store_mix = dev.make_shared_floats(group, vector, plan.head_dim * 4)
+    add, zeros, load16 = dev.make_piece_add(plan.dtype, group), dev.make_zeros(group * vector), dev.load16
+    total, sync = dev.make_lanes_total(group * vector, lanes, 32), dev.syncthreads
+
+    @dev.device_function
+    def mix(shared, values_head, first, begin, end, tid):
+        piece, own = tid % lanes, tid // lanes
+        at, powers, sums = values_head + piece * 16, shared + score_at, zeros()
+        for start in range(begin, end, keys * 4):
+            k0, k1, k2, k3 = start + own, start + own + keys, start + own + 2 * keys, start + own + 3 * keys
+            w0 = load16(at + min(k0, end - 1) * head_bytes)
+            w1 = load16(at + min(k1, end - 1) * head_bytes)
+            w2 = load16(at + min(k2, end - 1) * head_bytes)
+            w3 = load16(at + min(k3, end - 1) * head_bytes)
+            sums = add(w0, load_powers(powers + (k0 - first) * 4), sums)
+            sums = add(w1, load_powers(powers + (k1 - first) * 4), sums)
+            sums = add(w2, load_powers(powers + (k2 - first) * 4), sums)
+            sums = add(w3, load_powers(powers + (k3 - first) * 4), sums)
+        sums = total(sums)
+        sync()
+        if (tid & 31) < lanes:
+            store_mix(shared + mix_at + (tid >> 5) * width + piece * vector * 4, sums)
+
+    return mix
+
+
+def make_output(plan: AttentionPlan, dev: Any) -> Any:
+    """``output(...)``: the block's mix over its sum, or with several blocks a head the last one's total of all."""
+    width, group, head, n_splits, size = (
+        plan.group * plan.head_dim, plan.group, plan.head_dim, plan.n_splits, plan.element,
+    )  # fmt: skip
+    mix_at, largest_at, sum_at, last_at = (plan.shared[name] for name in ("mix", "largest", "sum", "last"))
+    load, load_i, store_i, global_load, global_store = (
+        dev.shared_load_f32, dev.shared_load_i32, dev.shared_store_i32, dev.load_f32, dev.store_f32,
+    )  # fmt: skip
+    store, divide, exp2, atomic_add, sync = (
+        dev.make_store_narrow(plan.dtype), dev.divide, dev.exp2, dev.atomic_add, dev.syncthreads,
+    )  # fmt: skip
+    block_bytes, zero = (width + 2 * group) * 4, np.float32(0.0)
+
+    @dev.device_function
+    def block_mix(shared, i):
+        total = zero
+        for warp in range(_WARPS):
+            total += load(shared + mix_at + (warp * width + i) * 4)
+        return total
+
+    @dev.device_function
+    def combined(parts, i):
+        """Entry ``i`` of all blocks' mixes, each scaled to the largest score of all."""
+        q = i // head
+        largest = global_load(parts + (width + q) * 4)
+        for s in range(1, n_splits):
+            other = global_load(parts + s * block_bytes + (width + q) * 4)
+            if not other <= largest:
+                largest = other
+        total, below = zero, zero
+        for s in range(n_splits):
+            part = parts + s * block_bytes
+            share = global_load(part + (width + group + q) * 4)
+            if share != zero:
+                weight = exp2(global_load(part + (width + q) * 4) - largest)
+                total += weight * global_load(part + i * 4)
+                below += weight * share
+        return divide(total, below)
+
+    @dev.device_function
+    def output(shared, partial, counter, out, kv_head, split, tid):
+        place = out + kv_head * width * size
+        if n_splits == 1:
+            for i in range(tid, width, THREADS):
+                store(place + i * size, divide(block_mix(shared, i), load(shared + sum_at + i // head * 4)))
+            return
+        parts = partial + kv_head * n_splits * block_bytes
+        mine = parts + split * block_bytes
+        for i in range(tid, width, THREADS):
+            global_store(mine + i * 4, block_mix(shared, i))
+        if tid < group:
+            global_store(mine + (width + tid) * 4, load(shared + largest_at + tid * 4))
+            global_store(mine + (width + group + tid) * 4, load(shared + sum_at + tid * 4))
+        sync()
+        if tid == 0:  # never cleared: every launch adds n_splits
+            store_i(shared + last_at, atomic_add(counter + kv_head * 4, 1) % n_splits)
+        sync()
+        if load_i(shared + last_at) == n_splits - 1:
+            for i in range(tid, width, THREADS):
+                store(place + i * size, combined(parts, i))
+
+    return output
+
+
+# Addresses of: queries, keys and values of the token; its position; cosines and sines of every position; the cache
+# (2, n_kv, length, head_dim); the blocks' shares; a count for every head; the output; what to prefetch. Then its bytes.
+SIGNATURE = void(*[int64] * 10)
+
+
+def make_kernel(plan: AttentionPlan, dev: Any) -> Callable[..., None]:
+    """The undecorated kernel; ``dev`` is the module ``pieces`` or its twin."""
+    plan.check()
+    parts = SimpleNamespace(
+        query=make_query(plan, dev), scores=make_scores(plan, dev), softmax=make_softmax(plan, dev),
+        mix=make_mix(plan, dev), output=make_output(plan, dev),
+    )  # fmt: skip
+    query, scores, softmax, mix, output = parts.query, parts.scores, parts.softmax, parts.mix, parts.output
+    n_splits, n_kv, split_keys, spare = plan.n_splits, plan.n_kv, plan.split, plan.spare
+    window, table_bytes = plan.window or 0, plan.rotary_dim * plan.element
+    head_bytes, half_bytes = plan.head_dim * plan.element, plan.n_kv * plan.length * plan.head_dim * plan.element
+    row_bytes = plan.length * head_bytes
+    load_i, shared_memory, sync = dev.load_i32, dev.shared_memory, dev.syncthreads
+    fetch = make_prefetch(dev, THREADS)
+
+    def kernel(qkv, position_at, cos, sin, kv_cache, partial, counter, out, weights, n_bytes):
+        tid, block, shared = cuda.threadIdx.x, cuda.blockIdx.x, shared_memory()
+        if block >= n_kv * n_splits:
+            fetch(weights, n_bytes, block - n_kv * n_splits, spare, tid)
+            return
+        kv_head, split = block // n_splits, block % n_splits
+        position, first = load_i(position_at), split * split_keys
+        begin, end = first, min(first + split_keys, position + 1)
+        if window > 0:
+            begin = max(begin, position - window + 1)
+        at = kv_cache + kv_head * row_bytes
+        mine = position >= first and position < first + split_keys
+        query(
+            shared, qkv, cos + position * table_bytes, sin + position * table_bytes, kv_head, mine,
+            at + position * head_bytes, tid,
+        )  # fmt: skip
+        sync()
+        scores(shared, at, first, begin, end, tid)
+        sync()
+        softmax(shared, begin - first, end - first, tid)
+        sync()
+        mix(shared, at + half_bytes, first, begin, end, tid)
+        sync()
+        output(shared, partial, counter, out, kv_head, split, tid)
+
+    return kernel
