@@ -13,10 +13,8 @@ from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 
 from kernels_numba.gpu.device import (  # noqa: F401  kernels reach every device function through this module
-    device_function,
     divide,
     exp2,
-    lane_xor,
     launch_dependents,
     load16,
     load_f32,
@@ -33,7 +31,7 @@ from kernels_numba.gpu.device import (  # noqa: F401  kernels reach every device
     syncthreads,
     widen,
 )
-from kernels_numba.gpu.lanes import shuffle
+from kernels_numba.gpu.lanes import device_function, lane_xor, shuffle  # noqa: F401
 from kernels_numba.gpu.ptx import F32, I32, asm, instruction, offset, pack, shared_address, unpack
 
 prefetch = instruction("prefetch.global.L2 [$0];", types.void, types.int64)

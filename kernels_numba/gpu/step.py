@@ -86,10 +86,16 @@ class DecodeAttention:
 
 
 class AddNorm:
-    """Addition to the hidden state and the norm after it, for one token; launches can be captured in a CUDA graph."""
+    """Addition to the hidden state and the norm after it, for one token; launches can be captured in a CUDA graph.
+
+    Raises
+    ------
+    ValueError
+        A row of another size than the kernel takes.
+    """
 
     def __init__(self, plan: NormPlan) -> None:
-        self._plan = plan
+        self._plan = plan.check()
 
     def __call__(
         self, hidden: Tensor, y: Tensor, inner: Tensor | None, weight: Tensor, ahead: Tensor | None

@@ -42,8 +42,7 @@ class GpuParts(Parts):
         self._norm = torch.compile(norm, dynamic=False)
         self._act = torch.compile(act, dynamic=False)
         self._head_norms = torch.compile(head_norms, dynamic=False)
-        plans = [NormPlan(d_model, _NAMES[dtype], offset, eps, inner=inner) for inner in (False, True)]
-        self._add_norms = [AddNorm(plan) for plan in plans]
+        self._add_norms = [_add_norm(NormPlan(d_model, _NAMES[dtype], offset, eps, inner=i)) for i in (False, True)]
         self._attentions: dict[int, DecodeAttention | None] = {}
 
     def measure(self, weights: Sequence[Sequence[Tensor]]) -> None:
@@ -65,7 +64,10 @@ class GpuParts(Parts):
         self, hidden: Tensor, y: Tensor, inner: Tensor | None, weight: Tensor, ahead: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """As `Parts`."""
-        return self._add_norms[inner is not None](hidden, y, inner, weight, ahead)
+        kernel = self._add_norms[inner is not None]
+        if kernel is None:
+            return super().add_norm(hidden, y, inner, weight, ahead)
+        return kernel(hidden, y, inner, weight, ahead)
 
     def head_norms(self, heads: Heads, qkv: Tensor) -> Tensor:
         """As `Parts`."""
@@ -94,6 +96,14 @@ class GpuParts(Parts):
         largest, where = logits.view(rows, -1).max(-1)
         row = largest.argmax(0, keepdim=True)
         return where.gather(0, row) + row * (logits.numel() // rows)
+
+
+def _add_norm(plan: NormPlan) -> AddNorm | None:
+    """The kernel of a plan, if it takes its rows."""
+    try:
+        return AddNorm(plan)
+    except ValueError:
+        return None
 
 
 def _attention(heads: Heads, ahead: Tensor) -> DecodeAttention | None:
