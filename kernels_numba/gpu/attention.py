@@ -21,7 +21,7 @@ from kernels_numba.gpu.plan import BYTES
 THREADS = 512
 _WARPS, _AT_ONCE = THREADS // 32, 4  # warps; keys that a lane has in flight
 _LOG2_E = math.log2(math.e)
-MAX_GROUP, _SHARED = 8, 48 << 10
+_SHARED = 48 << 10
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,10 @@ class AttentionPlan:
         Scores go through ``cap * tanh(score / cap)``.
     window : int, optional
         Tokens that are looked back at.
+    queries : int
+        Queries of a block, a divisor of ``group``: few for short caches, where a block's own work is what takes time.
     split : int
-        Keys of a block; with more than one block a head the last to end adds them up.
+        Keys of a block; with more than one block for its queries the last to end adds them up.
     spare : int
         Further blocks, which prefetch.
     """
@@ -58,6 +60,7 @@ class AttentionPlan:
     scale: float
     cap: float | None = None
     window: int | None = None
+    queries: int = 1
     split: int = 512
     spare: int = 0
 
@@ -78,8 +81,13 @@ class AttentionPlan:
 
     @property
     def n_splits(self) -> int:
-        """Blocks of a head of keys."""
+        """Blocks that share the keys of a head."""
         return math.ceil(self.length / self.split)
+
+    @property
+    def n_heads(self) -> int:
+        """Groups of queries that blocks work on."""
+        return self.n_kv * self.group // self.queries
 
     @property
     def row(self) -> int:
@@ -89,8 +97,14 @@ class AttentionPlan:
     @property
     def shared(self) -> dict[str, int]:
         """Offset of every area of shared memory, and ``total``."""
-        width = self.group * self.head_dim
-        sizes = {"query": width, "largest": 8, "sum": 8, "last": 8, "score": max(self.group * self.row, _WARPS * width)}
+        width = self.queries * self.head_dim
+        sizes = {
+            "query": width,
+            "largest": 8,
+            "sum": 8,
+            "last": 8,
+            "score": max(self.queries * self.row, _WARPS * width),
+        }
         at, total = {}, 0
         for name, size in sizes.items():
             at[name], total = total, total + 4 * size
@@ -99,22 +113,26 @@ class AttentionPlan:
     @property
     def partial_floats(self) -> int:
         """Floats in which the blocks of all heads leave their shares: mix, largest score, sum."""
-        return self.n_kv * self.n_splits * (self.group * self.head_dim + 2 * self.group)
+        return self.n_heads * self.n_splits * self.queries * (self.head_dim + 2)
 
     def check(self) -> AttentionPlan:
         """Raise ValueError for a shape that the kernel does not take."""
         pieces = self.head_dim * self.element / 16
-        if pieces not in (4, 8, 16, 32) or not 1 <= self.group <= MAX_GROUP or self.shared["total"] > _SHARED:
+        if pieces not in (4, 8, 16, 32) or self.group % self.queries or self.shared["total"] > _SHARED:
             raise ValueError(
-                f"head_dim={self.head_dim} in {self.dtype} with {self.group} queries a head: the kernel takes heads of "
-                f"64, 128, 256 or 512 bytes and at most {MAX_GROUP} queries of {_SHARED >> 10} KiB; use the torch functions"
+                f"head_dim={self.head_dim} in {self.dtype} with {self.queries} of {self.group} queries a block: the kernel "
+                f"takes heads of 64, 128, 256 or 512 bytes and what fits {_SHARED >> 10} KiB; use the torch functions"
             )
         return self
 
 
 def make_query(plan: AttentionPlan, dev: Any) -> Any:
-    """``query(...)``: turned and scaled queries of a head into shared memory; its block writes the new key and value."""
-    head, half, n_kv, group = plan.head_dim, plan.rotary_dim // 2, plan.n_kv, plan.group
+    """``query(...)``: turned and scaled queries into shared memory, new key and value into the cache.
+
+    Every block that looks at the new key writes it: all write the same bits, and none waits for another.
+    """
+    head, half, n_kv, queries = plan.head_dim, plan.rotary_dim // 2, plan.n_kv, plan.queries
+    n_queries = plan.n_kv * plan.group
     rotary, size, at = plan.rotary_dim, plan.element, plan.shared["query"]
     load, store, shared_store, scale = (
         dev.make_load_narrow(plan.dtype),
@@ -136,12 +154,12 @@ def make_query(plan: AttentionPlan, dev: Any) -> Any:
         return value * load(cos + d * size) + other * load(sin + d * size)
 
     @dev.device_function
-    def query(shared, qkv, cos, sin, kv_head, mine, cache_row, tid):
-        for i in range(tid, group * head, THREADS):
-            row = qkv + (kv_head * group + i // head) * head * size
+    def query(shared, qkv, cos, sin, number, kv_head, mine, cache_row, tid):
+        for i in range(tid, queries * head, THREADS):
+            row = qkv + (number * queries + i // head) * head * size
             shared_store(shared + at + i * 4, turned(row, i % head, cos, sin) * scale)
         if mine:
-            keys = qkv + (n_kv * group + kv_head) * head * size
+            keys = qkv + (n_queries + kv_head) * head * size
             for d in range(tid, head, THREADS):
                 store(cache_row + d * size, turned(keys, d, cos, sin))
                 store(cache_row + cache_half + d * size, load(keys + (n_kv * head + d) * size))
@@ -151,12 +169,12 @@ def make_query(plan: AttentionPlan, dev: Any) -> Any:
 
 def make_scores(plan: AttentionPlan, dev: Any) -> Any:
     """``scores(...)``: products of the queries with keys ``begin`` up to ``end`` into shared memory."""
-    lanes, keys, group, head_bytes = plan.lanes, plan.keys, plan.group, plan.head_dim * plan.element
+    lanes, keys, queries, head_bytes = plan.lanes, plan.keys, plan.queries, plan.head_dim * plan.element
     vector = 16 // plan.element
     query_at, score_at = plan.shared["query"], plan.shared["score"]
-    load_query, _ = dev.make_shared_floats(group, vector, plan.head_dim * 4)
-    _, store_scores = dev.make_shared_floats(group, 1, plan.row * 4)
-    dot, total, load16 = dev.make_piece_dot(plan.dtype, group), dev.make_lanes_total(group, 1, lanes), dev.load16
+    load_query, _ = dev.make_shared_floats(queries, vector, plan.head_dim * 4)
+    _, store_scores = dev.make_shared_floats(queries, 1, plan.row * 4)
+    dot, total, load16 = dev.make_piece_dot(plan.dtype, queries), dev.make_lanes_total(queries, 1, lanes), dev.load16
 
     @dev.device_function
     def scores(shared, cache_head, first, begin, end, tid):
@@ -182,23 +200,23 @@ def make_scores(plan: AttentionPlan, dev: Any) -> Any:
 
 def make_softmax(plan: AttentionPlan, dev: Any) -> Any:
     """``softmax(...)``: scores to powers below their largest, zeros outside ``begin`` to ``end``; a warp a query."""
-    group, row, capped = plan.group, plan.row, plan.cap is not None
+    queries, row, capped = plan.queries, plan.row, plan.cap is not None
     cap = np.float32(plan.cap or 1.0)
     score_at, largest_at, sum_at = (plan.shared[name] for name in ("score", "largest", "sum"))
     load, store, lane_xor, exp2, divide = (
         dev.shared_load_f32, dev.shared_store_f32, dev.lane_xor, dev.exp2, dev.divide,
     )  # fmt: skip
     log2_e, lowest, zero, one, two = (np.float32(v) for v in (_LOG2_E, -3.0e38, 0.0, 1.0, 2.0))
-    twice = np.float32(2 * _LOG2_E)
+    twice, past = np.float32(2 * _LOG2_E), _AT_ONCE * plan.keys
 
     @dev.device_function
     def softmax(shared, begin, end, tid):
         """``begin`` and ``end`` counted from the block's first key; no key at all gives a sum of 0."""
         lane, warp = tid & 31, tid >> 5
-        place, mine = shared + score_at + warp * row * 4, warp < group
+        place, mine = shared + score_at + warp * row * 4, warp < queries
         largest = lowest
-        for i in range(lane, row, 32):
-            if mine and begin <= i and i < end:
+        for i in range(lane, end, 32):
+            if mine and begin <= i:
                 score = load(place + i * 4)
                 if capped:
                     score = cap * (one - divide(two, exp2(score / cap * twice) + one))
@@ -213,7 +231,7 @@ def make_softmax(plan: AttentionPlan, dev: Any) -> Any:
                 largest = other
             bit *= 2
         total = zero
-        for i in range(lane, row, 32):
+        for i in range(lane, min(end + past, row), 32):  # those read past the last one count nothing
             if mine:
                 power = zero
                 if begin <= i and i < end:
@@ -232,14 +250,14 @@ def make_softmax(plan: AttentionPlan, dev: Any) -> Any:
 
 
 def make_mix(plan: AttentionPlan, dev: Any) -> Any:
-    """``mix(...)``: every warp's sum of powers times values, (warps, group, head_dim) in shared memory."""
-    lanes, keys, group, head_bytes = plan.lanes, plan.keys, plan.group, plan.head_dim * plan.element
-    vector, width = 16 // plan.element, plan.group * plan.head_dim * 4
+    """``mix(...)``: every warp's sum of powers times values, (warps, queries, head_dim) in shared memory."""
+    lanes, keys, queries, head_bytes = plan.lanes, plan.keys, plan.queries, plan.head_dim * plan.element
+    vector, width = 16 // plan.element, plan.queries * plan.head_dim * 4
     score_at, mix_at = plan.shared["score"], plan.shared["mix"]
-    load_powers, _ = dev.make_shared_floats(group, 1, plan.row * 4)
-    _, store_mix = dev.make_shared_floats(group, vector, plan.head_dim * 4)
-    add, zeros, load16 = dev.make_piece_add(plan.dtype, group), dev.make_zeros(group * vector), dev.load16
-    total, sync = dev.make_lanes_total(group * vector, lanes, 32), dev.syncthreads
+    load_powers, _ = dev.make_shared_floats(queries, 1, plan.row * 4)
+    _, store_mix = dev.make_shared_floats(queries, vector, plan.head_dim * 4)
+    add, zeros, load16 = dev.make_piece_add(plan.dtype, queries), dev.make_zeros(queries * vector), dev.load16
+    total, sync = dev.make_lanes_total(queries * vector, lanes, 32), dev.syncthreads
 
     @dev.device_function
     def mix(shared, values_head, first, begin, end, tid):
@@ -265,8 +283,8 @@ def make_mix(plan: AttentionPlan, dev: Any) -> Any:
 
 def make_output(plan: AttentionPlan, dev: Any) -> Any:
     """``output(...)``: the block's mix over its sum, or with several blocks a head the last one's total of all."""
-    width, group, head, n_splits, size = (
-        plan.group * plan.head_dim, plan.group, plan.head_dim, plan.n_splits, plan.element,
+    width, queries, head, n_splits, size = (
+        plan.queries * plan.head_dim, plan.queries, plan.head_dim, plan.n_splits, plan.element,
     )  # fmt: skip
     mix_at, largest_at, sum_at, last_at = (plan.shared[name] for name in ("mix", "largest", "sum", "last"))
     load, load_i, store_i, global_load, global_store = (
@@ -275,7 +293,7 @@ def make_output(plan: AttentionPlan, dev: Any) -> Any:
     store, divide, exp2, atomic_add, sync = (
         dev.make_store_narrow(plan.dtype), dev.divide, dev.exp2, dev.atomic_add, dev.syncthreads,
     )  # fmt: skip
-    block_bytes, zero = (width + 2 * group) * 4, np.float32(0.0)
+    block_bytes, zero = (width + 2 * queries) * 4, np.float32(0.0)
 
     @dev.device_function
     def block_mix(shared, i):
@@ -296,7 +314,7 @@ def make_output(plan: AttentionPlan, dev: Any) -> Any:
         total, below = zero, zero
         for s in range(n_splits):
             part = parts + s * block_bytes
-            share = global_load(part + (width + group + q) * 4)
+            share = global_load(part + (width + queries + q) * 4)
             if share != zero:
                 weight = exp2(global_load(part + (width + q) * 4) - largest)
                 total += weight * global_load(part + i * 4)
@@ -304,22 +322,22 @@ def make_output(plan: AttentionPlan, dev: Any) -> Any:
         return divide(total, below)
 
     @dev.device_function
-    def output(shared, partial, counter, out, kv_head, split, tid):
-        place = out + kv_head * width * size
+    def output(shared, partial, counter, out, number, split, tid):
+        place = out + number * width * size
         if n_splits == 1:
             for i in range(tid, width, THREADS):
                 store(place + i * size, divide(block_mix(shared, i), load(shared + sum_at + i // head * 4)))
             return
-        parts = partial + kv_head * n_splits * block_bytes
+        parts = partial + number * n_splits * block_bytes
         mine = parts + split * block_bytes
         for i in range(tid, width, THREADS):
             global_store(mine + i * 4, block_mix(shared, i))
-        if tid < group:
+        if tid < queries:
             global_store(mine + (width + tid) * 4, load(shared + largest_at + tid * 4))
-            global_store(mine + (width + group + tid) * 4, load(shared + sum_at + tid * 4))
+            global_store(mine + (width + queries + tid) * 4, load(shared + sum_at + tid * 4))
         sync()
         if tid == 0:  # never cleared: every launch adds n_splits
-            store_i(shared + last_at, atomic_add(counter + kv_head * 4, 1) % n_splits)
+            store_i(shared + last_at, atomic_add(counter + number * 4, 1) % n_splits)
         sync()
         if load_i(shared + last_at) == n_splits - 1:
             for i in range(tid, width, THREADS):
@@ -329,7 +347,7 @@ def make_output(plan: AttentionPlan, dev: Any) -> Any:
 
 
 # Addresses of: queries, keys and values of the token; its position; cosines and sines of every position; the cache
-# (2, n_kv, length, head_dim); the blocks' shares; a count for every head; the output; what to prefetch. Then its bytes.
+# (2, n_kv, length, head_dim); the blocks' shares; a count for every group of queries; the output; what to prefetch. Then its bytes.
 SIGNATURE = void(*[int64] * 10)
 
 
@@ -341,27 +359,32 @@ def make_kernel(plan: AttentionPlan, dev: Any) -> Callable[..., None]:
         mix=make_mix(plan, dev), output=make_output(plan, dev),
     )  # fmt: skip
     query, scores, softmax, mix, output = parts.query, parts.scores, parts.softmax, parts.mix, parts.output
-    n_splits, n_kv, split_keys, spare = plan.n_splits, plan.n_kv, plan.split, plan.spare
+    n_splits, n_heads, split_keys, spare = plan.n_splits, plan.n_heads, plan.split, plan.spare
+    sharers, line = plan.group // plan.queries, 128
     window, table_bytes = plan.window or 0, plan.rotary_dim * plan.element
     head_bytes, half_bytes = plan.head_dim * plan.element, plan.n_kv * plan.length * plan.head_dim * plan.element
     row_bytes = plan.length * head_bytes
     load_i, shared_memory, sync = dev.load_i32, dev.shared_memory, dev.syncthreads
-    fetch = make_prefetch(dev, THREADS)
+    fetch, prefetch = make_prefetch(dev, THREADS), dev.prefetch
 
     def kernel(qkv, position_at, cos, sin, kv_cache, partial, counter, out, weights, n_bytes):
         tid, block, shared = cuda.threadIdx.x, cuda.blockIdx.x, shared_memory()
-        if block >= n_kv * n_splits:
-            fetch(weights, n_bytes, block - n_kv * n_splits, spare, tid)
+        if block >= n_heads * n_splits:
+            fetch(weights, n_bytes, block - n_heads * n_splits, spare, tid)
             return
-        kv_head, split = block // n_splits, block % n_splits
+        number, split = block // n_splits, block % n_splits
+        kv_head = number // sharers
         position, first = load_i(position_at), split * split_keys
         begin, end = first, min(first + split_keys, position + 1)
         if window > 0:
             begin = max(begin, position - window + 1)
         at = kv_cache + kv_head * row_bytes
+        for place in range(begin * head_bytes + tid * line, end * head_bytes, THREADS * line):
+            prefetch(at + place)  # while the queries turn
+            prefetch(at + half_bytes + place)
         mine = position >= first and position < first + split_keys
         query(
-            shared, qkv, cos + position * table_bytes, sin + position * table_bytes, kv_head, mine,
+            shared, qkv, cos + position * table_bytes, sin + position * table_bytes, number, kv_head, mine,
             at + position * head_bytes, tid,
         )  # fmt: skip
         sync()
@@ -371,6 +394,6 @@ def make_kernel(plan: AttentionPlan, dev: Any) -> Callable[..., None]:
         sync()
         mix(shared, at + half_bytes, first, begin, end, tid)
         sync()
-        output(shared, partial, counter, out, kv_head, split, tid)
+        output(shared, partial, counter, out, number, split, tid)
 
     return kernel

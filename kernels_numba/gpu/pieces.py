@@ -123,17 +123,23 @@ def make_piece_add(dtype: str, n: int) -> Callable[..., Any]:
 
 
 def make_shared_floats(n_rows: int, n: int, stride: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """``load(address)`` and ``store(address, values)``: ``n_rows`` rows of ``n`` fp32, ``stride`` bytes apart, shared."""
-    kind = types.UniTuple(types.float32, n_rows * n)
+    """``load(address)`` and ``store(address, values)``: ``n_rows`` rows of ``n`` fp32, ``stride`` bytes apart, shared.
+
+    16 bytes at a time if ``n`` is a multiple of 4.
+    """
+    kind, wide = types.UniTuple(types.float32, n_rows * n), 1 if n % 4 else 4
+    places = [row * stride + e * 4 for row in range(n_rows) for e in range(0, n, wide)]
+    vector, names = ("", "$0") if wide == 1 else (".v4", "{$0, $1, $2, $3}")
 
     @intrinsic
     def load(context: Any, address: Any) -> Any:
         def codegen(ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-            found = []
-            for row in range(n_rows):
-                for e in range(n):
-                    place = shared_address(builder, offset(builder, args[0], row * stride + e * 4))
-                    found.append(asm(builder, F32, "ld.shared.f32 $0, [$1];", "=f,r", [place]))
+            found, result = [], F32 if wide == 1 else ir.LiteralStructType([F32] * 4)
+            for by in places:
+                place = shared_address(builder, offset(builder, args[0], by))
+                text, constraints = f"ld.shared{vector}.f32 {names}, [${wide}];", "=f," * wide + "r"
+                words = asm(builder, result, text, constraints, [place])
+                found += [words] if wide == 1 else [builder.extract_value(words, i) for i in range(4)]
             return pack(ctx, builder, kind, found)
 
         return kind(types.int64), codegen
@@ -142,10 +148,10 @@ def make_shared_floats(n_rows: int, n: int, stride: int) -> tuple[Callable[..., 
     def store(context: Any, address: Any, values: Any) -> Any:
         def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
             parts = unpack(builder, args[1], n_rows * n)
-            for row in range(n_rows):
-                for e in range(n):
-                    place = shared_address(builder, offset(builder, args[0], row * stride + e * 4))
-                    asm(builder, ir.VoidType(), "st.shared.f32 [$0], $1;", "r,f", [place, parts[row * n + e]])
+            for number, by in enumerate(places):
+                place = shared_address(builder, offset(builder, args[0], by))
+                text, constraints = f"st.shared{vector}.f32 [${wide}], {names};", "f," * wide + "r"
+                asm(builder, ir.VoidType(), text, constraints, [*parts[number * wide : (number + 1) * wide], place])
             return cgutils.get_null_value(ir.IntType(8).as_pointer())
 
         return types.void(types.int64, kind), codegen

@@ -65,11 +65,11 @@ class DecodeAttention:
     def __init__(self, plan: AttentionPlan, cos: Tensor, sin: Tensor, kv_cache: Tensor, ahead: Tensor) -> None:
         import torch
 
-        spare = max(0, _processors(kv_cache) - plan.n_kv * plan.n_splits)
+        spare = max(0, _processors(kv_cache) - plan.n_heads * plan.n_splits)
         self.plan = replace(plan, spare=spare).check()
         self._kept = (cos.contiguous(), sin.contiguous(), kv_cache)
         self._partial = torch.zeros(self.plan.partial_floats, dtype=torch.float32, device=kv_cache.device)
-        self._counter = torch.zeros(plan.n_kv, dtype=torch.int32, device=kv_cache.device)
+        self._counter = torch.zeros(plan.n_heads, dtype=torch.int32, device=kv_cache.device)
         self._ahead, self._n_bytes = ahead, min(AHEAD_OF_PRODUCT, ahead.numel() * ahead.element_size())
 
     def __call__(self, qkv: Tensor, position: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class DecodeAttention:
         plan = self.plan
         out = torch.empty(1, plan.n_kv * plan.group * plan.head_dim, dtype=qkv.dtype, device=qkv.device)
         tensors = (qkv, position, *self._kept, self._partial, self._counter, out, self._ahead)
-        grid = plan.n_kv * plan.n_splits + plan.spare
+        grid = plan.n_heads * plan.n_splits + plan.spare
         launch = _attention(plan)[grid, attention.THREADS, _stream(qkv), plan.shared["total"]]
         launch(*(tensor.data_ptr() for tensor in tensors), self._n_bytes)
         return out

@@ -23,6 +23,7 @@ from suite.registry import get_method
 from suite.speed.cases import BYTES, Progress, Row, SpeedCase, empty_row, needed_bytes, skipped_row
 from suite.speed.model_shapes import MODEL_SHAPES, build_model, model_name, prompt_tokens
 from suite.speed.step import DecodeModel, Mlp
+from suite.speed.step_parts import Parts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -221,6 +222,7 @@ class _Group:
         first = cases[0]
         self.device = first.device
         tell(f"building {first.model_shape}")
+        self.parts: Parts | None = None
         self.model: nn.Module = build_model(first.model_shape, _DTYPES[first.dtype], first.device, seed)
 
     def rows(self) -> list[Row]:
@@ -241,7 +243,8 @@ class _Group:
         from suite.speed.decode_time import device_facts, generate_row, numbers, prepare, time_all
 
         start_jit = time.perf_counter()
-        decode = DecodeModel(self.model, context + _STEPS, compiled=self.device == "cuda")
+        decode = DecodeModel(self.model, context + _STEPS, self.parts)
+        self.parts = decode.parts
         first, vocabulary = self.cases[0], int(decode.head.shape[0])
         prompt = prompt_tokens(first.model_shape, context, vocabulary, self.seed).to(decode.device)
         decode.prefill(prompt)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from suite.speed.decode import Timed
     from suite.speed.step import DecodeModel, Mlp
 
-_WARM_UP, _ROUNDS, _ROUND_STEPS, _COUNTED_STEPS = 3, 10, 12, 12
+_ROUNDS, _ROUND_STEPS, _COUNTED_STEPS = 10, 12, 12
 
 
 def device_facts(case: SpeedCase) -> Row:
@@ -67,7 +67,9 @@ def prepare(
     if case.device != "cuda":
         return Timed(case, step, parts, realised, keep=[inputs])
     begin = time.perf_counter()
-    graphs = {name: _captured(run) for name, run in (parts | {"step": step}).items()}
+    from suite.speed.gpu_timing import captured
+
+    graphs = {name: captured(run) for name, run in (parts | {"step": step}).items()}
     capture_s = time.perf_counter() - begin
     replays: dict[str, Callable[[], None]] = {name: graphs[name].replay for name in parts}
     return Timed(case, graphs["step"].replay, replays, realised, capture_s, [graphs, inputs, kernels, mlp])
@@ -84,21 +86,6 @@ def _part(decode: DecodeModel, mlp: Mlp, name: str, inputs: Sequence[Tensor]) ->
             mlp(layer, x)
         else:
             decode.attentions[layer](x, decode.position, decode.parts)
-
-
-def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    torch.cuda.synchronize()
-    return graph
 
 
 def time_all(

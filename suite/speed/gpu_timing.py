@@ -69,6 +69,22 @@ def prepare(case: SpeedCase, bounds: Sequence[Bound], layers: Sequence[LayerData
     return Timed(case, graph.replay, realised, [bounds, outs, graph], time.perf_counter() - start, launch_us)
 
 
+def captured(run: Callable[[], object], warm_up: int = 3) -> torch.cuda.CUDAGraph:
+    """Graph of a call, made after a few calls that compile what there is to compile."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    torch.cuda.synchronize()
+    return graph
+
+
 class ReadBandwidth:
     """The ceiling: the fastest of two of torch's kernels that only read, over 4 GiB, sampled between the rounds.
 

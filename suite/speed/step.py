@@ -94,8 +94,8 @@ class DecodeModel:
         and up) are laid out as one; their values stay.
     length : int
         Tokens that the cache holds; rounded up to a multiple of 256.
-    compiled : bool
-        On a GPU: few launches, by kernels and compiled functions; False for torch's own.
+    parts : Parts, optional
+        Those of an earlier object of the same model, which have measured and compiled already.
 
     Attributes
     ----------
@@ -103,7 +103,7 @@ class DecodeModel:
         Input of the next step.
     """
 
-    def __init__(self, model: nn.Module, length: int, *, compiled: bool = True) -> None:
+    def __init__(self, model: nn.Module, length: int, parts: Parts | None = None) -> None:
         self.model, self.length = model, CHUNK * math.ceil(length / CHUNK)
         inner: Any = model.get_submodule("model")
         self._inner = inner
@@ -127,12 +127,14 @@ class DecodeModel:
             for mlp in self.mlps
         ]  # fmt: skip
         self.head: Tensor = model.get_submodule("lm_head").get_parameter("weight")
-        self.parts = self._parts() if compiled and self.device.type == "cuda" else Parts(self._offset, self._norm_eps)
+        self.parts = self._parts() if parts is None else parts
         self.token = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
 
     def _parts(self) -> Parts:
-        """Parts in few launches, with the fastest products of this model's weights."""
+        """On a GPU those in few launches, with the fastest products of this model's weights."""
+        if self.device.type != "cuda":
+            return Parts(self._offset, self._norm_eps)
         from suite.speed.step_gpu import GpuParts  # late: needs CUDA
 
         parts = GpuParts(self._offset, self._norm_eps, self.mlps[0].d_model, self.dtype)

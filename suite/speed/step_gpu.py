@@ -9,6 +9,7 @@ of 44 us for down, 330 instead of 369 us for the head (H100).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,11 +18,13 @@ from torch.nn import functional
 from kernels_numba.gpu.attention import AttentionPlan
 from kernels_numba.gpu.norm import NormPlan
 from kernels_numba.gpu.step import AddNorm, DecodeAttention
+from suite.speed.gpu_timing import captured
 from suite.speed.step_parts import Heads, Parts, act, head_norms, norm
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _REPEATS = 5
+_SHORT = 1536  # tokens of a cache that each query may read for itself
 
 
 def _sum_of_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,7 +46,7 @@ class GpuParts(Parts):
         self._act = torch.compile(act, dynamic=False)
         self._head_norms = torch.compile(head_norms, dynamic=False)
         self._add_norms = [_add_norm(NormPlan(d_model, _NAMES[dtype], offset, eps, inner=i)) for i in (False, True)]
-        self._attentions: dict[int, DecodeAttention | None] = {}
+        self._attentions: WeakKeyDictionary[Heads, DecodeAttention | None] = WeakKeyDictionary()
 
     def measure(self, weights: Sequence[Sequence[Tensor]]) -> None:
         """Time the candidates on all layers' weights of a kind, so that none finds its own in L2; keep the faster."""
@@ -77,10 +80,9 @@ class GpuParts(Parts):
 
     def attend(self, heads: Heads, qkv: Tensor, position: Tensor, ahead: Tensor) -> Tensor:
         """As `Parts`."""
-        key = id(heads)
-        if key not in self._attentions:
-            self._attentions[key] = _attention(heads, ahead)
-        kernel = self._attentions[key]
+        if heads not in self._attentions:
+            self._attentions[heads] = _attention(heads, ahead)
+        kernel = self._attentions[heads]
         if kernel is None:
             return super().attend(heads, qkv, position, ahead)
         return kernel(self.head_norms(heads, qkv), position)
@@ -109,9 +111,10 @@ def _add_norm(plan: NormPlan) -> AddNorm | None:
 def _attention(heads: Heads, ahead: Tensor) -> DecodeAttention | None:
     """The kernel of a layer, if it takes its heads."""
     _, n_kv, length, head_dim = heads.cache.shape
+    short, group = length <= _SHORT, heads.n_heads // n_kv
     plan = AttentionPlan(
-        n_kv, heads.n_heads // n_kv, head_dim, heads.cos.shape[-1], length, _NAMES[heads.cache.dtype], heads.scale,
-        heads.cap, heads.window, split=512 if length <= 512 else 256,
+        n_kv, group, head_dim, heads.cos.shape[-1], length, _NAMES[heads.cache.dtype], heads.scale, heads.cap,
+        heads.window, queries=1 if short else group, split=512 if short else 256,
     )  # fmt: skip
     try:
         return DecodeAttention(plan, heads.cos, heads.sin, heads.cache, ahead)
@@ -120,14 +123,19 @@ def _attention(heads: Heads, ahead: Tensor) -> DecodeAttention | None:
 
 
 def _seconds(product: Product, x: Tensor, weights: Sequence[Tensor]) -> float:
-    """Shortest of a few passes over all weights, after one that compiles."""
-    found = []
-    for _ in range(1 + _REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+    """Shortest of a few passes over all weights, in a graph: compiled functions cost the host more than they take."""
+
+    def once() -> None:
         for weight in weights:
             product(x, weight, None)
+
+    graph = captured(once)
+    found = []
+    for _ in range(_REPEATS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
         end.record()
         torch.cuda.synchronize()
         found.append(begin.elapsed_time(end) * 1e-3)
-    return min(found[1:])
+    return min(found)

@@ -16,7 +16,7 @@ from torch.nn import functional
 CHUNK = 256  # keys that one product of probabilities and values sums: long contexts fill the device with chunks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Heads:
     """Attention of one layer: its cache of keys and values and the sizes and options that decide it.
 

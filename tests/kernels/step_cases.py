@@ -20,9 +20,9 @@ from tests.kernels.cuda_cases import LIMIT, stored
 HEADS = {"n_kv": 2, "group": 2, "head_dim": 16, "rotary_dim": 16, "length": 512, "dtype": "float32", "scale": 0.3}
 ATTENTION = {
     "heads": AttentionPlan(**HEADS),
-    "splits": AttentionPlan(**HEADS | {"group": 1}, split=256),
+    "splits": AttentionPlan(**HEADS, queries=2, split=256),
     "capped": AttentionPlan(**HEADS | {"group": 1, "head_dim": 32, "rotary_dim": 8}, cap=2.0),
-    "window": AttentionPlan(**HEADS | {"group": 3, "n_kv": 1}, window=40, split=256),
+    "window": AttentionPlan(**HEADS | {"n_kv": 1}, window=40, split=256),
     "bf16": AttentionPlan(**HEADS | {"dtype": "bfloat16", "head_dim": 32, "n_kv": 1}, spare=1),
 }
 NORM = {
@@ -61,7 +61,7 @@ def attention_error(plan: AttentionPlan, position: int) -> float:
     mixed = np.einsum("hgk,hkd->hgd", powers / powers.sum(-1, keepdims=True), values[:, begin : position + 1])
     kv[:, :, position + 1 :] = np.nan if plan.dtype == "float32" else 0x7FFF  # nobody may look there
     where, partial = np.array([position], np.int64), np.full(plan.partial_floats, np.nan, np.float32)
-    counter, out = np.zeros(plan.n_kv, np.int32), np.zeros((plan.n_kv, plan.group, size), qkv.dtype)
+    counter, out = np.zeros(plan.n_heads, np.int32), np.zeros((plan.n_kv, plan.group, size), qkv.dtype)
     weights = np.zeros(64, np.float64)
     buffers = (qkv, where, cos, sin, kv, partial, counter, out, weights)
     found = []
@@ -69,7 +69,7 @@ def attention_error(plan: AttentionPlan, position: int) -> float:
         out.fill(np.nan if plan.dtype == "float32" else 0x7FFF)
         with simulated.allowed(*buffers, shared_bytes=plan.shared["total"]):
             kernel = cuda.jit(attention.make_kernel(plan, simulated_pieces))
-            grid = plan.n_kv * plan.n_splits + plan.spare
+            grid = plan.n_heads * plan.n_splits + plan.spare
             kernel[grid, attention.THREADS, 0, 0](*[b.ctypes.data for b in buffers], weights.nbytes)
         found.append(exact(out, plan.dtype))
     written = exact(kv[0, :, position], plan.dtype), exact(kv[1, :, position], plan.dtype)
