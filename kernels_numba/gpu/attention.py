@@ -1,7 +1,7 @@
 """Attention of one decode step in one launch: rotary embedding, cache write, scores, softmax, mix of the values.
 
-torch takes eight launches for it (23 us a layer of the Llama-3.1-8B shape at 128 tokens of context on an H100), each of
-them shorter than the time between two launches. Blocks that have no keys bring weights of the next product into L2.
+torch takes eight launches for it (23 us a layer of the Llama-3.1-8B shape at 128 tokens of context on an H100), none of
+them long enough to hide the next one's launch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numba import cuda, int64, void
 
-from kernels_numba.gpu.norm import make_prefetch
 from kernels_numba.gpu.plan import BYTES
 
 THREADS = 512
@@ -47,8 +46,6 @@ class AttentionPlan:
         Queries of a block, a divisor of ``group``: few for short caches, where a block's own work is what takes time.
     split : int
         Keys of a block; with more than one block for its queries the last to end adds them up.
-    spare : int
-        Further blocks, which prefetch.
     """
 
     n_kv: int
@@ -62,7 +59,6 @@ class AttentionPlan:
     window: int | None = None
     queries: int = 1
     split: int = 512
-    spare: int = 0
 
     @property
     def element(self) -> int:
@@ -347,8 +343,8 @@ def make_output(plan: AttentionPlan, dev: Any) -> Any:
 
 
 # Addresses of: queries, keys and values of the token; its position; cosines and sines of every position; the cache
-# (2, n_kv, length, head_dim); the blocks' shares; a count for every group of queries; the output; what to prefetch. Then its bytes.
-SIGNATURE = void(*[int64] * 10)
+# (2, n_kv, length, head_dim); the blocks' shares; a count for every group of queries; the output.
+SIGNATURE = void(*[int64] * 8)
 
 
 def make_kernel(plan: AttentionPlan, dev: Any) -> Callable[..., None]:
@@ -359,19 +355,15 @@ def make_kernel(plan: AttentionPlan, dev: Any) -> Callable[..., None]:
         mix=make_mix(plan, dev), output=make_output(plan, dev),
     )  # fmt: skip
     query, scores, softmax, mix, output = parts.query, parts.scores, parts.softmax, parts.mix, parts.output
-    n_splits, n_heads, split_keys, spare = plan.n_splits, plan.n_heads, plan.split, plan.spare
+    n_splits, split_keys = plan.n_splits, plan.split
     sharers, line = plan.group // plan.queries, 128
     window, table_bytes = plan.window or 0, plan.rotary_dim * plan.element
     head_bytes, half_bytes = plan.head_dim * plan.element, plan.n_kv * plan.length * plan.head_dim * plan.element
     row_bytes = plan.length * head_bytes
-    load_i, shared_memory, sync = dev.load_i32, dev.shared_memory, dev.syncthreads
-    fetch, prefetch = make_prefetch(dev, THREADS), dev.prefetch
+    load_i, shared_memory, sync, prefetch = dev.load_i32, dev.shared_memory, dev.syncthreads, dev.prefetch
 
-    def kernel(qkv, position_at, cos, sin, kv_cache, partial, counter, out, weights, n_bytes):
+    def kernel(qkv, position_at, cos, sin, kv_cache, partial, counter, out):
         tid, block, shared = cuda.threadIdx.x, cuda.blockIdx.x, shared_memory()
-        if block >= n_heads * n_splits:
-            fetch(weights, n_bytes, block - n_heads * n_splits, spare, tid)
-            return
         number, split = block // n_splits, block % n_splits
         kv_head = number // sharers
         position, first = load_i(position_at), split * split_keys

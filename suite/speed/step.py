@@ -70,7 +70,7 @@ class _Attention:
         )
 
     def __call__(self, x: Tensor, position: Tensor, parts: Parts) -> Tensor:
-        mixed = parts.attend(self.heads, parts.linear(x, self.weight, self.bias), position, self.out)
+        mixed = parts.attend(self.heads, parts.linear(x, self.weight, self.bias), position)
         return parts.linear(mixed, self.out, self._out_bias)
 
     def fill(self, keys: Tensor, values: Tensor, n_tokens: int) -> None:
@@ -218,19 +218,16 @@ class DecodeModel:
         if self._embedding_scale is not None:
             hidden = hidden * self._embedding_scale
         x = self.parts.norm(hidden, self.blocks[0].input_layernorm.weight)
-        add_norm, dense = self.parts.add_norm, mlp == self.dense
         for layer, (block, attention) in enumerate(zip(self.blocks, self.attentions, strict=True)):
             last = layer + 1 == len(self.blocks)
             after = self._inner.norm if last else self.blocks[layer + 1].input_layernorm
-            then = self.head if last else self.attentions[layer + 1].weight
             around = hasattr(block, "pre_feedforward_layernorm")  # Gemma norms what attention and MLP give, too
             before = block.pre_feedforward_layernorm if around else block.post_attention_layernorm
             inner = block.post_attention_layernorm.weight if around else None
             y = attention(x, self.position, self.parts)
-            # the kernels of sparse MLPs start to read while the launch before is still running
-            hidden, x = add_norm(hidden, y, inner, before.weight, self._gate_up[layer] if dense else None)
+            hidden, x = self.parts.add_norm(hidden, y, inner, before.weight)
             inner = block.post_feedforward_layernorm.weight if around else None
-            hidden, x = add_norm(hidden, mlp(layer, x), inner, after.weight, then)
+            hidden, x = self.parts.add_norm(hidden, mlp(layer, x), inner, after.weight)
         return x
 
     def logits(self, hidden: Tensor, *, wide: bool = False) -> Tensor:

@@ -109,10 +109,8 @@ class Parts:
         """RMS norm."""
         return norm(x, weight, self.offset, self.eps)
 
-    def add_norm(
-        self, hidden: Tensor, y: Tensor, inner: Tensor | None, weight: Tensor, _ahead: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Hidden state plus ``y`` (normed by ``inner`` first, if given), and its norm; ``ahead``: the weight read next."""
+    def add_norm(self, hidden: Tensor, y: Tensor, inner: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden state plus ``y`` (normed by ``inner`` first, if given), and its norm."""
         hidden = hidden + (y if inner is None else self.norm(y, inner))
         return hidden, self.norm(hidden, weight)
 
@@ -122,7 +120,7 @@ class Parts:
             return qkv
         return head_norms(qkv, heads.norms, heads.n_heads, heads.n_kv, heads.offset, heads.eps)
 
-    def attend(self, heads: Heads, qkv: Tensor, position: Tensor, _ahead: Tensor) -> Tensor:
+    def attend(self, heads: Heads, qkv: Tensor, position: Tensor) -> Tensor:
         """Mixed values (1, n_heads * head_dim) of one token; writes its key and value into the cache."""
         q, k, v = (
             self.head_norms(heads, qkv)

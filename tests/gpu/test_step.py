@@ -48,7 +48,6 @@ def test_attention_equals_torch(name, length, dtype):
     """Also when a graph is replayed at other positions, and with the cache poisoned behind the position."""
     heads = make_heads(name, length, dtype)
     width = (heads.n_heads + 2 * heads.n_kv) * heads.head_dim
-    weight = torch.randn(64, 64, device="cuda", dtype=dtype)
     gpu, exact = GpuParts(1.0, 1e-6, 64, dtype), Parts(1.0, 1e-6)
     wide = {k: getattr(heads, k).double() for k in ("cos", "sin", "cache")}
     norms = heads.norms and tuple(w.double() for w in heads.norms)
@@ -56,10 +55,10 @@ def test_attention_equals_torch(name, length, dtype):
     qkv, position = torch.empty(1, width, device="cuda", dtype=dtype), torch.zeros(1, dtype=torch.int64, device="cuda")
     qkv.normal_()
     for _ in range(2):
-        gpu.attend(heads, qkv, position, weight)
+        gpu.attend(heads, qkv, position)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = gpu.attend(heads, qkv, position, weight)
+        found = gpu.attend(heads, qkv, position)
     for at in (0, 1, 255, 256, 300, length - 1):
         qkv.normal_()
         position.fill_(at)
@@ -68,7 +67,7 @@ def test_attention_equals_torch(name, length, dtype):
         heads.cache[:, :, at:] = torch.nan if name != "no-kernel" else 0  # torch multiplies hidden values by 0
         found.fill_(torch.nan)
         graph.replay()
-        expected = exact.attend(reference, qkv.double(), position, weight)
+        expected = exact.attend(reference, qkv.double(), position)
         error = float((found.double() - expected).norm() / expected.norm())
         # in scores of size ~1: roundings of key and query to the dtype; then of the output, and of torch's own parts
         assert error < 8 * UNIT[dtype], (at, error)
@@ -83,15 +82,14 @@ def test_attention_equals_torch(name, length, dtype):
 def test_norm_equals_float64(d_model, inner, dtype):
     gpu, exact = GpuParts(1.0, 1e-6, d_model, dtype), Parts(1.0, 1e-6)
     hidden, y, first, weight = (torch.randn(1, d_model, device="cuda").to(dtype) for _ in range(4))
-    ahead = torch.zeros(4096, 512, device="cuda", dtype=dtype)
-    found = gpu.add_norm(hidden, y, first[0] if inner else None, weight[0], ahead)
+    found = gpu.add_norm(hidden, y, first[0] if inner else None, weight[0])
     wide = [t.double() for t in (hidden, y, first[0], weight[0])]
     y64 = wide[1] / (wide[1].square().mean() + 1e-6).sqrt() * (wide[2] + 1) if inner else wide[1]
     total = wide[0] + y64
     normed = total / (total.square().mean() + 1e-6).sqrt() * (wide[3] + 1)
     for got, expected in zip(found, (total, normed), strict=True):
         assert float((got.double() - expected).norm() / expected.norm()) < 2 * UNIT[dtype] + 2**-20
-    assert float((exact.add_norm(hidden, y, None, weight[0], None)[0] - (hidden + y)).abs().max()) == 0
+    assert float((exact.add_norm(hidden, y, None, weight[0])[0] - (hidden + y)).abs().max()) == 0
 
 
 @pytest.mark.parametrize("vocabulary", [128256, 256000, 152064, 100352, 49152, 64, 50257])

@@ -33,12 +33,12 @@ with mock.patch("numba.cuda.dispatcher.get_current_device") as device:  # no GPU
     sys.stdout.write(cuda.compile(module.make_kernel(plan, pieces), module.SIGNATURE, **options)[0])
 """
 PLANS = {
-    "llama": ("attention", "AttentionPlan(8, 4, 128, 128, 512, 'bfloat16', 0.088, spare=100)"),
+    "llama": ("attention", "AttentionPlan(8, 4, 128, 128, 512, 'bfloat16', 0.088)"),
     "gemma": (
         "attention",
         "AttentionPlan(8, 2, 256, 256, 1280, 'float16', 0.06, cap=50.0, window=4096, queries=2, split=256)",
     ),
-    "norm": ("norm", "NormPlan(3584, 'bfloat16', 1.0, 1e-6, True, 132)"),
+    "norm": ("norm", "NormPlan(3584, 'bfloat16', 1.0, 1e-6, True)"),
 }
 
 
