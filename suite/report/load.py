@@ -22,7 +22,7 @@ _NUMBERS = frozenset(
     "peak_memory_mib extra_memory_mib max_rel_error threshold n_tokens recall precision overlap_at_k mass_kept "
     "mass_kept_ideal train_tokens loss fit_s ci_low ci_high sparsity cif_alive cif_dead caf_alive caf_dead "
     "mean q05 q25 q50 q75 q95 q99 mass_kept_at_50 mass_kept_at_70 mass_kept_at_80 mass_kept_at_90 "
-    "us_median us_q05 us_q95".split()
+    "us_median us_q05 us_q95 n_steps max_error bound kl_median kl_q95 kl_max top1_agreement".split()
 )
 # Whole numbers that name a setting: text, but "2.0" as a spreadsheet writes it is the same as "2".
 _WHOLE = frozenset("rank num_fewshot limit batch_size seed threads context_tokens layer".split())
@@ -45,6 +45,7 @@ class Results:
     cif_caf: pd.DataFrame
     activations: pd.DataFrame
     phases: pd.DataFrame
+    decode_check: pd.DataFrame
     manifest: Mapping[str, Any] = field(repr=False)
 
     @property
@@ -80,6 +81,7 @@ def load_results(folder: str | Path) -> Results:
         "cif_caf": _read(folder / "cif_caf.csv", schema.CIF_CAF),
         "activations": _read(folder / "activations.csv", schema.ACTIVATIONS),
         "phases": _read(folder / "phases.csv", schema.PHASES),
+        "decode_check": _read(folder / "decode_check.csv", schema.DECODE_CHECK),
     }
     if not manifest and not any((folder / f"{name}.csv").is_file() for name in ("accuracy", "speed")):
         raise InputError(f"{folder} is no run folder: it has neither manifest.json nor accuracy.csv nor speed.csv")

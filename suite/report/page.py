@@ -15,6 +15,7 @@ from suite.errors import InputError
 from suite.evaluation.tasks import DECODE_PERPLEXITY, PACK_TASKS
 from suite.report import figures, style
 from suite.report.claims import NOT_SETTLED, UNTESTED, make_claims
+from suite.report.decode_check import decode_check_table
 from suite.report.findings import duels_table, summary
 from suite.report.load import load_results
 from suite.report.predictors import predictor_table
@@ -54,7 +55,7 @@ CAPTIONS = {
 }
 INLINE_TABLES = (
     "accuracy", "difference_to_dense", "methods_against_each_other", "above_chance", "scope_effect", "seeds",
-    "perplexity", "predictors", "speed",
+    "perplexity", "predictors", "speed", "decode_check",
 )  # fmt: skip
 _SOURCES = {"pydoc": "the English reference prose that every Python carries (`pydoc_data.topics`)"}
 DEFECTS = (
@@ -129,6 +130,8 @@ def _texts(material: Material) -> tuple[dict[str, str], dict[str, pd.DataFrame]]
     tables = all_tables(material.quality, material.speed)
     if found := predictor_table(material.results):
         tables["predictors"] = found
+    if found := decode_check_table(material.results):
+        tables["decode_check"] = found
     data = {name: make(material) for name, (make, _) in figures.FIGURES.items()}
     data = {name: frame for name, frame in data.items() if not frame.empty}
     texts = {"claims.csv": _csv(claims)}

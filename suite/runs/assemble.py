@@ -76,12 +76,14 @@ class Assembly:
         """Content of the CSVs and the logs of failed cells; those of the analysis only where the matrix has one."""
         analysis = {name: self._analysis_rows(columns) for name, columns in _ANALYSIS_FILES.items()}
         files = {name: csv_bytes(_ANALYSIS_FILES[name], rows) for name, rows in analysis.items() if self._analysis}
-        phases, predictors = self._phase_rows(), self._predictor_rows()
+        phases, predictors = self._parts_of_rows("phases"), self._predictor_rows()
+        checks = self._parts_of_rows("decode_check")
         return (
             self._logs()
             | files
             | ({"predictor.csv": csv_bytes(schema.PREDICTOR, predictors)} if predictors else {})
             | ({"phases.csv": csv_bytes(schema.PHASES, phases)} if phases else {})
+            | ({"decode_check.csv": csv_bytes(schema.DECODE_CHECK, checks)} if checks else {})
             | {
                 "accuracy.csv": csv_bytes(schema.ACCURACY, _sorted(self._accuracy_rows(), schema.ACCURACY)),
                 "samples.csv.gz": gzip_bytes(csv_bytes(schema.SAMPLES, self._sample_rows(), exact="value")),
@@ -237,13 +239,14 @@ class Assembly:
             rows.append(fields | measured | common | status)
         return rows
 
-    def _phase_rows(self) -> list[Row]:
-        """Phases of the traced kernels, in the kernels' own order."""
+    def _parts_of_rows(self, name: str) -> list[Row]:
+        """Rows that belong to a speed row: phases, in their own order; what the check of a decode row found."""
         found: list[Row] = []
         for cell in sorted(self._speed, key=lambda cell: cell.id):
             record = self._records[cell.key]
             measured = record["rows"][0] if record is not None and record["rows"] else {}
-            found += [{"cell_id": cell.id, **phase} for phase in measured.get("phases") or []]
+            parts = measured.get(name) or []
+            found += [{"cell_id": cell.id, **part} for part in ([parts] if isinstance(parts, dict) else parts)]
         return found
 
 

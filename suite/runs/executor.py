@@ -39,18 +39,21 @@ class LocalExecutor:
         self._budget, self._say = activation_budget_gib, say
 
     @contextlib.contextmanager
-    def session(self, cell: ModelCell) -> Iterator[LocalSession]:
+    def session(self, cell: ModelCell | TimedCell) -> Iterator[LocalSession]:
         """Load the model of a cell's load group; its memory is given back afterwards."""
         from suite.modeling.loading import load_model
 
         loaded = load_model(cell.model, cell.dtype, cell.device)
         yield LocalSession(loaded, activation_budget_gib=self._budget, say=self._say)
 
-    def time(self, cells: Sequence[TimedCell]) -> list[dict[str, Any]]:
+    def time(self, cells: Sequence[TimedCell], fits: Path) -> list[dict[str, Any]]:
         """Time the cells of one group interleaved; one partial speed row a cell, in order."""
+        from suite.fitting.artifacts import load_fit
         from suite.speed.cases import run_group
 
-        rows = run_group([cell.case for cell in cells], seed=cells[0].seed, progress=lambda label: None)
+        states = {cell.case: load_fit(fits, cell.fit_key) for cell in cells if cell.fit_key}
+        cases = [cell.case for cell in cells]
+        rows = run_group(cases, seed=cells[0].seed, progress=lambda label: None, states=states)
         return [dict(row) for row in rows]
 
 

@@ -57,11 +57,11 @@ class Session(Protocol):
 class Executor(Protocol):
     """Does the work; the runs' own is ``suite.runs.executor.LocalExecutor``."""
 
-    def session(self, cell: ModelCell) -> contextlib.AbstractContextManager[Session]:
+    def session(self, cell: ModelCell | TimedCell) -> contextlib.AbstractContextManager[Session]:
         """Load the model of a cell's load group."""
 
-    def time(self, cells: Sequence[TimedCell]) -> list[dict[str, Any]]:
-        """Time the cells of one group interleaved; one partial speed row a cell, in order."""
+    def time(self, cells: Sequence[TimedCell], fits: Path) -> list[dict[str, Any]]:
+        """Time the cells of one group interleaved, with their fits; one partial speed row a cell, in order."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Runner:
         speed = [group for group in groups if any(self._is_pending(records[cell.key]) for cell in group)]
         self._recorded_fits(records, {cell.key for cell in of_models})
         if self._no_fit:
-            self._need_fits(of_models)
+            self._need_fits([*of_models, *chain.from_iterable(speed)])
         total = len(of_models) + sum(map(len, speed))
         cached = len(self._matrix.keys) - total
         self._say(f"{len(self._matrix.keys)} cells: {cached} cached, {total} to run")
@@ -160,12 +160,17 @@ class Runner:
 
     def fit(self) -> None:
         """Make the fits of all cells that are missing; raises what making them raises."""
-        for _, cells in groupby(self._matrix.accuracy, key=lambda cell: cell.load_group):
+        for _, cells in groupby(self._with_fits, key=lambda cell: (cell.model, cell.dtype, cell.device)):
             missing = [cell for cell in cells if cell.fit_key and not self._has_fit(cell.fit_key)]
             if missing:
                 with self._executor.session(missing[0]) as session:
                     for cell in missing:
                         self._fit(cell, session)
+
+    @property
+    def _with_fits(self) -> list[AccuracyCell | TimedCell]:
+        cells: list[AccuracyCell | TimedCell] = [*self._matrix.accuracy, *self._matrix.speed]
+        return [cell for cell in cells if cell.fit_key]
 
     def _has_fit(self, key: str) -> bool:
         return any(self._fits.glob(f"{key}*"))
@@ -191,14 +196,14 @@ class Runner:
                 self._same_fit(cell, known, record["fit_sha256"])
 
     @staticmethod
-    def _same_fit(cell: AccuracyCell, known: str, found: str) -> None:
+    def _same_fit(cell: AccuracyCell | TimedCell, known: str, found: str) -> None:
         if known != found:
             raise InputError(
                 f"fit {(cell.fit_key or '')[:16]} of {cell.label} has two outputs ({known[:12]}, {found[:12]}): cells of "
                 "both cannot be mixed; run again with --rerun all"
             )
 
-    def _need_fits(self, cells: Sequence[ModelCell]) -> None:
+    def _need_fits(self, cells: Sequence[ModelCell | TimedCell]) -> None:
         missing = [c for c in cells if c.fit_key and not self._has_fit(c.fit_key)]
         if missing:
             raise InputError(
@@ -256,7 +261,7 @@ class Runner:
             )
         )
 
-    def _fit(self, cell: AccuracyCell, session: Session) -> str | None:
+    def _fit(self, cell: AccuracyCell | TimedCell, session: Session) -> str | None:
         if cell.fit is None or cell.fit_key is None:
             return None
         known = self._fit_sha256.get(cell.fit_key)
@@ -265,7 +270,7 @@ class Runner:
             remake = self._rerun == "all" and known is None
             mates: dict[str, FitRequest] = {}
             if remake or not self._has_fit(cell.fit_key):
-                self._say(f"fitting {cell.method} {cell.sparsity:g} {cell.fit.estimator} on {cell.model_name}")
+                self._say(f"fitting {cell.fit.method} {cell.fit.sparsity:g} {cell.fit.estimator} on {cell.fit.model}")
                 mates = self._mates(cell.fit)
             found = session.ensure_fit(cell.fit, cell.fit_key, self._fits, remake=remake, mates=mates)
         self._same_fit(cell, known or found, found)
@@ -276,7 +281,7 @@ class Runner:
         """Missing predictors that are made with this one on the same activations, by key."""
         if fit.options is None:
             return {}
-        requests = {cell.fit_key: cell.fit for cell in self._matrix.accuracy if cell.fit_key and cell.fit}
+        requests = {cell.fit_key: cell.fit for cell in self._with_fits if cell.fit_key and cell.fit}
         return {key: one for key, one in requests.items() if one.shared == fit.shared and not self._has_fit(key)}
 
     @contextlib.contextmanager
@@ -306,7 +311,11 @@ class Runner:
     def _time(self, cells: Sequence[TimedCell]) -> None:
         start = time.perf_counter()
         try:
-            rows = self._executor.time(cells)
+            if fitted := [cell for cell in cells if cell.fit_key]:
+                with self._executor.session(fitted[0]) as session:
+                    for cell in fitted:
+                        self._fit(cell, session)
+            rows = self._executor.time(cells, self._fits)
         except InputError:
             raise
         except Exception as error:  # noqa: BLE001  as in _recording
@@ -323,7 +332,8 @@ class Runner:
                 status, reason, row = "failed", "a measured value is not finite (NaN or inf)", {}
             if status == "failed":
                 self._say(f"failed: {cell.label}: {reason}")
-            self._store.put(_record(cell, status, reason=reason, rows=[row], elapsed_s=elapsed))
+            fit = self._fit_sha256.get(cell.fit_key or "")
+            self._store.put(_record(cell, status, reason=reason, rows=[row], fit_sha256=fit, elapsed_s=elapsed))
 
 
 def _later(waiting: list[ModelCell]) -> Iterator[tuple[ModelCell, bool]]:

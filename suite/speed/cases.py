@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, product
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ from suite.registry import did_you_mean
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from suite.modeling.modes import ThresholdState
 
 Row = dict[str, object]
 Progress = Callable[[str], None]
@@ -98,6 +100,9 @@ class SpeedCase:
         """Short name for progress and logs."""
         sparsity = "" if self.method == "dense" else f" s={self.sparsity:g}"
         return f"{self.model_shape} {self.level} {self.method}{sparsity} {self.backend}"
+
+
+States = Mapping[SpeedCase, "ThresholdState"]
 
 
 def default_threads() -> int:
@@ -254,7 +259,7 @@ def _decode_cases(
                     threads=_thread_count(count) if device == "cpu" else 0,
                     clock="wall" if device == "cpu" or variant != own else "graph",
                     cache="cold",
-                    rank=512 if method == "d-countdown" else None,
+                    rank=min(512, shape.d_model // 2) if method == "d-countdown" else None,
                     context_tokens=context,
                 )
                 for variant in ([own, *others] if dense else [own])
@@ -283,7 +288,9 @@ def _thread_count(count: int | str) -> int:
     return count
 
 
-def run_group(cases: Sequence[SpeedCase], *, seed: int = 0, progress: Progress | None = None) -> list[Row]:
+def run_group(
+    cases: Sequence[SpeedCase], *, seed: int = 0, progress: Progress | None = None, states: States | None = None
+) -> list[Row]:
     """Check and time the cases of one group, interleaved round by round.
 
     Parameters
@@ -291,6 +298,7 @@ def run_group(cases: Sequence[SpeedCase], *, seed: int = 0, progress: Progress |
     cases : cases with one ``group``
     seed : of weights and inputs
     progress : called with the label of what is going on; None shows a bar for what takes over 3 s
+    states : fits of decode cases of a model with real weights
 
     Returns
     -------
@@ -311,7 +319,7 @@ def run_group(cases: Sequence[SpeedCase], *, seed: int = 0, progress: Progress |
     if cases[0].level == "decode":
         from suite.speed.decode import time_group
 
-        return time_group(cases, seed=seed, progress=progress)
+        return time_group(cases, seed=seed, progress=progress, states=states)
     reason, module = _backend(cases[0].device)
     if reason:
         return [skipped_row(case, reason) for case in cases]

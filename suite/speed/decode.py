@@ -1,8 +1,9 @@
 """Whole-model decode cases: one sequence, greedy, dense and sparse in the same loop, each checked before it is timed.
 
-On a GPU a step is one CUDA graph that feeds itself its next token; on a CPU it is called. Thresholds are set on the
-decode steps themselves, so that the realised sparsity is the target; a predictor has random matrices: its cost is what
-counts. `suite.speed.decode_check` holds the kernels' logits against the masked computation.
+On a GPU a step is one CUDA graph that feeds itself its next token; on a CPU it is called. A model with real weights takes
+its thresholds and predictors from fits. Of random weights thresholds are set on the decode steps themselves, so that the
+realised sparsity is the target, and a predictor has random matrices: its cost is what counts. `suite.speed.decode_check`
+holds the kernels' logits against the masked computation.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from suite.methods.base import kept_count
 from suite.modeling.decode import ChoosingKernels, DecodeKernels, decode_kernels
+from suite.modeling.modes import PredictorState, ThresholdState, checked_thresholds, placed_predictor
 from suite.registry import get_method
-from suite.speed.cases import BYTES, Progress, Row, SpeedCase, empty_row, needed_bytes, skipped_row
+from suite.speed.cases import BYTES, Progress, Row, SpeedCase, States, empty_row, needed_bytes, skipped_row
 from suite.speed.model_shapes import MODEL_SHAPES, build_model, model_name, prompt_tokens
 from suite.speed.step import DecodeModel, Mlp
 from suite.speed.step_parts import Parts
@@ -54,11 +56,6 @@ class RandomPredictor:
         v = tuple(normal(mlp.d_model, rank, mlp.d_model) for _ in decode.mlps)
         return cls(v, tuple(normal(mlp.d_ff, rank, rank) for _ in decode.mlps))
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of all matrices."""
-        return sum(part.numel() * part.element_size() for part in (*self.v, *self.u))
-
     def logits(self, layer: int, x: Tensor) -> Tensor:
         """``(x V) U^T``, fp32, shape (n_tokens, d_ff)."""
         return x.float() @ self.v[layer].float() @ self.u[layer].float().T
@@ -79,13 +76,33 @@ class MaskedMlp:
 
 
 class Method:
-    """A sparse method of a model: its scores, thresholds for a target, and kernels."""
+    """A sparse method of a model: its scores, thresholds and kernels.
 
-    def __init__(self, decode: DecodeModel, name: str, rank: int | None, seed: int) -> None:
+    Parameters
+    ----------
+    decode, name
+    rank, seed : of a predictor with random matrices; thresholds are then set by `calibrate`
+    state : fit of the practical mode, instead of both
+    """
+
+    def __init__(
+        self,
+        decode: DecodeModel,
+        name: str,
+        rank: int | None = None,
+        seed: int = 0,
+        state: ThresholdState | None = None,
+    ) -> None:
         self.decode, self.name = decode, name
-        self.predictor = None if rank is None else RandomPredictor.make(decode, rank, seed)
+        self.predictor: Any = None
         self.thresholds = torch.full((len(decode.mlps),), -math.inf)
         self._kernels: DecodeKernels | None = None
+        if state is not None:
+            self.thresholds = checked_thresholds(decode.model, get_method(name, sparsity=state.sparsity), state)
+            if isinstance(state, PredictorState):
+                self.predictor = placed_predictor(decode.model, state)
+        elif rank is not None:
+            self.predictor = RandomPredictor.make(decode, rank, seed)
 
     def score(self, layer: int, x: Tensor, act: Tensor, up: Tensor) -> Tensor:
         """What the threshold is set on, fp32, (1, d_ff)."""
@@ -121,15 +138,16 @@ class Method:
             for layer, threshold in zip(self._kernels.layers, self.thresholds.tolist(), strict=True):
                 layer.threshold = threshold
         else:
-            predictor: Any = self.predictor
-            self._kernels = decode_kernels(self.decode.model, get_method(self.name), self.thresholds, predictor)
+            self._kernels = decode_kernels(self.decode.model, get_method(self.name), self.thresholds, self.predictor)
         return self._kernels
 
     @property
     def extra_bytes(self) -> int:
         """Memory beyond the dense model's: transposed copies of W_down and the predictor."""
-        downs = sum(w.numel() * w.element_size() for w in (mlp.weights()[2] for mlp in self.decode.mlps))
-        return downs + (0 if self.predictor is None else self.predictor.nbytes)
+        extra = [mlp.weights()[2] for mlp in self.decode.mlps]
+        if self.predictor is not None:
+            extra += [*self.predictor.v, *self.predictor.u]
+        return sum(matrix.numel() * matrix.element_size() for matrix in extra)
 
 
 @dataclass
@@ -192,8 +210,10 @@ def _n_layers(case: SpeedCase) -> int:
     return int(MODEL_SHAPES[case.model_shape].sizes.get("num_hidden_layers", 30))
 
 
-def time_group(cases: Sequence[SpeedCase], *, seed: int = 0, progress: Progress | None = None) -> list[Row]:
-    """Check and time the decode cases of one model; rows as `suite.speed.cases.run_group`."""
+def time_group(
+    cases: Sequence[SpeedCase], *, seed: int = 0, progress: Progress | None = None, states: States | None = None
+) -> list[Row]:
+    """Check and time the decode cases of one model; rows and states as `suite.speed.cases.run_group`."""
 
     def tell(text: str) -> None:
         if progress is not None:
@@ -207,7 +227,7 @@ def time_group(cases: Sequence[SpeedCase], *, seed: int = 0, progress: Progress 
     try:
         if first.device == "cpu":
             torch.set_num_threads(first.threads)
-        return _Group(cases, seed, tell).rows()
+        return _Group(cases, seed, tell, states or {}).rows()
     finally:
         torch.set_num_threads(before)
         if first.device == "cuda":
@@ -217,8 +237,8 @@ def time_group(cases: Sequence[SpeedCase], *, seed: int = 0, progress: Progress 
 class _Group:
     """The cases of one model: built once, its contexts one after another."""
 
-    def __init__(self, cases: Sequence[SpeedCase], seed: int, tell: Progress) -> None:
-        self.cases, self.seed, self.tell = cases, seed, tell
+    def __init__(self, cases: Sequence[SpeedCase], seed: int, tell: Progress, states: States) -> None:
+        self.cases, self.seed, self.tell, self.states = cases, seed, tell, states
         first = cases[0]
         self.device = first.device
         tell(f"building {first.model_shape}")
@@ -271,10 +291,7 @@ class _Group:
             outcome, kernels = dense, None
             row["max_rel_error"] = dense.error
             if case.method != "dense":
-                method = methods.setdefault(
-                    (case.method, case.rank), Method(decode, case.method, case.rank, self.seed + 1)
-                )
-                method.calibrate(case.sparsity, start)
+                method = self._method(case, decode, methods, start)
                 kernels = method.kernels()
                 mlp = kernels.run
                 outcome = check(decode, method, kernels, start, real=case.model_shape == "embedded")
@@ -284,12 +301,24 @@ class _Group:
             if outcome.reason:
                 rows[case] = row | {"check": "failed", "status": "failed", "reason": outcome.reason}
                 continue
-            rows[case] = row | {"check": "passed", "jit_s": jit_s}
+            rows[case] = row | {"check": "passed", "jit_s": jit_s, "decode_check": outcome.row}
             timed.append(prepare(case, decode, mlp, kernels, start))
         bandwidth = time_all(decode, timed, start, self.tell)
         for entry in timed:
             rows[entry.case] |= numbers(entry, decode, context, bandwidth)
         return rows
+
+    def _method(
+        self, case: SpeedCase, decode: DecodeModel, made: dict[tuple[str, int | None], Method], start: tuple[int, int]
+    ) -> Method:
+        """The case's method by its fit; else with thresholds for the target, on kernels that all its sparsities share."""
+        if (state := self.states.get(case)) is not None:
+            return Method(decode, case.method, state=state)
+        key = case.method, case.rank
+        if key not in made:
+            made[key] = Method(decode, case.method, case.rank, self.seed + 1)
+        made[key].calibrate(case.sparsity, start)
+        return made[key]
 
 
 def token_bytes(case: SpeedCase, decode: DecodeModel, context: int, realised: float) -> float:

@@ -21,11 +21,15 @@ _STEPS, _REAL_STEPS = 8, 200
 
 @dataclass(frozen=True)
 class Outcome:
-    """Largest relative error of a step's logits with the kernels' own sets replayed, what is wrong, and a line to show."""
+    """Largest relative error of a step's logits with the kernels' own sets replayed, what is wrong, and a line to show.
+
+    ``row`` has the columns of ``schema.DECODE_CHECK`` but the cell's id; None for dense.
+    """
 
     error: float
     reason: str
     summary: str
+    row: dict[str, float] | None = None
 
 
 def check_dense(decode: DecodeModel, prompt: Tensor, start: tuple[int, int]) -> Outcome:
@@ -89,13 +93,15 @@ def check(
     error = max((math.inf if math.isnan(e) else e) for e in errors)
     limit = _limit(decode)
     reason = "" if error <= limit else f"check failed: logits off by {error:.3g}, over the bound {limit:.3g}"
-    kl = [_kl(b, a) for a, b in zip(found, own, strict=True)]
+    kl = sorted(_kl(b, a) for a, b in zip(found, own, strict=True))
     same = sum(int(a.argmax()) == int(b.argmax()) for a, b in zip(found, own, strict=True)) / n_steps
     summary = (
         f"{n_steps} steps, sets replayed: error {error:.2g} (bound {limit:.2g}); own sets: KL median "
-        f"{sorted(kl)[n_steps // 2]:.2g}, largest {max(kl):.2g}, equal next tokens {same:.1%}"
+        f"{kl[n_steps // 2]:.2g}, largest {kl[-1]:.2g}, equal next tokens {same:.1%}"
     )
-    return Outcome(error, reason, summary)
+    row = {"n_steps": n_steps, "max_error": error, "bound": limit, "kl_median": kl[n_steps // 2]}
+    row |= {"kl_q95": kl[int(0.95 * (n_steps - 1))], "kl_max": kl[-1], "top1_agreement": same}
+    return Outcome(error, reason, summary, row if math.isfinite(error) else None)
 
 
 def _follow(decode: DecodeModel, mlp: Mlp, tokens: list[int], position: int, begin: object) -> list[Tensor]:

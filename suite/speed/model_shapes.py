@@ -66,6 +66,11 @@ MODEL_SHAPES: dict[str, ModelShape] = {
 _COMMON = {"max_position_embeddings": 16384}
 
 
+def has_weights(name: str) -> bool:
+    """Whether a shape is a model with weights of its own, whose methods need fits."""
+    return name in MODEL_SHAPES and not MODEL_SHAPES[name].config
+
+
 def build_model(name: str, dtype: torch.dtype, device: str, seed: int = 0) -> nn.Module:
     """A model in evaluation mode: ``embedded`` with its weights, the others built on the device with random ones.
 

@@ -142,7 +142,7 @@ class FakeExecutor:
         ]
         return Outcome(sets + spread)
 
-    def time(self, cells: Sequence[Any]) -> list[dict[str, Any]]:
+    def time(self, cells: Sequence[Any], fits: Path) -> list[dict[str, Any]]:
         self.timed.append([cell.label for cell in cells])
         rows = []
         for cell in cells:

@@ -115,4 +115,27 @@ def test_embedded_profile_times_every_cpu_kernel_at_every_level():
     cases = [cell.case for cell in expand_speed(load_config("embedded"), FakeWorld())]
     timed = {(case.level, case.method) for case in cases if case.backend == "numba-cpu"}
     layers = {("layer", "given"), ("layer", "cats"), ("layer", "m-countdown")}
-    assert timed == {("op", "given"), *layers, ("decode", "m-countdown")}
+    assert timed == {("op", "given"), *layers, ("decode", "m-countdown"), ("decode", "d-countdown")}
+
+
+def test_decode_rows_of_real_weights_share_the_fits_of_the_matrix():
+    from suite.config import load_config
+    from suite.runs.speed_cells import expand_speed
+
+    config, world = load_config("embedded"), FakeWorld()
+    fits = {cell.fit_key for cell in expand(config, world)}
+    decode = [cell for cell in expand_speed(config, world) if cell.case.level == "decode"]
+    sparse = [cell for cell in decode if cell.case.method != "dense"]
+    assert len(sparse) == 2
+    assert {cell.fit_key for cell in sparse} <= fits
+    assert {cell.fit_key for cell in decode if cell not in sparse} == {None}
+    assert sparse[0].key_fields["fit"] == sparse[0].fit_key
+
+
+def test_decode_rows_of_random_weights_need_no_fit():
+    from suite.config import load_config
+    from suite.runs.speed_cells import expand_speed
+
+    cells_ = [c for c in expand_speed(load_config("gpu-decode"), FakeWorld()) if c.case.model_shape != "embedded"]
+    assert cells_
+    assert {cell.fit_key for cell in cells_} == {None}

@@ -328,9 +328,9 @@ def test_a_finished_run_repeated_leaves_its_sealed_folder_alone(tmp_path):
 
 def test_phases_of_traced_cells_have_a_file_of_their_own(tmp_path):
     class Tracing(FakeExecutor):
-        def time(self, cells):
+        def time(self, cells, fits):
             phases = [{"phase": name, "us_median": 2.0, "us_q05": 1.0, "us_q95": 3.0} for name in ("fill", "choose")]
-            timed = zip(cells, super().time(cells), strict=True)
+            timed = zip(cells, super().time(cells, fits), strict=True)
             return [row | {"phases": phases if cell.case.method == "cats" else []} for cell, row in timed]
 
     assert not (go(tmp_path / "a", FakeExecutor(), timing()).folder / "phases.csv").exists()

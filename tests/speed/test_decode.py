@@ -9,7 +9,7 @@ from suite import schema
 from suite.errors import InputError
 from suite.speed import decode, decode_check, decode_time, model_shapes
 from suite.speed.cases import SHAPES, Shape, make_cases, run_group
-from tests.conftest import D_FF, D_MODEL
+from tests.conftest import D_FF, D_MODEL, decode_state
 from tests.speed.test_step import build
 
 METHODS = ("dense", "cats", "m-countdown", "d-countdown")
@@ -40,7 +40,7 @@ def test_rows_of_every_method(tiny):
         ("d-countdown", "eager"),
     ]
     for row in rows:
-        assert set(row) <= {*schema.SPEED, "phases"}
+        assert set(row) <= {*schema.SPEED, "phases", "decode_check"}
         assert (row["level"], row["status"], row["check"], row["context_tokens"]) == ("decode", "ok", "passed", 16)
         assert row["tokens_per_s"] == pytest.approx(1e6 / row["latency_us_median"])
         assert row["latency_us_q25"] <= row["latency_us_median"] <= row["latency_us_q75"]
@@ -56,7 +56,25 @@ def test_rows_of_every_method(tiny):
         assert 0 < row["max_rel_error"] < 1e-5
         assert row["mlp_share"] > 0
         assert row["extra_memory_mib"] >= 2 * 32 * 48 * 4 / 2**20
+        assert set(row["decode_check"]) == set(schema.DECODE_CHECK) - {"cell_id"}
+        assert row["decode_check"]["max_error"] == row["max_rel_error"] < row["decode_check"]["bound"]
+        assert 0 <= row["decode_check"]["kl_median"] <= row["decode_check"]["kl_max"] < 1e-4
+        assert row["decode_check"]["top1_agreement"] == 1
+    assert own["decode_check"] is None
     assert sum("equal next tokens" in line for line in said) == 3
+
+
+@pytest.mark.parametrize("method", ["m-countdown", "d-countdown"])
+def test_a_fit_decides_what_is_kept(tiny, method):
+    """Its thresholds and predictor, whatever the target of the case."""
+    case = cases((method,))[0]
+    seen = []
+    for threshold in (-float("inf"), float("inf")):
+        state = replace(decode_state(method), thresholds=torch.full((2,), threshold))
+        row = run_group([case], states={case: state})[0]
+        assert row["status"] == "ok"
+        seen.append(row["sparsity_realized"])
+    assert seen == [0, 1]
 
 
 @pytest.mark.parametrize("method", ["m-countdown", "d-countdown"])
