@@ -277,19 +277,42 @@ def make_mix(plan: AttentionPlan, dev: Any) -> Any:
     return mix
 
 
+def make_combined(plan: AttentionPlan, dev: Any) -> Any:
+    """``combined(parts, i)``: entry ``i`` of the mixes that all blocks left, each scaled to the largest score of all."""
+    width, queries, head, n_splits = plan.queries * plan.head_dim, plan.queries, plan.head_dim, plan.n_splits
+    load, divide, exp2, zero = dev.load_f32, dev.divide, dev.exp2, np.float32(0.0)
+    block_bytes = (width + 2 * queries) * 4
+
+    @dev.device_function
+    def combined(parts, i):
+        q = i // head
+        largest = load(parts + (width + q) * 4)
+        for s in range(1, n_splits):
+            other = load(parts + s * block_bytes + (width + q) * 4)
+            if not other <= largest:
+                largest = other
+        total, below = zero, zero
+        for s in range(n_splits):
+            part = parts + s * block_bytes
+            share = load(part + (width + queries + q) * 4)
+            if share != zero:
+                weight = exp2(load(part + (width + q) * 4) - largest)
+                total += weight * load(part + i * 4)
+                below += weight * share
+        return divide(total, below)
+
+    return combined
+
+
 def make_output(plan: AttentionPlan, dev: Any) -> Any:
-    """``output(...)``: the block's mix over its sum, or with several blocks a head the last one's total of all."""
+    """``output(...)``: the block's mix over its sum, or with several blocks for its queries the last one's total of all."""
     width, queries, head, n_splits, size = (
         plan.queries * plan.head_dim, plan.queries, plan.head_dim, plan.n_splits, plan.element,
     )  # fmt: skip
     mix_at, largest_at, sum_at, last_at = (plan.shared[name] for name in ("mix", "largest", "sum", "last"))
-    load, load_i, store_i, global_load, global_store = (
-        dev.shared_load_f32, dev.shared_load_i32, dev.shared_store_i32, dev.load_f32, dev.store_f32,
-    )  # fmt: skip
-    store, divide, exp2, atomic_add, sync = (
-        dev.make_store_narrow(plan.dtype), dev.divide, dev.exp2, dev.atomic_add, dev.syncthreads,
-    )  # fmt: skip
-    block_bytes, zero = (width + 2 * queries) * 4, np.float32(0.0)
+    load, load_i, store_i, global_store = dev.shared_load_f32, dev.shared_load_i32, dev.shared_store_i32, dev.store_f32
+    store, divide, atomic_add, sync = dev.make_store_narrow(plan.dtype), dev.divide, dev.atomic_add, dev.syncthreads
+    block_bytes, zero, combined = (width + 2 * queries) * 4, np.float32(0.0), make_combined(plan, dev)
 
     @dev.device_function
     def block_mix(shared, i):
@@ -297,25 +320,6 @@ def make_output(plan: AttentionPlan, dev: Any) -> Any:
         for warp in range(_WARPS):
             total += load(shared + mix_at + (warp * width + i) * 4)
         return total
-
-    @dev.device_function
-    def combined(parts, i):
-        """Entry ``i`` of all blocks' mixes, each scaled to the largest score of all."""
-        q = i // head
-        largest = global_load(parts + (width + q) * 4)
-        for s in range(1, n_splits):
-            other = global_load(parts + s * block_bytes + (width + q) * 4)
-            if not other <= largest:
-                largest = other
-        total, below = zero, zero
-        for s in range(n_splits):
-            part = parts + s * block_bytes
-            share = global_load(part + (width + queries + q) * 4)
-            if share != zero:
-                weight = exp2(global_load(part + (width + q) * 4) - largest)
-                total += weight * global_load(part + i * 4)
-                below += weight * share
-        return divide(total, below)
 
     @dev.device_function
     def output(shared, partial, counter, out, number, split, tid):

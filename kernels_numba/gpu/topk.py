@@ -14,13 +14,11 @@ from numba import cuda, int32
 THREADS = 256  # one for each value of a digit
 
 
-def make_kernel(n_digits: int) -> Any:
-    """Undecorated kernel for scores of ``n_digits`` bytes, 2 (bf16) or 4 (fp32): radix selection, 8 bits a pass."""
+def make_key(n_digits: int) -> Any:
+    """``key_of(bits)``: unsigned 32-bit integer in the order of the scores: -0 equals 0, every NaN is above infinity."""
     narrow = n_digits == 2
-    rest = 32 - 8 * n_digits
 
     def key_of(bits):  # type: ignore[no-untyped-def]  # device code
-        """Unsigned 32-bit integer in the order of the scores: -0 equals 0, every NaN is above infinity."""
         word = (np.int64(bits) & 0xFFFF) << 16 if narrow else np.int64(bits) & 0xFFFFFFFF
         size = word & 0x7FFFFFFF
         if size > 0x7F800000:
@@ -29,13 +27,14 @@ def make_kernel(n_digits: int) -> Any:
             return np.int64(0x80000000)
         return word | 0x80000000 if word == size else word ^ 0xFFFFFFFF
 
-    key_of = cuda.jit(device=True)(key_of)
+    return cuda.jit(device=True)(key_of)
 
-    def kernel(scores, keep, k):  # type: ignore[no-untyped-def]  # device code
-        tid, row, d_ff = cuda.threadIdx.x, cuda.blockIdx.x, scores.shape[1]
-        counts = cuda.shared.array(THREADS, int32)
-        chosen = cuda.shared.array(2, int32)
-        prefix, room = np.int64(0), np.int64(k)
+
+def make_find(n_digits: int, key_of: Any) -> Any:
+    """``find(...)``: leading bits of the kth score, and how many of those equal to it are kept."""
+
+    def find(counts, chosen, scores, row, k, tid):  # type: ignore[no-untyped-def]  # device code
+        prefix, room, d_ff = np.int64(0), np.int64(k), scores.shape[1]
         for digit in range(n_digits):
             shift = 24 - 8 * digit
             counts[tid] = 0
@@ -59,6 +58,21 @@ def make_kernel(n_digits: int) -> Any:
             cuda.syncthreads()
             prefix = (prefix << 8) | chosen[0]
             room -= chosen[1]
+        return prefix, room
+
+    return cuda.jit(device=True)(find)
+
+
+def make_kernel(n_digits: int) -> Any:
+    """Undecorated kernel for scores of ``n_digits`` bytes, 2 (bf16) or 4 (fp32): radix selection, 8 bits a pass."""
+    key_of, rest = make_key(n_digits), 32 - 8 * n_digits
+    find = make_find(n_digits, key_of)
+
+    def kernel(scores, keep, k):  # type: ignore[no-untyped-def]  # device code
+        tid, row, d_ff = cuda.threadIdx.x, cuda.blockIdx.x, scores.shape[1]
+        counts = cuda.shared.array(THREADS, int32)
+        chosen = cuda.shared.array(2, int32)
+        prefix, room = find(counts, chosen, scores, row, k, tid)
         # of those equal to the kth the lowest indices are kept: neighbouring neurons to one thread, then a prefix sum
         per_thread = (d_ff + THREADS - 1) // THREADS
         begin = tid * per_thread

@@ -182,15 +182,7 @@ def make_cases(
         own_clocks = ["wall"] if device == "cpu" else [c if c != "wall" else "graph" for c in clocks]
         own_variants = ["eager"] if device == "cpu" else list(variants)
         for backend, method, variant, clock in product(backends, methods, own_variants, own_clocks):
-            if backend == ("numba-cuda" if device == "cpu" else "numba-cpu") or (method == "dense") != (
-                backend == "torch"
-            ):
-                continue
-            if level == "op" and method not in ("dense", "given"):
-                continue
-            if variant == "compile" and (method != "dense" or clock != "graph"):
-                continue  # torch.compile competes for the fastest dense row alone
-            if variant in ("no-overlap", "trace") and method == "dense":
+            if not _exists(level, device, backend, method, variant, clock):
                 continue
             cases += [
                 SpeedCase(
@@ -217,6 +209,17 @@ def make_cases(
         twice = next(case for case in cases if cases.count(case) > 1)
         raise InputError(f"speed case {twice.label} is named twice: remove one")
     return sorted(cases, key=lambda case: list(dict.fromkeys(c.group for c in cases)).index(case.group))
+
+
+def _exists(level: str, device: str, backend: str, method: str, variant: str, clock: str) -> bool:
+    """Whether a combination means something."""
+    if backend == ("numba-cuda" if device == "cpu" else "numba-cpu") or (method == "dense") != (backend == "torch"):
+        return False
+    if level == "op" and method not in ("dense", "given"):
+        return False
+    if variant == "compile":  # torch.compile competes for the fastest dense row alone
+        return method == "dense" and clock == "graph"
+    return variant == "eager" or method != "dense"
 
 
 def _decode_cases(
