@@ -24,6 +24,7 @@ PROFILES = ("embedded", "small", "paper", "gpu-kernels", "gpu-accuracy", "gpu-de
 
 Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
+Seed = Annotated[int, Field(ge=0, strict=True)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Scope = Literal["paper", "scored", "all"]
 Estimator = Literal["calibrated", "mean-kth", "pooled-quantile"]
@@ -68,7 +69,7 @@ class MethodConfig(Section):
 
 
 class TaskConfig(Section):
-    """A task; ``limit`` None runs all documents, ``num_fewshot`` None the task's own; options of decode_perplexity."""
+    """A task; ``limit`` None runs all documents, ``num_fewshot`` None the task's own; options: ``resolve_task``."""
 
     name: str = Field(min_length=1)
     source: Literal["auto", "pack", "data_dir", "hub", "include", "text"] = "auto"
@@ -125,13 +126,19 @@ def _named(items: Any) -> Any:
 
 
 class AccuracyBlock(Section):
-    """Cells of quality: methods x modes x sparsities x scopes x tasks; dense runs once per model and task."""
+    """Cells of quality: methods x modes x sparsities x scopes x tasks; dense runs once per model and task.
+
+    ``fit_seeds`` and ``fit_sources``: seeds and texts of this block's fits in place of the matrix' own, which still
+    decide the documents and the main rows; what differs in them alone is shown beside the main rows, on equal documents.
+    """
 
     methods: list[MethodConfig] = Field(min_length=1)
     modes: list[Literal["ideal", "practical"]] = Field(default=["ideal"], min_length=1)
     sparsities: list[Sparsity] = Field(min_length=1)
     scopes: list[Scope] = Field(default=["scored"], min_length=1)
     tasks: list[TaskConfig] = Field(min_length=1)
+    fit_seeds: list[Seed] = []
+    fit_sources: list[str] = []
 
     @field_validator("methods", "tasks", mode="before")
     @classmethod
@@ -176,7 +183,7 @@ class MatrixConfig(Section):
     title: str = ""
     models: list[ModelConfig] = []
     device: Device = "auto"
-    seeds: list[Annotated[int, Field(ge=0, strict=True)]] = Field(default=[0], min_length=1)
+    seeds: list[Seed] = Field(default=[0], min_length=1)
     batch_size: Count = 8
     data_dir: str | None = None
     include_path: str | None = None
@@ -305,7 +312,7 @@ def override(
     models : replace the matrix' models; ``ID`` or ``ID=DTYPE`` each.
     only : ``accuracy`` or ``speed``.
     limit : documents a task, a whole number, or ``none`` for all.
-    calibration : text of thresholds and predictors.
+    calibration : text of thresholds and predictors, but where a block names ``fit_sources`` of its own.
     values : ``data_dir``, ``include_path``, ``device``, ``seeds``, ``batch_size``, and of the predictors ``ranks``
         and ``activation_budget_gib``; None leaves the matrix' own.
 
@@ -323,6 +330,8 @@ def override(
     folder = data["data_dir"]
     data["calibration"]["source"] = _with_data_dir(data["calibration"]["source"], folder)
     data["predictor"]["sources"] = [_with_data_dir(source, folder) for source in data["predictor"]["sources"]]
+    for block in data["accuracy"]:
+        block["fit_sources"] = [_with_data_dir(source, folder) for source in block["fit_sources"]]
     if models:
         dtype = config.models[0].dtype if config.models else "float32"
         data["models"] = [_model_of(spec, dtype) for spec in models]

@@ -26,9 +26,10 @@ FloatArray = NDArray[np.floating[Any]]
 MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 # ... this many columns of attention (continuations with their contexts) ...
 MAX_COLUMNS = {"cpu": 1 << 15, "cuda": 1 << 18}
-# ... and this many logits. They are reduced MAX_LOGITS elements at a time: 2**28 fp32 values are 1 GiB.
-MAX_BATCH_LOGITS = {"cpu": 1 << 28, "cuda": 1 << 31}
-MAX_LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}
+# ... and this many logits. They are reduced MAX_LOGITS elements at a time: 2**27 fp32 values are 512 MiB,
+# of which KL holds several, and several processes share a GPU.
+MAX_BATCH_LOGITS = {"cpu": 1 << 28, "cuda": 1 << 30}
+MAX_LOGITS = {"cpu": 1 << 25, "cuda": 1 << 27}
 # Contexts kept between settings: this share of the free GPU memory, or 1 GiB of the host's.
 CONTEXT_SHARE, CONTEXT_BYTES_CPU = 0.15, 1 << 30
 _ROOM_TO_SHARE = 4  # a segment takes at most 1/4 of the budget

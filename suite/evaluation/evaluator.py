@@ -71,7 +71,7 @@ class Evaluator:
                 values = built.values(scores)
                 scored, sparse = sum(s.n_scored for s in scores), sum(s.n_sparse for s in scores)
             else:
-                self.lm.bind(attached, scope, built.documents, built.plans)
+                self.lm.bind(attached, scope, built.documents, built.plans, task.options.get("window"))
                 values = built.run(self.lm)
                 scored, sparse = self.lm.scored, self.lm.sparse
             layers = [] if attached is None else attached.sparsity()

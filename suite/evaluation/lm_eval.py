@@ -44,14 +44,23 @@ class SuiteLM(HFLM):
         self._encoded: dict[tuple[str, bool | None], list[int]] = {}
         self.bind(None, "all", [], {})
 
-    def bind(self, attached: Attached | None, scope: Scope, documents: Sequence[int], plans: dict[str, Plan]) -> None:
+    def bind(
+        self,
+        attached: Attached | None,
+        scope: Scope,
+        documents: Sequence[int],
+        plans: dict[str, Plan],
+        window: int | None = None,
+    ) -> None:
         """Use ``attached`` in ``scope``.
 
         Parameters
         ----------
         documents : index in its split of each ``doc_id``
         plans : the task's tokenised requests by their kind, kept by the task from one setting to the next
+        window : most tokens of a window of rolling log-likelihoods, as lm-eval's ``max_length``; None: the model's context
         """
+        self.window = min(window or self.max_length, self.max_length)
         self.attached, self.scope, self.documents, self.plans = attached, scope, documents, plans
         self.scored = self.sparse = 0
         self._order: list[int] = []
@@ -110,7 +119,7 @@ class SuiteLM(HFLM):
         for window in lm_eval_utils.get_rolling_token_windows(
             token_list=self.tok_encode(request.args[0]),
             prefix_token=self.prefix_token_id,
-            max_seq_len=self.max_length,
+            max_seq_len=self.window,
             context_len=1,
         ):
             context, continuation = lm_eval_utils.make_disjoint_window(window)

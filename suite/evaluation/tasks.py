@@ -19,6 +19,7 @@ PACK_DIR = Path(__file__).parent / "pack"
 PACK_TASKS = ("pack_grammar", "pack_knowledge", "pack_last_word", "pack_generation")
 DECODE_PERPLEXITY = "decode_perplexity"
 WINDOW, SPLIT = 2048, 0.5  # tokens of a window, and its dense unscored share (PROTOCOL: first half)
+ROLLING_TASKS = ("wikitext",)  # perplexity of whole documents over disjoint windows
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class TaskSpec:
     """One task with the place of its data.
 
     ``files`` are the data files by split (data_dir), the text (text), or the YAML folders (include); ``options`` are
-    window, split and field of decode_perplexity.
+    window, split and field of decode_perplexity, the window of rolling tasks.
     """
 
     name: str
@@ -106,7 +107,8 @@ def resolve_task(
     data_dir : folder laid out as ``<task>/<split>.jsonl`` in the hub data set's schema; used for the tasks it holds.
     include_path : folder of the user's own lm-eval task YAMLs.
     num_fewshot, limit : few-shot examples (None: the task's own), documents (None: all).
-    options : ``window`` (tokens), ``split`` (dense share), ``text``, ``field`` of decode_perplexity.
+    options : ``window`` (tokens), ``split`` (dense share), ``text``, ``field`` of decode_perplexity; ``window`` of a rolling
+        task, the model's context where none is given.
 
     Raises
     ------
@@ -119,8 +121,8 @@ def resolve_task(
         raise InputError(f"limit {limit} of task {name}: must be at least 1, or none for all documents")
     if name.startswith(DECODE_PERPLEXITY):
         return _resolve_text(name, data_dir, options, limit)
-    if options:
-        raise InputError(f"task {name} takes no options, got {', '.join(options)}; only {DECODE_PERPLEXITY} does")
+    _check_options(name, options)
+    common["options"] = options
     if name in PACK_TASKS:
         return TaskSpec(**common, source="pack", files={"test": PACK_DIR / f"{name.removeprefix('pack_')}.jsonl"})
     if include_path is not None and (found := _included(Path(include_path), name)):
@@ -132,14 +134,33 @@ def resolve_task(
     return TaskSpec(**common, source="hub")
 
 
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options of a task of lm-eval, but for the window of a rolling one."""
+    if not options:
+        return
+    if name not in ROLLING_TASKS:
+        raise InputError(
+            f"task {name} takes no options, got {', '.join(options)}; only {DECODE_PERPLEXITY} and "
+            f"{', '.join(ROLLING_TASKS)} do"
+        )
+    for option in options:
+        if option != "window":
+            raise InputError(f"task {name} has no option {option!r}{did_you_mean(option, ['window'])}")
+    _check_window(name, options["window"])
+
+
+def _check_window(name: str, window: Any) -> None:
+    if not isinstance(window, int) or window < 4:
+        raise InputError(f"option window {window!r} of task {name}: must be a whole number of tokens, at least 4")
+
+
 def _resolve_text(name: str, data_dir: str | Path | None, options: dict[str, Any], limit: int | None) -> TaskSpec:
     for option in options:
         if option not in ("window", "split", "text", "field"):
             known = ["window", "split", "text", "field"]
             raise InputError(f"task {name} has no option {option!r}{did_you_mean(option, known)}")
     window, split = options.setdefault("window", WINDOW), options.setdefault("split", SPLIT)
-    if not isinstance(window, int) or window < 4:
-        raise InputError(f"option window {window!r} of task {name}: must be a whole number of tokens, at least 4")
+    _check_window(name, window)
     if not isinstance(split, (int, float)) or not 0 < split < 1:
         raise InputError(f"option split {split!r} of task {name}: must be in (0, 1), the dense unscored share")
     text, text_field = options.pop("text", None), options.get("field", "text")

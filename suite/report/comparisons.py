@@ -279,27 +279,3 @@ def _scope_row(quality: Quality, one: Average, hiding: Average, dense: Average, 
 def _hidden(means: list[FloatArray]) -> Any:
     dense, hiding, one = (sum(m[i] for m in means) for i in range(3))
     return 1 - (dense - hiding) / (dense - one)
-
-
-def seeds_table(quality: Quality) -> str:
-    """Spread of the task average over seeds, for settings that were run with several; "" where there are none."""
-    groups: dict[tuple[Any, ...], list[Average]] = {}
-    for one in quality.settings(quality.summary):
-        if one.method != "dense":
-            groups.setdefault(_place({**one.setting, "seed": ""}), []).append(one)
-    rows = []
-    for group in groups.values():
-        one = group[0]
-        values = [quality.average(s, quality.tasks_of(one.setting)) for s in group]
-        known = [value for value in values if value is not None]
-        if len(known) > 1:
-            where = [str(one.setting[c]) for c in ("model", "scope", "mode")] + [f"{one.setting['sparsity_target']:g}"]
-            spread = [float(np.mean(known)), float(np.std(known, ddof=1)), min(known), max(known)]
-            rows.append([one.method, *where, str(len(known)), *map(percent, spread)])
-    if not rows:
-        return ""
-    header = ["method", "model", "scope", "mode", "sparsity", "seeds", "mean", "standard deviation", "least", "most"]
-    return (
-        "# Spread over seeds\n\nTask average of settings that were run with several seeds (of the noise of random, of a "
-        f"predictor's fit), percent.\n\n{markdown_table(header, rows)}"
-    )

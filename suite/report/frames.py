@@ -61,6 +61,16 @@ def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(label=labels)
 
 
+def is_aside(rows: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.Series:
+    """Whether a row's fit is by another seed, or on another text, than those that the matrix names for all blocks."""
+    config = manifest.get("config") or {}
+    if not config.get("calibration"):  # no manifest: every row is a main one
+        return pd.Series(False, index=rows.index)
+    own = {config["calibration"]["source"], *(config.get("predictor") or {}).get("sources", [])}
+    seeds = {str(seed) for seed in config.get("seeds") or []}
+    return (rows["calibration"] != "") & ~(rows["calibration"].isin(own) & rows["seed"].isin(seeds))
+
+
 @dataclass(frozen=True)
 class Average:
     """One setting with its cells of the summary tasks, one per task in the order of ``tasks``."""
@@ -80,6 +90,9 @@ class Average:
 class Quality:
     """Accuracy rows of one run, arranged for printing: settings in blocks, tasks in columns, paired by document.
 
+    ``rows`` (``ok`` and ``failed``) are the main rows; ``every`` has also those of fits by other seeds and on other texts
+    than the matrix' own, which stand in tables of their own.
+
     Parameters
     ----------
     results : Results
@@ -88,7 +101,10 @@ class Quality:
     def __init__(self, results: Results) -> None:
         accuracy = results.accuracy
         finite = np.isfinite(accuracy["value"].to_numpy(dtype=float))
-        self.rows = with_labels(accuracy[~((accuracy["status"] == "ok") & ~finite)].reset_index(drop=True))
+        rows = accuracy[~((accuracy["status"] == "ok") & ~finite)].reset_index(drop=True)
+        aside = is_aside(rows, results.manifest)
+        self.every = rows.assign(label=rows["method"], aside=aside)
+        self.rows = with_labels(rows[~aside])
         self.ok = self.rows[self.rows["status"] == "ok"]
         self.failed = self.rows[self.rows["status"] != "ok"]
         self._samples = results.samples
@@ -122,11 +138,15 @@ class Quality:
     @cached_property
     def summary(self) -> pd.DataFrame:
         """One row per setting and task of the summary metric, failed cells included."""
-        keep = self.rows["task"].isin(self.summary_tasks) & (self.rows["status"] != "ok")
+        return self.summary_of(self.rows)
+
+    def summary_of(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Those of some rows."""
+        keep = rows["task"].isin(self.summary_tasks) & (rows["status"] != "ok")
         for task in self.summary_tasks:
             metric, name = self.metric_of(task) or ("", "")
-            keep |= (self.rows["task"] == task) & (self.rows["metric"] == metric) & (self.rows["filter"] == name)
-        return self.rows[keep].drop_duplicates([*SETTING, "task"])
+            keep |= (rows["task"] == task) & (rows["metric"] == metric) & (rows["filter"] == name)
+        return rows[keep].drop_duplicates([*SETTING, "task"])
 
     @cached_property
     def summary_blocks(self) -> Blocks:
@@ -136,8 +156,13 @@ class Quality:
     @cached_property
     def text(self) -> pd.DataFrame:
         """Rows of perplexities, KL and agreement, ``task`` turned into ``task metric``; a failed cell stands for each."""
-        ok = self.ok[self.ok["metric"].isin(TEXT_METRICS)]
-        failed = self.failed.drop(columns="metric").merge(ok[["task", "metric"]].drop_duplicates(), on="task")
+        return self.text_of(self.rows)
+
+    def text_of(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Those of some rows."""
+        ok = rows[(rows["status"] == "ok") & rows["metric"].isin(TEXT_METRICS)]
+        failed = rows[rows["status"] != "ok"].drop(columns="metric")
+        failed = failed.merge(ok[["task", "metric"]].drop_duplicates(), on="task")
         rows = pd.concat([ok, failed[ok.columns]], ignore_index=True)
         return rows.assign(task=rows["task"] + " " + rows["metric"]).drop_duplicates([*SETTING, "task"])
 

@@ -55,7 +55,7 @@ CAPTIONS = {
 }
 INLINE_TABLES = (
     "accuracy", "difference_to_dense", "methods_against_each_other", "above_chance", "scope_effect", "seeds",
-    "perplexity", "predictors", "speed", "decode_check",
+    "calibration", "perplexity", "predictors", "speed", "decode_check",
 )  # fmt: skip
 _SOURCES = {"pydoc": "the English reference prose that every Python carries (`pydoc_data.topics`)"}
 DEFECTS = (
@@ -127,7 +127,8 @@ def rebuild_problems(folder: str | Path) -> list[str]:
 def _texts(material: Material) -> tuple[dict[str, str], dict[str, pd.DataFrame]]:
     """Every text file of the report by relative path, REPORT.md last, and the data of its figures by name."""
     claims = make_claims(material.quality, material.speed)
-    tables = all_tables(material.quality, material.speed)
+    in_domain = material.results.manifest.get("in_domain") or {}
+    tables = all_tables(material.quality, material.speed, in_domain)
     if found := predictor_table(material.results):
         tables["predictors"] = found
     if found := decode_check_table(material.results):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import pandas as pd
 
-from suite.report.comparisons import paired_table, scope_table, seeds_table
+from suite.report.comparisons import paired_table, scope_table
 from suite.report.frames import (
     TEXT_METRICS,
     Average,
@@ -25,6 +25,7 @@ from suite.report.frames import (
 )
 from suite.report.speed import speed_rows_table, speed_table
 from suite.report.text import MISSING, fixed, markdown_table, percent, signed
+from suite.report.variants import calibration_table, seeds_table
 
 UNEQUAL = "≠"
 METRIC_TITLES = {
@@ -275,8 +276,15 @@ def perplexity_text(value: float) -> str:
     return fixed(value, 2 if value < 100 else 1 if value < 1000 else 0)
 
 
-def all_tables(quality: Quality, speed: pd.DataFrame) -> dict[str, str]:
-    """Every table as Markdown by file name without suffix; ``speed`` from :func:`with_speed_up`."""
+def all_tables(quality: Quality, speed: pd.DataFrame, in_domain: Mapping[str, bool]) -> dict[str, str]:
+    """Every table as Markdown by file name without suffix.
+
+    Parameters
+    ----------
+    speed : DataFrame
+        From :func:`with_speed_up`.
+    in_domain : whether a calibration text is of the evaluated tasks' train splits
+    """
     tables = {}
     if quality.summary_tasks:
         tables["accuracy"] = accuracy_table(quality)
@@ -286,6 +294,8 @@ def all_tables(quality: Quality, speed: pd.DataFrame) -> dict[str, str]:
         tables["scope_effect"] = scope_table(quality)
         if seeds := seeds_table(quality):
             tables["seeds"] = seeds
+        if texts := calibration_table(quality, in_domain):
+            tables["calibration"] = texts
     if not quality.ok.empty:
         tables["perplexity"] = perplexity_table(quality)
     if not speed.empty:

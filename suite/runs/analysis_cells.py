@@ -49,6 +49,11 @@ class AnalysisCell:
         return f"{self.model_name} analysis of {self.config.documents * self.config.new_tokens} generated tokens"
 
     @property
+    def base(self) -> tuple[object, ...]:
+        """A task of its own beside those of the accuracy cells."""
+        return (*self.load_group, self.kind)
+
+    @property
     def load_group(self) -> tuple[str, str, str]:
         """Cells of one group share one loaded model."""
         return (self.model, self.dtype, self.device)

@@ -140,7 +140,7 @@ class Assembly:
             "num_fewshot": cell.task.num_fewshot,
             "limit": cell.task.limit,
             "batch_size": cell.batch_size,
-            "seed": cell.params.get("seed", cell.seed),
+            "seed": cell.decided_seed,
         }
 
     def _delta(self, cell: AccuracyCell, row: Row) -> Row:

@@ -17,6 +17,7 @@ from suite.config import (
     TaskConfig,
 )
 from suite.errors import InputError
+from suite.evaluation.tasks import ROLLING_TASKS
 from suite.fitting.options import PredictorOptions
 from suite.registry import get_method, method_class
 from suite.runs.guard import refuse_evaluated_text
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 CellScope = Scope | Literal[""]  # "" for dense, which has no sparse position
 
 ID_LENGTH = 16  # hex digits of a key that name a cell in the CSVs: 64 bits
-# Tasks whose scope is part of their definition (PROTOCOL section 3): one cell per setting, whatever scopes are asked.
-ROLLING_TASKS = ("wikitext",)
 
 
 class World(Protocol):
@@ -126,6 +125,11 @@ class AccuracyCell:
         return f"{self.model_name} {self.task.name} {setting}"
 
     @property
+    def decided_seed(self) -> int:
+        """Seed of what is random in the setting: its fit, or its noise; of the documents where it has neither."""
+        return self.fit.seed if self.fit is not None else int(self.params.get("seed", self.seed))
+
+    @property
     def load_group(self) -> tuple[str, str, str]:
         """Cells of one group share one loaded model."""
         return (self.model, self.dtype, self.device)
@@ -175,6 +179,7 @@ def _block_cells(
 def _scopes(task: TaskSpec, block: AccuracyBlock) -> list[Scope]:
     if task.is_text:
         return ["scored"]
+    # of a rolling task the scope is part of its definition (PROTOCOL section 3): one cell per setting
     return ["all"] if task.name in ROLLING_TASKS else list(block.scopes)
 
 
@@ -198,21 +203,22 @@ def _settings(
             if mode != "practical":
                 yield method, mode, sparsity, None
                 continue
-            for fit in _fits(config, model, method, sparsity, seed, needs_predictor=cls.needs_predictor):
-                yield method, mode, sparsity, fit
+            for fit_seed in block.fit_seeds or [seed]:
+                for fit in _fits(config, block, model, method, sparsity, fit_seed):
+                    yield method, mode, sparsity, fit
 
 
 def _fits(
-    config: MatrixConfig, model: ModelConfig, method: MethodConfig, sparsity: float, seed: int, *, needs_predictor: bool
+    config: MatrixConfig, block: AccuracyBlock, model: ModelConfig, method: MethodConfig, sparsity: float, seed: int
 ) -> Iterator[FitRequest]:
     """The fits of one practical setting: thresholds by every estimator, or every predictor."""
     text, predictor = config.calibration, config.predictor
     common = (model.id, model.dtype, method.name, method.params, sparsity)
-    if not needs_predictor:
-        for estimator in text.estimators:
-            yield FitRequest(*common, estimator, text.source, text.max_tokens, seed)
+    if not method_class(method.name).needs_predictor:
+        for estimator, source in product(text.estimators, block.fit_sources or [text.source]):
+            yield FitRequest(*common, estimator, source, text.max_tokens, seed)
         return
-    sources = predictor.sources or [text.source]
+    sources = block.fit_sources or predictor.sources or [text.source]
     for options, zero_or_calibrated, source in product(predictor.options(), predictor.estimators, sources):
         yield FitRequest(*common, zero_or_calibrated, source, predictor.max_tokens, seed, options)
 

@@ -216,7 +216,7 @@ class Runner:
             session: Session | None = None
             failure: Exception | None = None  # a model that did not load is not tried again for every cell
             waiting: list[ModelCell] = []
-            for cell, last in chain(((c, False) for c in cells), _later(waiting)):
+            for cell, last in chain(((c, False) for c in self._shared_out(cells)), _later(waiting)):
                 with self._store.lock(cell.key, wait=last) as held:
                     if not held:
                         waiting.append(cell)
@@ -234,6 +234,21 @@ class Runner:
                                     raise
                             self._measure(cell, session)
                     bar.update()
+
+    def _shared_out(self, cells: Sequence[ModelCell]) -> Iterator[ModelCell]:
+        """The cells, task by task; tasks that another process is at come last.
+
+        A process that starts with a task of its own builds it and computes its contexts for itself alone.
+        """
+        busy: list[ModelCell] = []
+        for place, group in groupby(cells, key=lambda cell: cell.base):
+            of_one = list(group)
+            with self._store.lock(f"task-{sha256_of(repr(place))[:32]}", wait=False) as held:
+                if held:
+                    yield from of_one
+                else:
+                    busy += of_one
+        yield from busy
 
     def _measure(self, cell: ModelCell, session: Session) -> None:
         start = time.perf_counter()

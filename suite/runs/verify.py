@@ -15,6 +15,7 @@ from typing import Any
 from suite.config import MatrixConfig, build_config
 from suite.errors import InputError
 from suite.evaluation.results import WEIGHT
+from suite.fitting.calibration import PYDOC
 from suite.runs.cells import ID_LENGTH, AccuracyCell, World, expand
 from suite.runs.compare import Row, changed, read_rows
 from suite.runs.manifest import file_hashes, key_fields, read_manifest
@@ -157,13 +158,15 @@ def _differences(cell: AccuracyCell, old: Sequence[Row], new: Sequence[Mapping[s
 
 def _identity(cell: AccuracyCell) -> tuple[str, ...]:
     estimator = cell.fit.estimator if cell.fit else ""
-    predictor = (cell.fit_key or "")[:16] if cell.fit and cell.fit.options else ""  # of several ranks, perhaps
-    setting = (cell.method, cell.mode, f"{cell.sparsity:g}", estimator, predictor, cell.scope)
-    return (cell.model_name, cell.dtype, cell.task.name, *setting, str(cell.seed))
+    # a setting may have fits of several ranks, texts and seeds; that on pydoc has another key with another Python
+    named = cell.fit is not None and (cell.fit.options is not None or cell.fit.calibration != PYDOC)
+    fit = (cell.fit_key or "")[:16] if named else ""
+    setting = (cell.method, cell.mode, f"{cell.sparsity:g}", estimator, fit, cell.scope)
+    return (cell.model_name, cell.dtype, cell.task.name, *setting, str(cell.decided_seed))
 
 
 def _row_identity(row: Row) -> tuple[str, ...]:
-    predictor = row["fit_id"] if row["predictor"] else ""
+    fit = row["fit_id"] if row["predictor"] or row["calibration"] != PYDOC else ""
     target = f"{float(row['sparsity_target']):g}"
-    setting = (row["method"], row["mode"], target, row["estimator"], predictor, row["scope"])
+    setting = (row["method"], row["mode"], target, row["estimator"], fit, row["scope"])
     return (row["model"], row["dtype"], row["task"], *setting, row["seed"])

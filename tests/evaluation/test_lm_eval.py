@@ -1,5 +1,6 @@
 """The wiring to lm-eval: equal to lm-eval's own Hugging Face model, and its tasks under every scope."""
 
+import dataclasses
 import json
 
 import lm_eval
@@ -85,25 +86,33 @@ def test_dense_metrics_equal_lm_eval(tiny, evaluator, task):
         assert metric.value == pytest.approx(theirs[f"{metric.name},{metric.filter}"], rel=1e-4)
 
 
-def test_rolling_perplexity_equals_lm_eval_and_samples_rebuild_it(tiny, tmp_path):
-    (tmp_path / "rolling.jsonl").write_text("".join(json.dumps({"text": t * 40}) + "\n" for t in ("abc ", "x y z ")))
+@pytest.mark.parametrize("window", [None, 48])
+def test_rolling_perplexity_equals_lm_eval_and_samples_rebuild_it(tiny, tmp_path, window):
+    texts = [" ".join(f"{word}{number}" for number in range(40)) for word in ("abc", "x y z")]  # no two windows alike
+    (tmp_path / "rolling.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "rolling.yaml").write_text(
         f"task: rolling\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rolling.jsonl}}}}\n"
         "output_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
         "metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]\nmetadata: {version: 3}\n"
     )
-    lm = HFLM(pretrained=tiny.model, tokenizer=tiny.tokenizer, batch_size=2)
+    lm = HFLM(pretrained=tiny.model, tokenizer=tiny.tokenizer, batch_size=2, max_length=window)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     theirs = lm_eval.simple_evaluate(lm, tasks=["rolling"], task_manager=manager, bootstrap_iters=0)
-    result = evaluate(tiny, ["rolling"], DENSE, include_path=tmp_path)["rolling"]
+    spec = resolve_task("rolling", include_path=tmp_path)
+    spec = dataclasses.replace(spec, options={} if window is None else {"window": window})
+    evaluator = Evaluator(tiny, batch_size=2)
+    result, _ = evaluator.run(spec, DENSE, mode="none")
     assert result.task_version == "3"
     for metric in result.metrics:
         assert metric.value == pytest.approx(theirs["results"]["rolling"][f"{metric.name},none"], rel=1e-5)
         values = [v for _, m, v in result.samples if m == metric.name]
         weights = [v for _, m, v in result.samples if m == metric.name + ".weight"]
         assert statistic(values, weights, metric.name) == metric.value
-    sparse = evaluate(tiny, ["rolling"], get_method("cats", sparsity=0.5), include_path=tmp_path, scope="paper")
-    assert sparse["rolling"].sparse_share == 1  # rolling perplexity always runs with every position in scope
+    (plan,) = evaluator._build(spec).plans.values()
+    longest = max(len(request.tokens) for request in plan.requests)
+    assert longest == window if window else longest > 48
+    sparse, _ = evaluator.run(spec, get_method("cats", sparsity=0.5), mode="ideal", scope="paper")
+    assert sparse.sparse_share == 1  # rolling perplexity always runs with every position in scope
 
 
 def test_first_answer_token_is_dense_only_under_scope_paper(evaluator):

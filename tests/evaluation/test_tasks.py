@@ -74,6 +74,11 @@ def test_decode_perplexity_takes_a_text_file(tmp_path, data_dir):
     assert wiki.options["field"] == "page"
 
 
+def test_the_window_of_a_rolling_task_is_its_option(data_dir):
+    assert resolve_task("wikitext", options={"window": 2048}).options == {"window": 2048}
+    assert resolve_task("wikitext").options == {}
+
+
 def test_gzipped_rows_are_read(tmp_path):
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "a"}\n\n{"text": "b"}\n'))
@@ -89,6 +94,9 @@ BAD_TASKS = [
     ({"name": "decode_perplexity", "options": {"split": 1.0}}, "split 1.0"),
     ({"name": "decode_perplexity", "options": {"text": "no/such.txt"}}, "no/such.txt"),
     ({"name": "piqa", "options": {"window": 8}}, "takes no options"),
+    ({"name": "wikitext", "options": {"windw": 8}}, "did you mean 'window'"),
+    ({"name": "wikitext", "options": {"split": 0.5}}, "no option 'split'"),
+    ({"name": "wikitext", "options": {"window": 0}}, "window 0"),
     ({"name": "piqa", "limit": 0}, "limit 0"),
     ({"name": "piqa", "data_dir": "no/such/folder"}, "no/such/folder"),
     ({"name": "mine", "include_path": "no/such/folder"}, "no/such/folder"),

@@ -4,7 +4,6 @@ import math
 import re
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import stats
 
@@ -16,7 +15,6 @@ from suite.report.comparisons import (
     paired_lines,
     paired_table,
     scope_table,
-    seeds_table,
 )
 from suite.report.frames import Quality
 from suite.report.load import load_results
@@ -117,16 +115,6 @@ def test_scope_effect_is_the_part_of_the_loss_that_scope_paper_hides(tmp_path):
     assert row[6].startswith("+30.0 [+2")
     assert row[7].startswith("+75 [")  # of 40 points lost, 10 show
     assert row[8] == "25 %"
-
-
-def test_spread_over_seeds_is_the_standard_deviation_of_the_averages(pairs):
-    assert seeds_table(quality(pairs)) == ""  # one seed
-    frame = pd.read_csv(pairs / "accuracy.csv", dtype=str, keep_default_na=False)
-    more = frame[(frame["method"] == "cats") & (frame["mode"] == "ideal")].assign(seed="1")
-    more = more.assign(cell_id=more["cell_id"] + "-1", value=more["task"].map({"arc_easy": "0.4", "piqa": "0.56"}))
-    pd.concat([frame, more]).to_csv(pairs / "accuracy.csv", index=False)
-    (row,) = lines_of(seeds_table(quality(pairs)), "cats")
-    assert row[2:] == ["scored", "ideal", "0.8", "2", "44.0", "5.7", "40.0", "48.0"]
 
 
 def test_scope_effect_of_one_scope_is_empty_with_its_reason(pairs):

@@ -63,9 +63,8 @@ class FakeWorld:
         return f"data of {task.name}"
 
     def fit_key(self, request: FitRequest) -> str:
-        return sha256_of(
-            [request.model, request.method, request.sparsity, request.estimator, request.seed, repr(request.options)]
-        )
+        own = [request.method, request.sparsity, request.estimator, request.seed, repr(request.options)]
+        return sha256_of([request.model, request.calibration, *own])
 
     def versions(self, kind: str) -> dict[str, str]:
         return {"torch": "0"}

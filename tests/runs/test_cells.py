@@ -49,6 +49,7 @@ def test_one_model_at_a_time_and_dense_of_a_task_first():
         {"accuracy": [{**SPARSE, "tasks": ["t2"]}]},
         {"accuracy": [{**SPARSE, "tasks": [{"name": "t1", "limit": 5}]}]},
         {"accuracy": [{**SPARSE, "tasks": [{"name": "t1", "num_fewshot": 2}]}]},
+        {"accuracy": [{**SPARSE, "tasks": [{"name": "t1", "options": {"window": 64}}]}]},
         {"accuracy": [{**SPARSE, "scopes": ["paper"]}]},
         {"accuracy": [{**SPARSE, "methods": ["m-countdown"]}]},
         {"accuracy": [{**SPARSE, "modes": ["practical"]}]},
@@ -65,6 +66,23 @@ def test_code_and_calibration_change_the_key():
     practical = {"models": [{"id": "a"}], "accuracy": [{**SPARSE, "modes": ["practical"]}]}
     other = practical | {"calibration": {"estimators": ["mean-kth"]}}
     assert cells(**practical)[0].key != cells(**other)[0].key
+
+
+def test_a_block_has_fits_of_its_own_seeds_and_texts_on_the_documents_of_the_run():
+    block = {"methods": ["dense", "cats", "d-countdown"], "modes": ["practical"], "sparsities": [0.5], "tasks": ["t1"]}
+    own = block | {"methods": ["cats", "d-countdown"], "fit_seeds": [1, 2], "fit_sources": ["pydoc", "file:x.txt"]}
+    found = cells(models=[{"id": "a"}], accuracy=[block, own], predictor={"sources": ["file:y.txt"]})
+    fits = [(c.method, c.fit.calibration, c.fit.seed) for c in found if c.fit]
+    seeded = [(text, seed) for seed in (1, 2) for text in ("pydoc", "file:x.txt")]
+    assert fits == [
+        ("cats", "pydoc", 0),
+        ("d-countdown", "file:y.txt", 0),
+        *(("cats", *one) for one in seeded),
+        *(("d-countdown", *one) for one in seeded),
+    ]
+    assert {c.seed for c in found} == {0}
+    assert len({c.base for c in found}) == 1
+    assert [c.decided_seed for c in found] == [0, 0, 0, *[1, 1, 2, 2] * 2]
 
 
 def test_name_and_title_do_not_change_the_key():

@@ -49,6 +49,28 @@ def test_rerun_all_gives_the_same_csv(tmp_path):
     assert without(second.folder, "elapsed_s") == before
 
 
+def test_a_second_process_begins_with_a_task_that_no_other_is_at(tmp_path):
+    class Second(FakeExecutor):
+        def run(self, cell, fits):
+            if cell.task.name == "t1":
+                raise KeyboardInterrupt
+            return super().run(cell, fits)
+
+    class First(FakeExecutor):
+        def run(self, cell, fits):
+            if not self.ran:
+                with pytest.raises(KeyboardInterrupt):
+                    go(tmp_path, second, config)
+            return super().run(cell, fits)
+
+    config, first, second = matrix(models=[{"id": "a"}]), First(), Second()
+    assert go(tmp_path, first, config).n_ok == 12
+    assert first.ran[0] == "A t1 dense"
+    assert len(second.ran) == 5
+    assert all("decode_perplexity" in label for label in second.ran)
+    assert all(" t1 " in label for label in first.ran)
+
+
 def test_runs_of_overlapping_matrices_share_cells(tmp_path):
     go(tmp_path, FakeExecutor(), matrix(models=[{"id": "a"}]))
     executor = FakeExecutor()
