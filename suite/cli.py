@@ -21,7 +21,7 @@ app = typer.Typer(
 
 def _whole(text: str | int) -> int:
     if not str(text).strip().isdecimal():  # a default comes as the number that it is
-        raise typer.BadParameter(f"{text!r} is no whole number")
+        raise typer.BadParameter(f"{text!r}: must be a whole number, 0 or more")
     return int(text)
 
 
@@ -167,7 +167,9 @@ def run(
 
 @app.command()
 def reproduce(
-    profile: Annotated[str, typer.Option(help="embedded, small, paper, gpu-kernels or gpu-accuracy.")] = "embedded",
+    profile: Annotated[
+        str, typer.Option(help="embedded, small, paper, gpu-kernels, gpu-accuracy or gpu-decode.")
+    ] = "embedded",
     model: Model = None,
     device: Device = None,
     data_dir: DataDir = None,

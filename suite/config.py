@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from suite.errors import InputError
+from suite.fitting.calibration import Calibration
 from suite.fitting.options import Loss, Predictor, PredictorEstimator, PredictorOptions, Schedule, Start
 from suite.registry import did_you_mean
 
@@ -287,6 +288,14 @@ def _one_line(errors: list[ErrorDetails]) -> str:
         message = "is missing"
     elif first["type"] == "too_short":
         message = "must not be empty"
+    elif first["type"] == "list_type":
+        message = "must be a list, as in [a, b]"
+    elif (
+        first["loc"][:1] in (("accuracy",), ("speed",))
+        and first["type"] in ("less_than", "greater_than_equal")
+        and ("sparsities" in first["loc"])
+    ):
+        message = "must be in [0, 1), the share of neurons that is not used"
     elif first["type"] == "string_pattern_mismatch":
         message = "must be letters, digits, '.', '_' or '-', starting with a letter or digit"
     if not isinstance(first["input"], (dict, list, MatrixConfig)):
@@ -326,8 +335,11 @@ def override(
         if value is not None:
             (data["predictor"] if key in PredictorConfig.model_fields else data)[key] = value
     if calibration is not None:
+        Calibration(calibration)  # an unknown kind is refused, also by a matrix that fits nothing
         data["calibration"]["source"], data["predictor"]["sources"] = calibration, []
     folder = data["data_dir"]
+    if folder is not None and not Path(folder).is_dir():
+        raise InputError(f"data folder {folder}: no such folder; give the one that holds <task>/<split>.jsonl")
     data["calibration"]["source"] = _with_data_dir(data["calibration"]["source"], folder)
     data["predictor"]["sources"] = [_with_data_dir(source, folder) for source in data["predictor"]["sources"]]
     for block in data["accuracy"]:

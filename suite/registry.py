@@ -47,7 +47,9 @@ def method_class(name: str) -> type[Method]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"method {name!r} cannot be loaded: {error}; write it as module:Class") from error
+        missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+        remedy = f"put the folder that holds {module} on PYTHONPATH" if missing else "write it as module:Class"
+        raise InputError(f"method {name!r} cannot be loaded: {error}; {remedy}") from error
     from suite.methods.base import Method
 
     if not (isinstance(found, type) and issubclass(found, Method)):

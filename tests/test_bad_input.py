@@ -33,7 +33,7 @@ def block(**changes: Any) -> dict[str, Any]:
 # A matrix that is wrong: what it is -> (the matrix, what the line must say)
 MATRICES: dict[str, tuple[Any, list[str]]] = {
     "unknown method": (block(methods=["m-countdwn"]), ["'m-countdwn'", "did you mean 'm-countdown'"]),
-    "method that does not import": (block(methods=["no_such_module:X"]), ["no_such_module", "module:Class"]),
+    "method that does not import": (block(methods=["no_module:X"]), ["accuracy.0.methods", "no_module", "PYTHONPATH"]),
     "method that is no method": (block(methods=["json:loads"]), ["json:loads", "Method"]),
     "unknown method parameter": (
         block(methods=[{"name": "random", "params": {"sed": 1}}]),
@@ -81,7 +81,7 @@ MATRICES: dict[str, tuple[Any, list[str]]] = {
     "unknown key at the top": (GOOD | {"sedes": [1]}, ["'sedes'", "did you mean 'seeds'"]),
     "unknown key in a block": (block(sparsites=[0.5]), ["accuracy.0", "'sparsites'", "did you mean 'sparsities'"]),
     "unknown key in a task": (block(tasks=[{"name": "pack_grammar", "limt": 3}]), ["'limt'", "did you mean 'limit'"]),
-    "sparsity 1": (block(sparsities=[1.0]), ["accuracy.0.sparsities.0", "less than 1", "got 1.0"]),
+    "sparsity 1": (block(sparsities=[1.0]), ["accuracy.0.sparsities.0", "must be in [0, 1)", "got 1.0"]),
     "sparsity below 0": (block(sparsities=[-0.1]), ["accuracy.0.sparsities.0", "got -0.1"]),
     "sparsity no number": (block(sparsities=["high"]), ["sparsities.0", "'high'"]),
     "sparsity NaN": (block(sparsities=[float("nan")]), ["sparsities.0", "nan"]),
@@ -188,7 +188,8 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "limit 0": (["check", "embedded", "--limit", "0"], ["--limit '0'", "at least 1"]),
     "only nothing": (["check", "embedded", "--only", "quality"], ["--only 'quality'", "accuracy or speed"]),
     "rerun unknown": (["run", "embedded", "--rerun", "fail"], ["--rerun 'fail'", "did you mean 'failed'"]),
-    "batch size no number": (["run", "embedded", "--batch-size", "big"], ["batch-size", "'big' is no whole number"]),
+    "batch size no number": (["run", "embedded", "--batch-size", "big"], ["batch-size", "'big': must be a whole"]),
+    "data folder that is no folder": (["check", "embedded", "--data-dir", "/no"], ["data folder /no", "give the one"]),
     "sparsity no number": (["benchmark", "--sparsity", "most"], ["sparsity", "'most' is no number"]),
     "sparsity out of range": (["benchmark", "--sparsity", "1.2"], ["speed.0.sparsities.0", "got 1.2"]),
     "device unknown": (["check", "embedded", "--device", "tpu"], ["device", "'tpu'"]),

@@ -235,7 +235,9 @@ def test_overrides_reach_the_cells(tmp_path, matrix, executor):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_is_exit_130_and_keeps_finished_cells(tmp_path, matrix, number):
     command = [sys.executable, "-m", "tests.runs.fake_cli", "0.2", "run", matrix, "--results", str(tmp_path / "r")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a shell ignores SIGINT for what it starts in the background, and children inherit that
+    default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **default)
     while not list(tmp_path.glob("r/cells/*/*.json.gz")):
         assert process.poll() is None
     process.send_signal(number)

@@ -184,7 +184,7 @@ def _resolve_text(name: str, data_dir: str | Path | None, options: dict[str, Any
 
 def _local_files(data_dir: Path, name: str) -> dict[str, Path]:
     if not data_dir.is_dir():
-        raise InputError(f"data folder {data_dir}: no such folder")
+        raise InputError(f"data folder {data_dir}: no such folder; give the one that holds <task>/<split>.jsonl")
     files = {split: data_dir / file for split, file in LOCAL_TASKS[name].files.items()}
     scored = "test" if "test" in files else "validation"
     if not files[scored].is_file():
@@ -194,7 +194,7 @@ def _local_files(data_dir: Path, name: str) -> dict[str, Path]:
 
 def _included(folder: Path, name: str) -> Path | None:
     if not folder.is_dir():
-        raise InputError(f"include_path {folder}: no such folder")
+        raise InputError(f"include_path {folder}: no such folder; give the one that holds your task YAMLs")
     import yaml
 
     for path in sorted(folder.rglob("*.yaml")):

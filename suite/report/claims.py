@@ -19,7 +19,7 @@ from suite.report.frames import (
     cell_value,
     number,
 )
-from suite.report.speed import panel_title, speed_label
+from suite.report.speed import PROBES, panel_title, speed_label
 from suite.statistics import FloatArray
 
 # The paper's models; a claim about them stays untested until a run holds them.
@@ -210,7 +210,7 @@ def _c3(speed: pd.DataFrame) -> list[Row]:
     rows = []
     for _, row in speed.iterrows():
         wanted = row["method"] in COUNTDOWN and row["sparsity_target"] in C3_SPARSITIES
-        if not wanted or row["status"] != "ok" or not np.isfinite(row["speed_up"]):
+        if not wanted or row["status"] != "ok" or not np.isfinite(row["speed_up"]) or row["variant"] in PROBES:
             continue
         faster = row["speed_up"] > 1
         efficiency = number(row["efficiency"])

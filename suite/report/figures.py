@@ -82,7 +82,9 @@ def _groups(data: pd.DataFrame, *columns: str) -> list[tuple[tuple[str, ...], pd
 
 
 def _modes(data: pd.DataFrame) -> list[str]:
-    return [mode for mode in MODES if (data.loc[data["method"] != "random", "mode"] == mode).any()]
+    """Modes with a sparse row; one where every sparse cell has failed: its panel then says so."""
+    found = [mode for mode in MODES if (data.loc[data["method"] != "random", "mode"] == mode).any()]
+    return found or [MODES[0]]
 
 
 def _of_mode(data: pd.DataFrame, mode: str) -> pd.DataFrame:
@@ -229,7 +231,8 @@ def draw_quality_vs_bytes(data: pd.DataFrame) -> Figure | None:
             panel = _bytes_speed_panel if quantity.startswith("speed-up") else _bytes_panel
             panel(axes, own, quantity)
             axes.set_xlim(0, 105)
-            axes.set_xlabel("MLP bytes per token, % of dense")
+            whole = quantity.startswith("speed-up")  # of a whole model, whose other weights are read, too
+            axes.set_xlabel(f"{'all' if whole else 'MLP'} bytes per token, % of dense")
         row[0].set_title(title)
         for axes in row[len(panels) :]:
             axes.set_visible(False)

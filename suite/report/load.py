@@ -69,7 +69,7 @@ def load_results(folder: str | Path) -> Results:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"run folder {folder}: no such folder; `ls results/runs` shows the runs there are")
+        raise InputError(f"run folder {folder}: no such folder; `countdown-suite ls runs` shows the runs there are")
     manifest = _read_manifest(folder / "manifest.json")
     frames = {
         "accuracy": _read(folder / "accuracy.csv", schema.ACCURACY),
@@ -118,6 +118,9 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
     except (OSError, EOFError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise InputError(f"{path} is no readable CSV: {' '.join(str(error).split())}") from error
     missing = [column for column in columns if column not in frame]
+    if "status" in columns and not missing and (frame["status"] == "").any():
+        row = int((frame["status"] == "").to_numpy().argmax())
+        raise InputError(f"{path} line {row + 2}: a row without status; write the run folder again from the cell store")
     if missing:
         raise InputError(f"{path} has no column {missing[0]!r}; is it of this suite?")
     return _typed(frame, path)

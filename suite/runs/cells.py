@@ -16,7 +16,7 @@ from suite.config import (
     Scope,
     TaskConfig,
 )
-from suite.errors import InputError
+from suite.errors import InputError, named
 from suite.evaluation.tasks import ROLLING_TASKS
 from suite.fitting.options import PredictorOptions
 from suite.registry import get_method, method_class
@@ -168,7 +168,8 @@ def _block_cells(
     config: MatrixConfig, world: World, model: ModelConfig, seed: int, block: AccuracyBlock, place: str
 ) -> Iterator[AccuracyCell]:
     for task_config in block.tasks:
-        task = world.task(task_config)
+        with named(f"{place}.tasks"):
+            task = world.task(task_config)
         scopes = _scopes(task, block)
         for method, mode, sparsity, fit in _settings(block, config, model, seed, place):
             own_scopes: list[CellScope] = [""] if mode == "none" else [*scopes]
@@ -188,7 +189,8 @@ def _settings(
 ) -> Iterator[tuple[MethodConfig, Mode, float, FitRequest | None]]:
     """Settings (method, mode, sparsity, fit) of a block, each checked by building its method."""
     for method in block.methods:
-        cls = method_class(method.name)
+        with named(f"{place}.methods"):
+            cls = method_class(method.name)
         if "seed" in cls.__dataclass_fields__ and "seed" not in method.params:
             method = method.model_copy(update={"params": {**method.params, "seed": seed}})
         _check_params(method, place)

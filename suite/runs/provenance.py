@@ -22,9 +22,11 @@ from suite import settings
 from suite.errors import InputError
 
 Rooms = tuple[str, ...]
-ACCURACY_ROOMS: Rooms = ("suite.methods", "baselines", "suite.modeling", "suite.fitting", "suite.evaluation")
-ANALYSIS_ROOMS: Rooms = ("suite.methods", "baselines", "suite.modeling", "suite.analysis")
-SPEED_ROOMS: Rooms = ("suite.methods", "baselines", "suite.speed", "kernels_numba")
+# Beside these the file of the cell's own method: a method that is added leaves the cells of the others as they are.
+_SELECTION: Rooms = ("suite.methods.base", "suite.modeling", "kernels_numba.gpu.topk")
+ACCURACY_ROOMS: Rooms = (*_SELECTION, "suite.fitting", "suite.evaluation")
+ANALYSIS_ROOMS: Rooms = ("suite.methods", "baselines", *_SELECTION, "suite.analysis")
+SPEED_ROOMS: Rooms = (*_SELECTION, "suite.speed", "kernels_numba")
 REPORT_ROOMS: Rooms = ("suite.report", "suite.statistics", "suite.schema")
 ACCURACY_PACKAGES = ("torch", "transformers", "lm_eval")
 SPEED_PACKAGES = ("torch", "numba", "numba-cuda")

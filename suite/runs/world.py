@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from suite.evaluation.tasks import TaskSpec
     from suite.fitting.calibration import Calibration
     from suite.modeling.loading import ModelRef
-    from suite.runs.store import CellStore
+    from suite.runs.store import CellStore, Record
 
 
 class LocalWorld:
@@ -132,12 +132,13 @@ class LocalWorld:
         rooms = {"accuracy": provenance.ACCURACY_ROOMS, "analysis": provenance.ANALYSIS_ROOMS}.get(
             kind, provenance.SPEED_ROOMS
         )
-        own = () if method in METHODS or ":" not in method else (method.partition(":")[0],)
+        target = METHODS.get(method, method)
+        own = (target.partition(":")[0],) if ":" in target else ()
         return provenance.code_hash(rooms + own)
 
 
 class StoredWorld(LocalWorld):
-    """The same for cells that another machine has measured: device, versions and code are the newest cell's of the store.
+    """The same for cells that another machine has measured: device, versions and code are its newest cells'.
 
     Models and data are this machine's own, so that a cell of other weights or documents is not found.
 
@@ -149,8 +150,8 @@ class StoredWorld(LocalWorld):
 
     def __init__(self, config: MatrixConfig, store: CellStore) -> None:
         super().__init__(config.model_copy(update={"device": "cpu"}))
-        self._newest = {kind: store.newest(kind) for kind in ("accuracy", "analysis")}
-        accuracy = self._newest["accuracy"]
+        self._newest = store.newest()
+        accuracy = self._newest_of("accuracy")
         if accuracy is None:
             raise InputError(
                 f"no accuracy cell below {store.folder}: copy the store of the machine that measured, or run"
@@ -158,12 +159,16 @@ class StoredWorld(LocalWorld):
         kind = accuracy["key_fields"]["device"]
         self.device = provenance.Device(kind, "as in the cells, whose store was carried over")
 
+    def _newest_of(self, kind: str) -> Record | None:
+        records = [record for (one, _), record in self._newest.items() if one == kind]
+        return max(records, key=lambda record: str(record["created"]), default=None)
+
     def versions(self, kind: str) -> dict[str, str]:
         """Packages that the cells were measured with."""
-        newest = self._newest.get(kind)
+        newest = self._newest_of(kind)
         return dict(newest["key_fields"]["versions"]) if newest else super().versions(kind)
 
     def code(self, kind: str, method: str) -> str:
-        """Hash of the code that they were measured by."""
-        newest = self._newest.get(kind)
+        """Hash of the code that the method's cells were measured by."""
+        newest = self._newest.get((kind, method))
         return str(newest["key_fields"]["code"]) if newest else super().code(kind, method)

@@ -62,6 +62,7 @@ def _replace(run, name, old, new):
         (lambda run: _replace(run, "accuracy.csv", "0.5", "half"), r"accuracy\.csv line 2, column value: 'half' is no"),
         (lambda run: _replace(run, "accuracy.csv", "chance", "luck"), "has no column 'chance'"),
         (lambda run: (run / "accuracy.csv").write_text(""), "no readable CSV"),
+        (lambda run: (run / "accuracy.csv").open("a").write("x\n"), r"accuracy\.csv line \d+: a row without status"),
         (lambda run: (run / "accuracy.csv").write_bytes(b"\xff\xfe\x00"), "no readable CSV"),
         (lambda run: (run / "samples.csv.gz").write_bytes(gzip.compress(b"a" * 500)[:20]), "no readable CSV"),
         (lambda run: (run / "samples.csv.gz").write_bytes(b"no gzip"), "no readable CSV"),

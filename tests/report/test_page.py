@@ -103,7 +103,7 @@ def test_sparsity_per_layer_is_weighted_by_tokens(tmp_path):
     assert data["sparsity_realized"].tolist() == [pytest.approx(0.75)]
 
 
-@pytest.mark.parametrize("part", ["nothing", "speed", "missing", "dense", "no manifest"])
+@pytest.mark.parametrize("part", ["nothing", "speed", "missing", "dense", "all sparse failed", "no manifest"])
 def test_unfinished_runs_are_reported(tmp_path, part):
     if part == "nothing":
         run = write_run(tmp_path, manifest=manifest())
@@ -114,6 +114,15 @@ def test_unfinished_runs_are_reported(tmp_path, part):
         run = write_run(tmp_path, [row], [], manifest=manifest())
     elif part == "dense":
         run = hand_run(tmp_path, {DENSE: {"pack_grammar": hits(50)}})
+    elif part == "all sparse failed":  # the first thing that the author of a method may meet
+        failed = {"status": "failed", "reason": "RuntimeError: my bug", "sparsity_target": 0.8, "chance": ""}
+        rows = [
+            accuracy_row("dense", "pack_grammar", "acc", 0.9, mode="none", sparsity_target=0, sparsity_realized=0),
+            accuracy_row("cats", "pack_grammar", "", "", mode="ideal", **failed),
+            accuracy_row("dense", "decode_perplexity", "perplexity", 20.0, mode="none", sparsity_target=0),
+            accuracy_row("cats", "decode_perplexity", "", "", mode="ideal", **failed),
+        ]
+        run = write_run(tmp_path, rows, manifest=manifest())
     else:
         run = hand_run(tmp_path, {("cats", "ideal", 0.8, 0.8): {"a": hits(9)}, DENSE: {"a": hits(50)}})
         (run / "manifest.json").unlink()
@@ -124,6 +133,7 @@ def test_unfinished_runs_are_reported(tmp_path, part):
         "speed": "Speed, llama-3.1-8b",
         "missing": "1 missing. The run is not finished",
         "dense": "1 ok",
+        "all sparse failed": "RuntimeError: my bug",
         "no manifest": "There is no manifest.json",
     }
     assert expected[part] in page

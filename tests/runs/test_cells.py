@@ -157,3 +157,19 @@ def test_decode_rows_of_random_weights_need_no_fit():
     cells_ = [c for c in expand_speed(load_config("gpu-decode"), FakeWorld()) if c.case.model_shape != "embedded"]
     assert cells_
     assert {cell.fit_key for cell in cells_} == {None}
+
+
+def test_a_method_that_is_added_leaves_the_cells_of_the_others_as_they_are(monkeypatch):
+    from suite.config import load_config
+    from suite.runs import provenance
+    from suite.runs.world import LocalWorld
+
+    world = LocalWorld(load_config("embedded"))
+    seen = {}
+    monkeypatch.setattr(provenance, "code_hash", lambda rooms: seen.setdefault(rooms, rooms))
+    for kind in ("accuracy", "speed"):
+        cats, ours = world.code(kind, "cats"), world.code(kind, "m-countdown")
+        assert not {"baselines", "suite.methods"} & {*cats, *ours}
+        assert (cats[-1], ours[-1]) == ("baselines.cats", "suite.methods.m_countdown")
+        assert "suite.methods.base" in cats
+    assert world.code("accuracy", "mine:Method")[-1] == "mine"
