@@ -231,7 +231,7 @@ def draw_quality_vs_bytes(data: pd.DataFrame) -> Figure | None:
             panel = _bytes_speed_panel if quantity.startswith("speed-up") else _bytes_panel
             panel(axes, own, quantity)
             axes.set_xlim(0, 105)
-            whole = quantity.startswith("speed-up")  # of a whole model, whose other weights are read, too
+            whole = quantity.startswith("speed-up, decode")  # other weights of the model are read, too
             axes.set_xlabel(f"{'all' if whole else 'MLP'} bytes per token, % of dense")
         row[0].set_title(title)
         for axes in row[len(panels) :]:

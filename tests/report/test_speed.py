@@ -85,3 +85,15 @@ def test_the_headline_is_held_against_the_fastest_dense_of_the_graph_clock(tmp_p
     own = claims[(claims["claim"] == "C3") & (claims["verdict"] == "consistent")]
     assert sorted(own["value"].round(3)) == [2.0, 4.0]
     assert page.count("| llama-3.1-8b, layer, float32, batch 1") == 2  # what was timed tells the rows apart
+
+
+def test_a_dense_row_that_counted_no_bytes_may_be_the_fastest(tmp_path):
+    found = frame(
+        tmp_path,
+        speed_row("dense", 0.0, 100.0),
+        speed_row("dense", 0.0, 90.0, variant="generate") | {"bytes_read_mib": "", "efficiency": ""},
+        speed_row("m-countdown", 0.9, 45.0),
+    )
+    row = by(found, "m-countdown")
+    assert row["speed_up"] == 2.0
+    assert row["bytes_share"] == pytest.approx((3 - 1.8) / 3)
