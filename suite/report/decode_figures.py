@@ -93,7 +93,10 @@ def _tokens_panel(axes: Axes, group: pd.DataFrame) -> None:
         line = rows.sort_values("sparsity_realized")
         style, x = look(method), line["sparsity_realized"].to_numpy(dtype=float)
         axes.plot(x, line["tokens_per_s"], color=style.color, marker=style.marker, zorder=3)
-        axes.plot(x, line["bound_tokens_per_s"], color=style.color, linestyle=(0, (3, 1.5)), linewidth=0.9)
+        dashed: dict[str, Any] = {"linestyle": (0, (3, 1.5)), "linewidth": 0.9}
+        if len(x) == 1:  # one point has no line
+            dashed |= {"marker": "_", "markersize": 10}
+        axes.plot(x, line["bound_tokens_per_s"], color=style.color, **dashed)
         ends.append((float(x[-1]), float(line["tokens_per_s"].iloc[-1]), label, style.color))
     axes.margins(x=0.04)
     axes.set_ylim(bottom=0)
