@@ -55,9 +55,7 @@ def run(evaluator: Evaluator, task: TaskSpec, name: str) -> tuple[float, TaskRes
 def seconds_table(loaded: LoadedModel, tasks: Sequence[TaskSpec], batch_size: int, until: float) -> None:
     """Print seconds per task, shared and whole, and their sums over the tasks that were reached in time."""
     columns = [f"{name}, shared" for name in SHARED] + [f"{name}, whole" for name in WHOLE]
-    say(
-        "| task | first (built, contexts) |", " | ".join(columns), "|\n|---|" + "---:|" * (1 + len(columns)), flush=True
-    )
+    say("| task | first (built, contexts) |", " | ".join(columns), "|\n|---|" + "---:|" * (1 + len(columns)))
     rows = []
     for task in tasks:
         if time.monotonic() > until:
