@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from suite.errors import InputError
+from suite.evaluation.tasks import need_data_folder
 from suite.fitting.calibration import Calibration
 from suite.fitting.options import Loss, Predictor, PredictorEstimator, PredictorOptions, Schedule, Start
 from suite.registry import did_you_mean
@@ -338,8 +339,8 @@ def override(
         Calibration(calibration)  # an unknown kind is refused, also by a matrix that fits nothing
         data["calibration"]["source"], data["predictor"]["sources"] = calibration, []
     folder = data["data_dir"]
-    if folder is not None and not Path(folder).is_dir():
-        raise InputError(f"data folder {folder}: no such folder; give the one that holds <task>/<split>.jsonl")
+    if folder is not None:
+        need_data_folder(folder)
     data["calibration"]["source"] = _with_data_dir(data["calibration"]["source"], folder)
     data["predictor"]["sources"] = [_with_data_dir(source, folder) for source in data["predictor"]["sources"]]
     for block in data["accuracy"]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -354,11 +353,8 @@ SIGNATURE = void(*[int64] * 8)
 def make_kernel(plan: AttentionPlan, dev: Any) -> Callable[..., None]:
     """The undecorated kernel; ``dev`` is the module ``pieces`` or its twin."""
     plan.check()
-    parts = SimpleNamespace(
-        query=make_query(plan, dev), scores=make_scores(plan, dev), softmax=make_softmax(plan, dev),
-        mix=make_mix(plan, dev), output=make_output(plan, dev),
-    )  # fmt: skip
-    query, scores, softmax, mix, output = parts.query, parts.scores, parts.softmax, parts.mix, parts.output
+    query, scores, softmax = (make(plan, dev) for make in (make_query, make_scores, make_softmax))
+    mix, output = make_mix(plan, dev), make_output(plan, dev)
     n_splits, split_keys = plan.n_splits, plan.split
     sharers, line = plan.group // plan.queries, 128
     window, table_bytes = plan.window or 0, plan.rotary_dim * plan.element

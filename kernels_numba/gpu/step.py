@@ -10,6 +10,7 @@ from numba import cuda
 from kernels_numba.gpu import attention, norm, pieces
 from kernels_numba.gpu.attention import AttentionPlan
 from kernels_numba.gpu.norm import NormPlan
+from kernels_numba.gpu.topk import current_stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,13 +26,6 @@ def _attention(plan: AttentionPlan) -> Any:
 @cache
 def _norm(plan: NormPlan) -> Any:
     return cuda.jit(norm.SIGNATURE, launch_bounds=(plan.threads, 1))(norm.make_kernel(plan, pieces))
-
-
-def _stream(tensor: Tensor) -> Any:
-    import torch
-
-    handle = torch.cuda.current_stream(tensor.device).cuda_stream
-    return cuda.external_stream(handle) if handle else 0
 
 
 class DecodeAttention:
@@ -65,7 +59,7 @@ class DecodeAttention:
         out = torch.empty(1, plan.n_kv * plan.group * plan.head_dim, dtype=qkv.dtype, device=qkv.device)
         tensors = (qkv, position, *self._kept, self._partial, self._counter, out)
         grid = plan.n_heads * plan.n_splits
-        launch = _attention(plan)[grid, attention.THREADS, _stream(qkv), plan.shared["total"]]
+        launch = _attention(plan)[grid, attention.THREADS, current_stream(qkv), plan.shared["total"]]
         launch(*(tensor.data_ptr() for tensor in tensors))
         return out
 
@@ -89,6 +83,6 @@ class AddNorm:
         plan = self._plan
         new, normed = torch.empty_like(hidden), torch.empty_like(hidden)
         tensors = (hidden, y, weight if inner is None else inner, weight, new, normed)
-        launch = _norm(plan)[1, plan.threads, _stream(hidden), 128]
+        launch = _norm(plan)[1, plan.threads, current_stream(hidden), 128]
         launch(*(tensor.data_ptr() for tensor in tensors))
         return new, normed

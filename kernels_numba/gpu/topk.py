@@ -107,6 +107,14 @@ def _compiled(n_digits: int) -> Any:
     return cuda.jit(make_kernel(n_digits))
 
 
+def current_stream(tensor: Any) -> Any:
+    """Torch's current stream of a tensor's device, as Numba takes it."""
+    import torch
+
+    handle = torch.cuda.current_stream(tensor.device).cuda_stream
+    return cuda.external_stream(handle) if handle else 0
+
+
 def keep_top_k(score: Any, k: int) -> Any:
     """Kept set of every token: all above the kth score, then those equal to it, lowest index first.
 
@@ -132,8 +140,6 @@ def keep_top_k(score: Any, k: int) -> Any:
         raise ValueError(f"scores of {score.dtype}, k={k}, d_ff={d_ff}: bf16 or fp32 and 1 <= k <= d_ff")
     keep = torch.empty(n_tokens, d_ff, dtype=torch.int8, device=score.device)
     if n_tokens:
-        handle = torch.cuda.current_stream(score.device).cuda_stream
-        stream = cuda.external_stream(handle) if handle else 0
         bits = cuda.as_cuda_array(score.contiguous().view(integers))
-        _compiled(integers.itemsize)[n_tokens, THREADS, stream](bits, cuda.as_cuda_array(keep), k)
+        _compiled(integers.itemsize)[n_tokens, THREADS, current_stream(score)](bits, cuda.as_cuda_array(keep), k)
     return keep.view(torch.bool)

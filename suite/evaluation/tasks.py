@@ -182,9 +182,14 @@ def _resolve_text(name: str, data_dir: str | Path | None, options: dict[str, Any
     return TaskSpec(name=name, source=source, limit=limit, files={"test": path}, options=options)
 
 
-def _local_files(data_dir: Path, name: str) -> dict[str, Path]:
-    if not data_dir.is_dir():
+def need_data_folder(data_dir: str | Path) -> None:
+    """Refuse a data folder that is not there."""
+    if not Path(data_dir).is_dir():
         raise InputError(f"data folder {data_dir}: no such folder; give the one that holds <task>/<split>.jsonl")
+
+
+def _local_files(data_dir: Path, name: str) -> dict[str, Path]:
+    need_data_folder(data_dir)
     files = {split: data_dir / file for split, file in LOCAL_TASKS[name].files.items()}
     scored = "test" if "test" in files else "validation"
     if not files[scored].is_file():

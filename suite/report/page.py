@@ -257,8 +257,8 @@ def _claims_text(claims: pd.DataFrame) -> str:
             value += f" [{percent(ends[0])}, {percent(ends[1])}]" if all(map(math.isfinite, ends)) else ""
         verdict = str(row["verdict"]) + (" (not settled)" if NOT_SETTLED in str(row["reason"]) else "")
         verdict += "; unequal sparsities, no fair comparison" if "no fair comparison" in str(row["reason"]) else ""
-        where = " ".join(str(row[c]) for c in ("model", "mode", "scope") if row[c])
-        where = str(row["reason"]).partition(";")[0] if speed else where
+        place = " ".join(str(row[c]) for c in ("model", "mode", "scope") if row[c])
+        where = str(row["reason"]).partition(";")[0] if speed else place  # speed: what was timed, dtype and batch too
         pair = f"{row['method']} against {row['against']}"
         sparsity = f"{row['sparsity_target']:g}"
         rows.append([str(row["claim"]), str(row["quantity"]), pair, where, sparsity, value, verdict])

@@ -80,6 +80,11 @@ class _Attention:
         self.heads.cache[1, :, n_tokens - n_kept : n_tokens] = values[0]
 
 
+def _first_names(mlp: GatedMLP) -> tuple[str, ...]:
+    """Modules whose outputs, laid end to end, are gate and up."""
+    return ("gate_up_proj",) if mlp.fused else ("gate_proj", "up_proj")
+
+
 def _eps(norm: Any) -> float:
     return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
 
@@ -122,10 +127,8 @@ class DecodeModel:
             _Attention(block, self._rotary(block), self.length, self._offset, int(config.num_key_value_heads))
             for block in self.blocks
         ]
-        self._gate_up = [
-            fuse([mlp.module.get_submodule(name) for name in (("gate_up_proj",) if mlp.fused else ("gate_proj", "up_proj"))])[0]
-            for mlp in self.mlps
-        ]  # fmt: skip
+        self._gate_up = [fuse([mlp.module.get_submodule(name) for name in _first_names(mlp)]) for mlp in self.mlps]
+        self._down = [fuse([mlp.module.get_submodule("down_proj")]) for mlp in self.mlps]
         self.head: Tensor = model.get_submodule("lm_head").get_parameter("weight")
         self.parts = self._parts() if parts is None else parts
         self.token = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -138,10 +141,10 @@ class DecodeModel:
         from suite.speed.step_gpu import GpuParts  # late: needs CUDA
 
         parts = GpuParts(self._offset, self._norm_eps, self.mlps[0].d_model, self.dtype)
-        downs = [mlp.weights()[2] for mlp in self.mlps]
-        attentions = [a.weight for a in self.attentions], [a.out for a in self.attentions]
+        kinds = [[a.weight for a in self.attentions], [a.out for a in self.attentions]]
+        kinds += [[weight for weight, _ in layers] for layers in (self._gate_up, self._down)]
         with torch.no_grad():
-            parts.measure([*attentions, self._gate_up, downs, [self.head]])
+            parts.measure([*kinds, [self.head]])
         return parts
 
     def _rotary(self, block: Any) -> tuple[Tensor, Tensor]:
@@ -205,11 +208,8 @@ class DecodeModel:
 
     def dense(self, layer: int, x: Tensor) -> Tensor:
         """The dense MLP: two products."""
-        mlp = self.mlps[layer]
-        if mlp.has_bias():
-            return mlp.down(self.parts.act(torch.cat(mlp.gate_up(x), -1), mlp.activation))
-        product = self.parts.act(self.parts.linear(x, self._gate_up[layer]), mlp.activation)
-        return self.parts.linear(product, mlp.weights()[2])
+        product = self.parts.act(self.parts.linear(x, *self._gate_up[layer]), self.mlps[layer].activation)
+        return self.parts.linear(product, *self._down[layer])
 
     @torch.no_grad()
     def hidden(self, mlp: Mlp) -> Tensor:

@@ -59,22 +59,12 @@ class GpuParts(Parts):
         """As `Parts`."""
         return self._products.get(tuple(weight.shape), functional.linear)(x, weight, bias)
 
-    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """As `Parts`."""
-        return self._norm(x, weight, self.offset, self.eps)
-
     def add_norm(self, hidden: Tensor, y: Tensor, inner: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
         """As `Parts`."""
         kernel = self._add_norms[inner is not None]
         if kernel is None:
             return super().add_norm(hidden, y, inner, weight)
         return kernel(hidden, y, inner, weight)
-
-    def head_norms(self, heads: Heads, qkv: Tensor) -> Tensor:
-        """As `Parts`."""
-        if heads.norms is None:
-            return qkv
-        return self._head_norms(qkv, heads.norms, heads.n_heads, heads.n_kv, heads.offset, heads.eps)
 
     def attend(self, heads: Heads, qkv: Tensor, position: Tensor) -> Tensor:
         """As `Parts`."""
@@ -84,10 +74,6 @@ class GpuParts(Parts):
         if kernel is None:
             return super().attend(heads, qkv, position)
         return kernel(self.head_norms(heads, qkv), position)
-
-    def act(self, gate_up: Tensor, activation: str) -> Tensor:
-        """As `Parts`."""
-        return self._act(gate_up, activation)
 
     def next_token(self, hidden: Tensor, head: Tensor) -> Tensor:
         """As `Parts`, in two stages: torch's argmax of one row takes 37 us for 128256 entries, with one block."""

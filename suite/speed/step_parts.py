@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,6 +99,7 @@ class Parts:
 
     def __init__(self, offset: float, eps: float) -> None:
         self.offset, self.eps = offset, eps
+        self._norm, self._act, self._head_norms = norm, act, head_norms
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x W^T + b``, shape (1, outputs)."""
@@ -107,7 +107,7 @@ class Parts:
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm."""
-        return norm(x, weight, self.offset, self.eps)
+        return self._norm(x, weight, self.offset, self.eps)
 
     def add_norm(self, hidden: Tensor, y: Tensor, inner: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden state plus ``y`` (normed by ``inner`` first, if given), and its norm."""
@@ -118,7 +118,7 @@ class Parts:
         """Queries and keys normed head by head, where the architecture does so."""
         if heads.norms is None:
             return qkv
-        return head_norms(qkv, heads.norms, heads.n_heads, heads.n_kv, heads.offset, heads.eps)
+        return self._head_norms(qkv, heads.norms, heads.n_heads, heads.n_kv, heads.offset, heads.eps)
 
     def attend(self, heads: Heads, qkv: Tensor, position: Tensor) -> Tensor:
         """Mixed values (1, n_heads * head_dim) of one token; writes its key and value into the cache."""
@@ -139,11 +139,8 @@ class Parts:
 
     def act(self, gate_up: Tensor, activation: str) -> Tensor:
         """``act(g) * u`` of both, laid end to end."""
-        return act(gate_up, activation)
+        return self._act(gate_up, activation)
 
     def next_token(self, hidden: Tensor, head: Tensor) -> Tensor:
         """The likeliest next token, shape (1,): a cap on the logits does not change which it is."""
         return self.linear(hidden, head).argmax(-1)
-
-    def measure(self, _weights: Any) -> None:
-        """Find out how products of these weights, a list a kind, are fastest; nothing to choose from here."""

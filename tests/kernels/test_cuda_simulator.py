@@ -28,10 +28,10 @@ GROUPS = {
 }
 
 
-def simulate(*names: str) -> list[str]:
-    """Lines that tests.kernels.cuda_cases prints."""
+def simulate(*names: str, module: str = "tests.kernels.cuda_cases") -> list[str]:
+    """Lines that a module of cases prints, run as a program on the simulator."""
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.kernels.cuda_cases", *names]
+    command = [sys.executable, "-m", module, *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.splitlines()

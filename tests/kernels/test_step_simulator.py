@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
 import pytest
 
 from tests.kernels.test_cuda_ptx import assert_clean, assert_no_spills, ptxas_needed
+from tests.kernels.test_cuda_simulator import simulate
 
 pytest.importorskip("numba.cuda", reason="needs numba-cuda or numba's own CUDA target")
 
@@ -44,11 +44,7 @@ PLANS = {
 
 @pytest.mark.parametrize("names", GROUPS, ids=lambda names: names[0])
 def test_equal_float64(names: list[str]) -> None:
-    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.kernels.step_cases", *names]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == [f"{name} ok" for name in names]
+    assert simulate(*names, module="tests.kernels.step_cases") == [f"{name} ok" for name in names]
 
 
 @ptxas_needed

@@ -57,6 +57,11 @@ def test_partial_rotation_and_scaled_positions():
     assert follow(model, DecodeModel(model, 32), prompt(6)) < 1e-4
 
 
+def test_biases_of_all_projections():
+    model = build("llama", mlp_bias=True, attention_bias=True)
+    assert follow(model, DecodeModel(model, 32), prompt(6)) < 1e-4
+
+
 def test_an_mlp_of_ones_own_is_used():
     model = build("llama")
     decode, mlp = DecodeModel(model, 32), find_gated_mlps(model)[0]
