@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from suite.errors import InputError
+from suite.modeling.gguf_header import read_gguf_header
 from suite.modeling.sources import file_sha256
 from suite.settings import cache_dir
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[str], None]
 
 _MANIFEST = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2  # 2: the tokenizer is checked
 
 
 def converted_folder(gguf: Path, progress: Progress | None = None) -> Path:
@@ -68,6 +70,7 @@ def _convert(gguf: Path, sha256: str, folder: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     try:
         model, tokenizer = _load_gguf(gguf)
+        check_tokenizer(tokenizer, gguf, adds_bos=read_gguf_header(gguf).adds_bos)
         clear_quantizer_marks(model)
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
@@ -97,6 +100,30 @@ def _load_gguf(gguf: Path) -> tuple[PreTrainedModel, Any]:
     except (ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise InputError(f"model file {gguf}: transformers cannot read it: {first_line(error)}") from error
     return model.eval(), tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, gguf: Path, *, adds_bos: bool) -> None:
+    """Refuse a tokenizer that does not know its own vocabulary or leaves the first token out.
+
+    transformers 5.17 makes of Gemma 3's GGUF file a tokenizer that splits every text into characters (perplexity of
+    wikitext 2.8e19, and no word of warning), 5.20 and 5.22 one that leaves <bos> out; 5.23 is right.
+
+    Raises
+    ------
+    InputError
+        Most lower-case words of the vocabulary are split, or ``adds_bos`` and a text does not begin with <bos>.
+    """
+    words = sorted(token for token in tokenizer.get_vocab() if re.fullmatch("[a-z]{4,12}", token))
+    words = words[:: max(1, len(words) // 200)]
+    whole = sum(len(tokenizer.encode(word, add_special_tokens=False)) == 1 for word in words)
+    remedy = f"transformers {importlib.metadata.version('transformers')} misreads it: pip install -U transformers"
+    if 2 * whole < len(words):
+        raise InputError(
+            f"model file {gguf}: its tokenizer splits {len(words) - whole} of {len(words)} words of its own vocabulary; "
+            + remedy
+        )
+    if adds_bos and tokenizer.encode("a")[0] != tokenizer.bos_token_id:
+        raise InputError(f"model file {gguf}: its tokenizer begins no text with <bos>, as the file demands; {remedy}")
 
 
 def clear_quantizer_marks(model: PreTrainedModel) -> None:

@@ -26,6 +26,7 @@ class GGUFHeader:
     architecture: str
     keys: frozenset[str]
     size_bytes: int
+    adds_bos: bool  # texts begin with the token <bos>: tokenizer.ggml.add_bos_token
 
     @property
     def has_tokenizer(self) -> bool:
@@ -78,7 +79,9 @@ class _Reader:
         end = max((self._tensor_end() for _ in range(n_tensors)), default=0)
         alignment = int(metadata.get("general.alignment", _DEFAULT_ALIGNMENT))
         start = math.ceil(self._at / alignment) * alignment
-        return GGUFHeader(str(metadata.get("general.architecture", "")), frozenset(metadata), start + end)
+        architecture = str(metadata.get("general.architecture", ""))
+        adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", False))
+        return GGUFHeader(architecture, frozenset(metadata), start + end, adds_bos)
 
     def _scalar(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self._data, self._at)

@@ -8,14 +8,17 @@ import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from suite import load_model
 from suite.errors import InputError
+from suite.modeling.convert import check_tokenizer
+from suite.modeling.gguf_header import read_gguf_header
 from suite.modeling.loading import prepare_model, resolve_model, weights_fingerprint
 from suite.modeling.sources import EMBEDDED_FILE, file_sha256
 from tests.conftest import CONFIGS, has_embedded_model, tiny_model
@@ -211,13 +214,15 @@ def test_hub_model_that_is_not_on_disk(cache, monkeypatch):
     assert "prepare downloads it" in resolve_model("owner/model").remedy
 
 
-def gguf(*, keys=(("tokenizer.ggml.tokens", ["a"]),), tensor=(4, 4), data=64, version=3):
+def gguf(*, keys=(("tokenizer.ggml.tokens", ["a"]),), tensor=(4, 4), data=64, version=3, adds_bos=False):
     """Bytes of a GGUF file with one fp32 tensor."""
 
     def text(value):
         return struct.pack("<Q", len(value)) + value.encode()
 
-    out = b"GGUF" + struct.pack("<IQQ", version, 1, len(keys))
+    out = b"GGUF" + struct.pack("<IQQ", version, 1, len(keys) + adds_bos)
+    if adds_bos:
+        out += text("tokenizer.ggml.add_bos_token") + struct.pack("<I?", 7, True)
     for key, values in keys:
         out += text(key) + struct.pack("<IIQ", 9, 8, len(values)) + b"".join(map(text, values))
     out += text("weight") + struct.pack("<IQQIQ", len(tensor), *tensor, 0, 0)
@@ -242,6 +247,36 @@ def test_damaged_gguf_files(tmp_path, cache, content, match):
     path.write_bytes(content)
     assert match in refusal(prepare_model, str(path))
     assert not list(cache.glob("models/*.part"))
+
+
+@pytest.mark.parametrize(
+    ("merges", "bos", "adds_bos", "match"),
+    [
+        (True, True, True, ""),
+        (True, False, False, ""),
+        (False, True, True, "splits 7 of 7 words of its own vocabulary; transformers"),
+        (True, False, True, "begins no text with <bos>"),
+    ],
+)
+def test_tokenizers_that_transformers_misreads(merges, bos, adds_bos, match):
+    pieces = [word[:end] for word in ("word", "neuron", "sparse") for end in range(2, len(word) + 1)]
+    vocabulary = {piece: i for i, piece in enumerate(["<bos>", *"adenoprsuw", *pieces])}
+    pairs = [(piece[:-1], piece[-1]) for piece in pieces] if merges else []
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 0)])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>")
+    if match:
+        assert match in refusal(check_tokenizer, wrapped, Path("model.gguf"), adds_bos=adds_bos)
+    else:
+        check_tokenizer(wrapped, Path("model.gguf"), adds_bos=adds_bos)
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_header_says_whether_texts_begin_with_bos(tmp_path, adds_bos):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf(adds_bos=adds_bos))
+    assert read_gguf_header(path).adds_bos == adds_bos
 
 
 def test_a_folder_where_a_gguf_file_should_be(tmp_path, cache):
