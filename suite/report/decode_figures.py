@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from suite.report.frames import method_order
-from suite.report.speed import speed_label
-from suite.report.speed_figures import lines_of
+from suite.report.speed import PROBES, speed_label
+from suite.report.speed_figures import FEWEST, lines_of
 from suite.report.style import WIDTH, label_ends, look, new_figure
 
 MODEL = ["model_shape", "dtype", "batch_size", "context_tokens", "threads", "device_name"]
@@ -43,29 +43,33 @@ def decode_phases(speed: pd.DataFrame, phases: pd.DataFrame) -> pd.DataFrame:
 def break_even(speed: pd.DataFrame) -> pd.DataFrame:
     """Realised sparsity from which a method is faster than the fastest dense row, between the rows around speed-up 1.
 
-    ``at`` is NaN where none is faster; ``below`` says that already the least sparsity timed is faster, and ``at`` is it.
+    Of whole models that decode, and of layers timed at four sparsities or more. ``at`` is NaN where none is faster;
+    ``below`` says that already the least sparsity timed is faster, and ``at`` is it.
     """
-    tokens = decode_tokens(speed)
+    key = ["level", *MODEL, "method", "label"]
+    rows = speed[(speed["method"] != "dense") & (speed["status"] == "ok") & speed["speed_up"].notna()]
+    rows = rows[rows["level"].isin(["decode", "layer"]) & ~rows["variant"].isin(PROBES) & (rows["clock"] != "event")]
+    rows = rows.assign(label=[speed_label(row) for _, row in rows.iterrows()])
     found: list[dict[str, Any]] = []
-    for key, group in tokens[tokens["method"] != "dense"].groupby(
-        [*MODEL, "method", "label"], dropna=False, sort=False
-    ):
-        rows = group.dropna(subset=["speed_up"]).sort_values("sparsity_realized")
-        if rows.empty:
+    for values, group in rows.groupby(key, dropna=False, sort=False):
+        if values[0] == "layer" and group["sparsity_target"].nunique() < FEWEST:
             continue
-        x, y = (rows[c].to_numpy(dtype=float) for c in ("sparsity_realized", "speed_up"))
+        line = group.sort_values("sparsity_realized")
+        x, y = (line[c].to_numpy(dtype=float) for c in ("sparsity_realized", "speed_up"))
         slower = np.flatnonzero(y < 1)
         last = int(slower[-1]) if len(slower) else -1
         at = x[0] if last < 0 else np.nan
         if 0 <= last < len(x) - 1:
             at = x[last] + (1 - y[last]) / (y[last + 1] - y[last]) * (x[last + 1] - x[last])
-        found.append(dict(zip([*MODEL, "method", "label"], key, strict=True)) | {"at": at, "below": last < 0})
-    return pd.DataFrame(found, columns=[*MODEL, "method", "label", "at", "below"])
+        found.append(dict(zip(key, values, strict=True)) | {"at": at, "below": last < 0})
+    return pd.DataFrame(found, columns=[*key, "at", "below"])
 
 
 def _title(row: pd.Series) -> str:
+    decode = row.get("level", "decode") == "decode"
+    what = f"context {row['context_tokens']}" if decode else f"layer, batch {row['batch_size']}"
     threads = "" if row["threads"] in ("", "0") else f", {row['threads']} threads"
-    return f"{row['model_shape']}, {row['dtype']}, context {row['context_tokens']}{threads}"
+    return f"{row['model_shape']}, {row['dtype']}, {what}{threads}"
 
 
 def _panels(data: pd.DataFrame) -> list[pd.DataFrame]:
@@ -135,7 +139,7 @@ def draw_decode_phases(data: pd.DataFrame) -> Figure:
 
 
 def draw_break_even(data: pd.DataFrame) -> Figure | None:
-    """Break-even sparsity of every method, a line of points per model and context; an open point: below what was timed."""
+    """Break-even sparsity of every method, a line of points per model or layer; an open point: below what was timed."""
     known = data[data["at"].notna()]
     if known.empty:
         return None
@@ -156,6 +160,6 @@ def draw_break_even(data: pd.DataFrame) -> Figure | None:
     axes.set_yticks(range(len(order)), order)
     axes.set_ylim(len(order) - 0.5, -0.5)
     axes.set_xlim(0, 1)
-    axes.set_xlabel("realised sparsity from which a token is faster than dense (open: at most this)")
+    axes.set_xlabel("realised sparsity from which it is faster than dense (open: at most this)")
     axes.legend(fontsize=6)
     return figure

@@ -305,7 +305,7 @@ FIGURES: dict[str, tuple[Callable[[series.Material], pd.DataFrame], Callable[[pd
     "phases": (series.phases, draw_phases),
     "decode_tokens": (lambda material: decode_tokens(material.speed), draw_decode_tokens),
     "decode_phases": (lambda material: decode_phases(material.speed, material.results.phases), draw_decode_phases),
-    "decode_break_even": (lambda material: break_even(material.speed), draw_break_even),
+    "break_even": (lambda material: break_even(material.speed), draw_break_even),
     "cif_caf": (lambda material: material.results.cif_caf, draw_cif_caf),
     "activations": (lambda material: material.results.activations, draw_activations),
     "predictors": (lambda material: predictor_layers(material.results), draw_predictor_layers),

@@ -50,7 +50,8 @@ CAPTIONS = {
     "decode_tokens": "Tokens per second of whole models, batch 1, greedy, in one loop that differs in the MLP alone. Dashed: "
     "what the read bandwidth of the run allows at the bytes of a token. Dense also by transformers' own generate.",
     "decode_phases": "Where a token's time goes: all attentions, all MLPs and the head, each timed alone, and the rest.",
-    "decode_break_even": "Where sparsity does not pay: left of a point a token takes longer than with the fastest dense row.",
+    "break_even": "Where sparsity does not pay: left of a point a layer (timed at four sparsities or more) or a token of a whole "
+    "model takes longer than with the fastest dense row; no point: at every sparsity that was timed.",
     "sparsity_per_layer": "Realised sparsity per layer against the target.",
 }
 INLINE_TABLES = (

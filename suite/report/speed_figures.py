@@ -15,7 +15,7 @@ from suite.report.frames import method_order
 from suite.report.speed import PROBES, SHAPE
 from suite.report.style import WIDTH, label_ends, look, new_figure
 
-_FEWEST = 4  # sparsities of a panel of speed-ups; shorter lines stand in the tables
+FEWEST = 4  # sparsities of a panel of speed-ups; shorter lines stand in the tables
 _HEAT = "viridis"
 # light to dark in the order of the phases; "wait" in grey: nothing is read
 _PHASES = {"first packet": "#a2d4ec", "z = V x": "#73bfe2", "choose": "#46abdb", "logits": "#46abdb"}
@@ -36,7 +36,7 @@ def draw_speedup_vs_sparsity(data: pd.DataFrame) -> Figure | None:
         return None
     columns = [*SHAPE, "clock"]
     groups = [(key, g) for key, g in sparse.groupby(columns, sort=False, dropna=False)]
-    long = [(key, g) for key, g in groups if g["sparsity_target"].nunique() >= _FEWEST]
+    long = [(key, g) for key, g in groups if g["sparsity_target"].nunique() >= FEWEST]
     groups = sorted(long or groups, key=lambda group: (group[0][0], int(group[1]["batch_size"].iloc[0])))
     n_columns = min(2, len(groups))
     n_rows = math.ceil(len(groups) / n_columns)

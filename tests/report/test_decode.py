@@ -62,6 +62,20 @@ def test_break_even_lies_where_the_speed_up_passes_one(material):
     assert np.isnan(found.loc["d-countdown", "at"])  # never faster: no number
 
 
+def test_break_even_of_layers_by_batch(tmp_path):
+    """Rows of probes and of other clocks, and lines of fewer than four sparsities, say nothing."""
+    rows = []
+    for batch, factor in (("1", 1.0), ("4", 1.6)):
+        more = {"level": "layer", "backend": "numba-cuda", "clock": "graph", "batch_size": batch}
+        rows.append(speed_row("dense", 0.0, 100.0, **more | {"backend": "torch"}))
+        rows += [speed_row("cats", s, factor * (120 - 100 * s), **more) for s in (0.0, 0.3, 0.6, 0.9)]
+        rows += [speed_row("cats", s, 1.0, **more | {"variant": "trace"}) for s in (0.0, 0.3, 0.6, 0.9)]
+        rows += [speed_row("m-countdown", s, 1.0, **more) for s in (0.3, 0.6, 0.9)]
+    found = break_even(Material(load_results(write_run(tmp_path / "run", speed=rows, manifest=manifest()))).speed)
+    assert list(found["method"]) == ["cats", "cats"]
+    assert list(found["at"]) == pytest.approx([0.18, 0.564], abs=1e-3)
+
+
 def test_parts_stand_with_their_row(material):
     found = decode_phases(material.speed, material.results.phases)
     assert list(dict.fromkeys(found["bar"])) == [
@@ -71,7 +85,7 @@ def test_parts_stand_with_their_row(material):
     assert FIGURES["phases"][0](material).empty  # that one is of layers
 
 
-@pytest.mark.parametrize("name", ["decode_tokens", "decode_phases", "decode_break_even"])
+@pytest.mark.parametrize("name", ["decode_tokens", "decode_phases", "break_even"])
 def test_figures_are_drawn_and_have_captions(name, material, tmp_path):
     assert name in CAPTIONS
     figure = draw(name, FIGURES[name][0](material))
