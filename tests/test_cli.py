@@ -142,6 +142,12 @@ def test_compare_says_which_keys_changed(tmp_path, matrix, executor, capsys):
     out = capsys.readouterr().out
     assert "config.batch_size: 8 -> 4" in out
     assert f"key changed in {N_CELLS} cells: batch_size: 8 -> 4" in out
+    assert (
+        main(["compare", str(tmp_path / "one"), str(Path(__file__).parents[1] / "results/reference/embedded-cpu")]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "config.accuracy: " in out
+    assert max(map(len, out.splitlines())) < 250  # a matrix is not printed
     assert main(["ls", "runs", *results]) == 0
 
 

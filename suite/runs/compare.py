@@ -82,7 +82,7 @@ def compare(first: Path, second: Path) -> list[str]:
     lines = [f"A  {first}", f"B  {second}"]
     for name in ("suite_version", "git", "python", "platform", "packages", "device", "config"):
         pair = ({name: run.manifest.get(name)} for run in (a, b))
-        lines += [f"{key}: {old} -> {new}" for key, (old, new) in changed(*pair).items()]
+        lines += [f"{key}: {_brief(old)} -> {_brief(new)}" for key, (old, new) in changed(*pair).items()]
     lines += _rows_lines(a, b, "accuracy.csv", _ACCURACY_ID, "value")
     lines += _rows_lines(a, b, "speed.csv", _SPEED_ID, "latency_us_median")
     return lines
@@ -109,6 +109,12 @@ def _rows_lines(a: Run, b: Run, name: str, identity: Sequence[str], column: str)
     yield f"  {column}: {len(both) - len(differing)} equal, {len(differing)} differ"
     for key in sorted(differing, key=lambda k: -_difference(ours[k][column], theirs[k][column]))[:_TOP]:
         yield f"    {_setting(key)}: {ours[key][column] or 'empty'} -> {theirs[key][column] or 'empty'}"
+
+
+def _brief(value: Any) -> str:
+    """A value of a manifest for one line: a long list by its number of entries."""
+    text = str(value)
+    return text if len(text) <= 80 else f"{len(value)} entries" if isinstance(value, list) else text[:77] + "..."
 
 
 def _setting(key: Sequence[str]) -> str:

@@ -62,10 +62,8 @@ def prepare(case: SpeedCase, bounds: Sequence[Bound], layers: Sequence[LayerData
     launch_us = float(np.median(host))
     if case.clock != "graph":
         return Timed(case, run, realised, [bounds, outs], None, launch_us)
-    start, graph = time.perf_counter(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    torch.cuda.synchronize()
+    start = time.perf_counter()
+    graph = captured(run, warm_up=0)
     return Timed(case, graph.replay, realised, [bounds, outs, graph], time.perf_counter() - start, launch_us)
 
 
