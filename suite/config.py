@@ -159,7 +159,7 @@ class SpeedBlock(Section):
     backends: list[Literal["torch", "numba-cpu", "numba-cuda"]] = Field(default=["torch", "numba-cpu"], min_length=1)
     batch_sizes: list[Count] = Field(default=[1], min_length=1)
     threads: list[Count | Literal["all"]] = Field(default=["all"], min_length=1)
-    variants: list[Literal["eager", "graph", "compile", "generate", "no-overlap", "trace"]] = Field(
+    variants: list[Literal["eager", "graph", "compile", "generate", "no-overlap", "deterministic", "trace"]] = Field(
         default=["eager"], min_length=1
     )
     clocks: list[Literal["wall", "event", "graph"]] = Field(default=["wall"], min_length=1)

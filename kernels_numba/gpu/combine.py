@@ -7,76 +7,24 @@ from typing import Any
 import numpy as np
 
 from kernels_numba.gpu.plan import Plan
-from kernels_numba.gpu.stream import HOLE, make_activation, make_block_sum, make_stream
-
-HELD_SHIFT = 16  # a block's count word: neurons found in the low bits, neurons held above
+from kernels_numba.gpu.stream import HOLE, make_activation, make_block_sum, make_stream, make_sync
 
 
-def make_rest(plan: Plan, dev: Any) -> Any:
-    """``rest(...)``: a block's neurons that are not on their way yet go to the end of its work list; returns how many.
-
-    A block keeps what it finds. Neurons have no order that training could favour, so a block's share is hypergeometric:
-    10.9 +- 3.1 of 109 at sparsity .9. Even shares cost a grid barrier and two trips to L2 (5 us), uneven ones make the
-    blocks wait 2 to 5 us longer for the last: gains and losses by method and sparsity stand in NOTES.md.
-    """
-    tokens, threads, held_places, neurons = plan.batch, plan.threads, plan.held, plan.neurons
-    valued, sync = plan.kind == "threshold", dev.syncthreads
-    found_at, value_at, work_at, work_value_at = (
-        plan.shared[k] for k in ("found", "found_value", "work", "work_value")
-    )
-    load_i, load_f, store_i, store_f = (
-        dev.shared_load_i32,
-        dev.shared_load_f32,
-        dev.shared_store_i32,
-        dev.shared_store_f32,
-    )
+def make_recall(plan: Plan, dev: Any) -> Any:
+    """``recall(...)``: the block's list and its length when the logits were computed by another kernel."""
+    threads, work_at = plan.threads, plan.shared["work"]
+    counts_ws, index_ws, wait_for = plan.workspace["counts"], plan.workspace["index"], dev.wait_tagged_i32
+    store, sync = dev.shared_store_i32, dev.syncthreads
 
     @dev.device_function
-    def rest(shared, found, held, tid):
-        sync()  # warp 0 wrote the last neurons found
-        for i in range(tid, found - held, threads):
-            store_i(shared + work_at + (held_places + i) * 4, load_i(shared + found_at + (held + i) * 4))
-            if valued:
-                for t in range(tokens):
-                    value = load_f(shared + value_at + ((held + i) * tokens + t) * 4)
-                    store_f(shared + work_value_at + ((held_places + i) * tokens + t) * 4, value)
-        if tid < neurons:  # the last packet may not be full
-            store_i(shared + work_at + (held_places + found - held + tid) * 4, HOLE)
-        sync()
-        return found - held
-
-    return rest
-
-
-def make_restore(plan: Plan, dev: Any) -> Any:
-    """``restore(...)``: what the block found and held when the first phase ran as another kernel."""
-    tokens, threads, valued, low = plan.batch, plan.threads, plan.kind == "threshold", (1 << HELD_SHIFT) - 1
-    counts_ws, index_ws, value_ws = (plan.workspace[k] for k in ("counts", "index", "value"))
-    found_at, value_at, work_at, work_value_at = (
-        plan.shared[k] for k in ("found", "found_value", "work", "work_value")
-    )
-    global_i, global_f, store_i, store_f = dev.load_i32, dev.load_f32, dev.shared_store_i32, dev.shared_store_f32
-    sync = dev.syncthreads
-
-    @dev.device_function
-    def restore(shared, workspace, block, first, tid):
-        word = global_i(workspace + counts_ws + block * 8)
-        found, held = word & low, word >> HELD_SHIFT
+    def recall(shared, workspace, block, first, epoch, tid):
+        found = wait_for(workspace + counts_ws + block * 8, epoch)
         for i in range(tid, found, threads):
-            entry = global_i(workspace + index_ws + (first + i) * 4)
-            store_i(shared + found_at + i * 4, entry)
-            if i < held:
-                store_i(shared + work_at + i * 4, entry)
-            if valued:
-                for t in range(tokens):
-                    value = global_f(workspace + value_ws + ((first + i) * tokens + t) * 4)
-                    store_f(shared + value_at + (i * tokens + t) * 4, value)
-                    if i < held:
-                        store_f(shared + work_value_at + (i * tokens + t) * 4, value)
+            store(shared + work_at + i * 4, wait_for(workspace + index_ws + (first + i) * 8, epoch))
         sync()
-        return found, held
+        return found
 
-    return restore
+    return recall
 
 
 def make_take(plan: Plan, dev: Any) -> Any:
@@ -109,21 +57,22 @@ def make_take(plan: Plan, dev: Any) -> Any:
 
 
 def make_coefficients(plan: Plan, dev: Any) -> Any:
-    """``coefficients(...)``: v of the packet's neurons and tokens, lane by lane, zero where a token drops a neuron."""
-    neurons, tokens, kind, gate = plan.neurons, plan.batch, plan.kind, plan.first == "gate"
+    """``coefficients(...)``: v of the packet's ``n`` neurons and tokens, lane by lane, zero where a token drops a neuron."""
+    tokens, kind, gate = plan.batch, plan.kind, plan.first == "gate"
+    mask = plan.list_size - 1 if kind == "threshold" else -1  # the list of ``threshold`` is a circle
     width, activation = (1 if kind == "down" else 32 // plan.sparse_sums), make_activation(plan, dev)
     work_at, work_value_at, zero = plan.shared["work"], plan.shared["work_value"], np.float32(0.0)
     load_i, load_f, lane_xor = dev.shared_load_i32, dev.shared_load_f32, dev.lane_xor
 
     @dev.device_function
-    def coefficients(shared, total, place, tid):
+    def coefficients(shared, total, place, n, tid):
         number = (tid & 31) // width
         v = total
         if kind == "predictor" or kind == "given":
             v = activation(total) * lane_xor(total, 16)
-        if number >= neurons * tokens:
+        if number >= n * tokens:
             return zero
-        at, token = place + number // tokens, number % tokens
+        at, token = (place + number // tokens) & mask, number % tokens
         entry = load_i(shared + work_at + at * 4)
         if entry == HOLE or (entry >> (24 + token)) & 1 == 0:
             return zero
@@ -140,30 +89,22 @@ def make_coefficients(plan: Plan, dev: Any) -> Any:
     return coefficients
 
 
-def make_sparse(plan: Plan, dev: Any) -> Any:
-    """``sparse(...)``: stream the rows of the work list and sum ``v`` times the rows of W_down; returns the thread's y."""
-    neurons, depth, matrices, tokens = plan.neurons, plan.depth, plan.matrices, plan.batch
-    packet_bytes, down_at, held_places = (
-        plan.slots * plan.slot_bytes,
-        (plan.matrices - 1) * plan.neurons * plan.slot_bytes,
-        plan.held,
+def make_packets(plan: Plan, dev: Any) -> tuple[Any, Any]:
+    """``use(...)``: add ``v`` times the rows of W_down of a packet of the work list to y; returns y and the scratch parity.
+
+    ``copy_work(...)``: copy the rows of a packet's neurons.
+    """
+    neurons, matrices, down_at = plan.neurons, plan.matrices, (plan.matrices - 1) * plan.neurons * plan.slot_bytes
+    x_at, scratch_at, work_at, scratch_bytes = (
+        *(plan.shared[k] for k in ("x", "scratch", "work")),
+        plan.scratch_floats * 4,
     )
-    ring_at, x_at, scratch_at, work_at = (plan.shared[k] for k in ("ring", "x", "scratch", "work"))
-    scratch_bytes, copy_neuron = plan.scratch_floats * 4, make_stream(plan, dev).copy_neuron
     layout = (plan.batch, plan.chunks, plan.slot_bytes, plan.chunk_bytes)
     dot = dev.make_rows_dot(plan.dtype, max(1, (matrices - 1) * neurons), *layout)
-    add = dev.make_rows_add(plan.dtype, neurons, *layout)
-    zeros = dev.make_zeros(plan.batch * plan.chunks * plan.vector)
+    add, load_i = dev.make_rows_add(plan.dtype, neurons, *layout), dev.shared_load_i32
     block_sum, coefficients = make_block_sum(plan, dev, plan.sparse_sums), make_coefficients(plan, dev)
-    spread = dev.make_lanes_spread(neurons * tokens, 1 if matrices == 1 else 32 // plan.sparse_sums)
-    commit, wait, load_i, nothing = (
-        dev.copy_commit,
-        dev.make_copy_wait(plan.depth - 1),
-        dev.shared_load_i32,
-        np.float32(0.0),
-    )
-
-    drain = dev.make_copy_wait(0)
+    spread = dev.make_lanes_spread(neurons * plan.batch, 1 if matrices == 1 else 32 // plan.sparse_sums)
+    copy_neuron, nothing = make_stream(plan, dev).copy_neuron, np.float32(0.0)
 
     @dev.device_function
     def copy_work(shared, packet, p, end, a, b, down, tid):
@@ -174,19 +115,37 @@ def make_sparse(plan: Plan, dev: Any) -> Any:
             copy_neuron(packet, j, entry, entry != HOLE, a, b, down, tid)
 
     @dev.device_function
+    def use(shared, packet, p, parity, y, tid):
+        if load_i(shared + work_at + p * neurons * 4) != HOLE:
+            total = nothing
+            if matrices > 1:
+                partial = dot(packet + tid * 16, shared + x_at + tid * 16)
+                total = block_sum(shared + scratch_at + parity * scratch_bytes, tid, partial)
+                parity ^= 1
+            v = spread(coefficients(shared, total, p * neurons, neurons, tid))
+            y = add(packet + down_at + tid * 16, v, y)
+        return y, parity
+
+    return use, copy_work
+
+
+def make_sparse(plan: Plan, dev: Any) -> tuple[Any, Any]:
+    """``sparse(...)``: stream the rows of the work list, its held places and ``taken`` more; returns the thread's y.
+
+    ``start(...)``: first packets of a kernel that begins with its work list ready.
+    """
+    neurons, depth, held_places, ring_at = plan.neurons, plan.depth, plan.held, plan.shared["ring"]
+    packet_bytes, (use, copy_work) = plan.slots * plan.slot_bytes, make_packets(plan, dev)
+    zeros = dev.make_zeros(plan.batch * plan.chunks * plan.vector)
+    commit, wait, drain = dev.copy_commit, dev.make_copy_wait(plan.depth - 1), dev.make_copy_wait(0)
+
+    @dev.device_function
     def sparse(shared, taken, ring, parity, a, b, down, tid):
         y = zeros()
         for p in range(depth + (taken + neurons - 1) // neurons):
             packet = shared + ring_at + ring * packet_bytes
             wait()
-            if load_i(shared + work_at + p * neurons * 4) != HOLE:
-                total = nothing
-                if matrices > 1:
-                    partial = dot(packet + tid * 16, shared + x_at + tid * 16)
-                    total = block_sum(shared + scratch_at + parity * scratch_bytes, tid, partial)
-                    parity ^= 1
-                v = spread(coefficients(shared, total, p * neurons, tid))
-                y = add(packet + down_at + tid * 16, v, y)
+            y, parity = use(shared, packet, p, parity, y, tid)
             copy_work(shared, packet, p + depth, held_places + taken, a, b, down, tid)
             commit()
             ring = ring + 1 if ring + 1 < depth else 0
@@ -195,7 +154,6 @@ def make_sparse(plan: Plan, dev: Any) -> Any:
 
     @dev.device_function
     def start(shared, a, b, down, tid):
-        """First packets of a kernel that begins with its work list ready."""
         for p in range(depth):
             copy_work(shared, shared + ring_at + p * packet_bytes, p, held_places, a, b, down, tid)
             commit()
@@ -228,7 +186,7 @@ def make_reduce(plan: Plan, dev: Any) -> Any:
     total_of = dev.make_sum_strided(-(-plan.n_blocks // rows_at_once), rows_at_once * row_bytes)
     load_f, store_f, lane_xor = dev.shared_load_f32, dev.shared_store_f32, dev.lane_xor
     load_residual, store_y, zero = dev.make_load_narrow(plan.dtype), dev.make_store_narrow(plan.dtype), np.float32(0.0)
-    sync = dev.syncthreads
+    sync = make_sync(plan, dev)
 
     @dev.device_function
     def reduce(shared, workspace, residual, y, n_tokens, block, tid):

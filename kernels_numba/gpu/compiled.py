@@ -24,7 +24,10 @@ from typing import Any
 from kernels_numba.gpu.plan import Plan, shared_limit
 
 _TOOK = "// seconds to compile: "
-_SOURCES = ("device.py", "lanes.py", "ptx.py", "stream.py", "choose.py", "combine.py", "kernel.py", "plan.py")
+_SOURCES = (
+    "device.py", "lanes.py", "ptx.py", "stream.py", "choose.py", "claims.py", "mixed.py", "combine.py", "deal.py",
+    "kernel.py", "plan.py",
+)  # fmt: skip
 
 
 def cache_folder() -> Path:
@@ -56,7 +59,7 @@ def make_ptx(plan: Plan) -> str:
         abi="numba",
         cc=plan.capability,
         output="ptx",
-        launch_bounds=(plan.threads, plan.resident),
+        launch_bounds=(plan.launch_threads, plan.resident),
     )
     return str(text)
 
@@ -154,7 +157,7 @@ def load_kernel(plan: Plan, device: int) -> Loaded:
         )
         registers = _checked(driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_NUM_REGS, function), "registers")
         per_sm = _checked(
-            driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, plan.threads, shared), "occupancy"
+            driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, plan.launch_threads, shared), "occupancy"
         )
     room = per_sm * torch.cuda.get_device_properties(device).multi_processor_count
     if room < plan.n_blocks:
@@ -187,7 +190,7 @@ class Launch:
         driver, plan = _driver(), loaded.plan
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = plan.n_blocks, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = plan.threads, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = plan.launch_threads, 1, 1
         config.sharedMemBytes = plan.shared["total"]
         if plan.overlap:
             attribute = driver.CUlaunchAttribute()

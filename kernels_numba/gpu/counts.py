@@ -13,29 +13,40 @@ from kernels_numba.gpu.plan import Plan
 _NEURON = (1 << 24) - 1
 
 
-def _areas(plan: Plan, workspace: Tensor) -> tuple[Tensor, Tensor]:
-    """Entries found by each block, (n_blocks,) int32, and the list of entries, (d_ff,) int32: neuron + token bits << 24."""
-    at = plan.workspace["counts"]
-    counts = workspace[at : at + plan.n_blocks * 8].view(torch.int32)[::2]
-    at = plan.workspace["index"]
-    return counts, workspace[at : at + plan.d_ff * 4].view(torch.int32)
+def _words(plan: Plan, workspace: Tensor, area: str, n: int) -> Tensor:
+    """The first ``n`` words of an area, int32."""
+    at = plan.workspace[area]
+    return workspace[at : at + n * 4].view(torch.int32)
 
 
-def _used(plan: Plan, counts: Tensor) -> Tensor:
-    """Which places of the list hold an entry of the last launch, shape (..., d_ff), from counts (..., n_blocks)."""
+def _counts(plan: Plan, workspace: Tensor) -> Tensor:
+    """Neurons found by each block, (n_blocks,)."""
+    return _words(plan, workspace, "counts", 2 * plan.n_blocks)[::2]
+
+
+def _used(plan: Plan, workspace: Tensor) -> Tensor:
+    """Which places of a predictor's list of entries hold one of the last launch, (d_ff,)."""
     rows, spare = divmod(plan.d_ff, plan.n_blocks)
-    blocks = torch.arange(plan.n_blocks, device=counts.device)
+    blocks = torch.arange(plan.n_blocks, device=workspace.device)
     starts = blocks * rows + blocks.clamp(max=spare)
-    places = torch.arange(plan.d_ff, device=counts.device)
+    places = torch.arange(plan.d_ff, device=workspace.device)
     owner = torch.searchsorted(starts, places, right=True) - 1
-    return (places - starts[owner]) < (counts & 0xFFFF)[..., owner]
+    return (places - starts[owner]) < _counts(plan, workspace)[owner]
+
+
+def _kept(plan: Plan, workspace: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Neurons and, bit t for token t, who keeps each, both (d_ff,) int32; None: the neurons 0, 1, ... themselves."""
+    if plan.kind == "threshold":
+        return None, _words(plan, workspace, "kept", plan.d_ff)
+    entries = _words(plan, workspace, "index", 2 * plan.d_ff)[::2]  # neuron + token bits << 24
+    return entries & _NEURON, torch.where(_used(plan, workspace), entries >> 24, 0)
 
 
 def active_neurons(plan: Plan, workspace: Tensor, token: int) -> Tensor:
     """Neurons of a token, ascending, int64; waits for the device."""
-    counts, entries = _areas(plan, workspace)
-    found = entries[_used(plan, counts)].long()
-    return (found[(found >> (24 + token)) & 1 == 1] & _NEURON).sort().values
+    neurons, kept = _kept(plan, workspace)
+    places = ((kept >> token) & 1).nonzero()[:, 0]
+    return places if neurons is None else neurons[places].long().sort().values
 
 
 def active_counts(layers: Sequence[Any], n_tokens: int) -> Tensor:
@@ -50,12 +61,8 @@ def active_counts(layers: Sequence[Any], n_tokens: int) -> Tensor:
     -------
     Tensor, shape (len(layers), n_tokens), int64, on the device
     """
-    areas = [_areas(*layer.last_launch) for layer in layers]
-    plan = layers[0].last_launch[0]
-    counts = torch.stack([counts for counts, _ in areas])
+    launches = [layer.last_launch for layer in layers]
     if n_tokens == 1:
-        return (counts & 0xFFFF).sum(-1, keepdim=True)
-    entries = torch.stack([entries for _, entries in areas])
-    shifts = torch.arange(24, 24 + n_tokens, device=entries.device)
-    used = (entries[..., None] >> shifts) & 1
-    return (used * _used(plan, counts)[..., None]).sum(-2)
+        return torch.stack([_counts(*launch) for launch in launches]).sum(-1, keepdim=True)
+    kept = torch.stack([_kept(*launch)[1] for launch in launches])
+    return ((kept[..., None] >> torch.arange(n_tokens, device=kept.device)) & 1).sum(-2)

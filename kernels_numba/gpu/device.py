@@ -18,6 +18,7 @@ from numba.cuda.extending import intrinsic
 from kernels_numba.gpu.lanes import (  # noqa: F401  kernels reach every device function through this module
     ballot,
     device_function,
+    lane_of,
     lane_xor,
     make_lanes_fold,
     make_lanes_spread,
@@ -33,6 +34,12 @@ copy_commit = instruction("cp.async.commit_group;", types.void)
 launch_dependents = instruction("griddepcontrol.launch_dependents;", types.void)
 grid_dependency_wait = instruction("griddepcontrol.wait;", types.void)
 
+
+def make_barrier(threads: int) -> Callable[..., Any]:
+    """``sync()``: barrier of the block's first ``threads`` threads, whole warps; the claiming warp runs on."""
+    return instruction(f"barrier.sync.aligned 1, {threads};", types.void)
+
+
 # single words ---------------------------------------------------------------------------------------------------------
 shared_load_i32 = instruction("ld.shared.b32 $0, [$1];", types.int32, types.int64, shared=True)
 shared_load_f32 = instruction("ld.shared.f32 $0, [$1];", types.float32, types.int64, shared=True)
@@ -46,6 +53,33 @@ store_f32 = instruction("st.relaxed.gpu.global.f32 [$0], $1;", types.void, types
 # Flags between blocks: what the block wrote before a release is seen by who reads the flag with acquire.
 flag_store = instruction("st.release.gpu.global.u64 [$0], $1;", types.void, types.int64, types.int64)
 flag_load = instruction("ld.acquire.gpu.global.u64 $0, [$1];", types.int64, types.int64)
+# Tagged words between blocks: 32 bits of data and, in the upper half, the number of the launch. One 64-bit access moves
+# both, so a reader that finds its own launch's number has the data: no fence, no flag, nothing to clear.
+_TAG = "{ .reg .b64 t; mov.b64 t, {$1, $2}; st.relaxed.gpu.global.b64 [$0], t; }"
+_WAIT = (
+    "{ .reg .pred p; .reg .b32 v, e; .reg .b64 t; AGAIN: ld.relaxed.gpu.global.b64 t, [$1]; mov.b64 {v, e}, t; "
+    "setp.ne.b32 p, e, $2; @p bra AGAIN; mov.b32 $0, v; }"
+)
+store_tagged_i32 = instruction(_TAG, types.void, types.int64, types.int32, types.int32)
+store_tagged_f32 = instruction(_TAG, types.void, types.int64, types.float32, types.int32)
+wait_tagged_i32 = instruction(_WAIT, types.int32, types.int64, types.int32)
+wait_tagged_f32 = instruction(_WAIT, types.float32, types.int64, types.int32)
+# Claims: a warp adds to a global counter and tells the block's other warps through tagged words in shared memory.
+atomic_add = instruction("atom.relaxed.gpu.global.add.u32 $0, [$1], $2;", types.int32, types.int64, types.int32)
+shared_tell = instruction(
+    "{ .reg .b64 t; mov.b64 t, {$1, $2}; st.volatile.shared.b64 [$0], t; }",
+    types.void, types.int64, types.int32, types.int32, shared=True,
+)  # fmt: skip
+shared_wait = instruction(
+    "{ .reg .pred p; .reg .b32 v, e; .reg .b64 t; AGAIN: ld.volatile.shared.b64 t, [$1]; mov.b64 {v, e}, t; "
+    "setp.ne.b32 p, e, $2; @p bra AGAIN; mov.b32 $0, v; }",
+    types.int32, types.int64, types.int32, shared=True,
+)  # fmt: skip
+shared_wait_above = instruction(
+    "{ .reg .pred p; .reg .b32 v; AGAIN: ld.volatile.shared.b32 v, [$0]; setp.gt.s32 p, v, $1; @p bra DONE; "
+    "nanosleep.u32 20; bra AGAIN; DONE: }",
+    types.void, types.int64, types.int32, shared=True,
+)  # fmt: skip
 store_clock = instruction("{ .reg .b64 t; mov.u64 t, %clock64; st.global.b64 [$0], t; }", types.void, types.int64)
 exp2 = instruction("ex2.approx.f32 $0, $1;", types.float32, types.float32, pure=True)
 divide = instruction("div.full.f32 $0, $1, $2;", types.float32, types.float32, types.float32, pure=True)

@@ -1,7 +1,8 @@
 """The kernels: one persistent launch a layer, put together from the phases; read this file first.
 
-threshold, predictor:  choose -> rest -> sparse -> (barrier) -> reduce
-given, down:                     take -> sparse -> (barrier) -> reduce
+threshold:                               mixed -> (barrier) -> reduce
+predictor:  z -> (barrier) -> logits -> sparse with a deal -> (barrier) -> reduce
+given, down:                       take -> sparse -> (barrier) -> reduce
 """
 
 from __future__ import annotations
@@ -11,16 +12,11 @@ from typing import Any
 
 from numba import cuda, float32, int32, int64, void
 
-from kernels_numba.gpu.choose import make_predictor_select, make_threshold_select
-from kernels_numba.gpu.combine import (
-    HELD_SHIFT,
-    make_reduce,
-    make_rest,
-    make_restore,
-    make_sparse,
-    make_store_partial,
-    make_take,
-)
+from kernels_numba.gpu.choose import make_predictor_select
+from kernels_numba.gpu.claims import make_claims
+from kernels_numba.gpu.combine import make_recall, make_reduce, make_sparse, make_store_partial, make_take
+from kernels_numba.gpu.deal import make_dealt
+from kernels_numba.gpu.mixed import make_mixed
 from kernels_numba.gpu.plan import Plan
 from kernels_numba.gpu.stream import HOLE, make_flags, make_stamp, make_stream
 
@@ -35,9 +31,9 @@ SIGNATURE = void(*[int64] * 13, float32, int32)
 
 
 def make_clear(plan: Plan, dev: Any) -> Any:
-    """``clear(...)``: no entry in the held places of the work list."""
-    work_at, places, threads, store = plan.shared["work"], plan.held, plan.threads, dev.shared_store_i32
-    sync = dev.syncthreads
+    """``clear(...)``: no entry in the work list, as far as it is read before it is filled."""
+    work_at, threads, store = plan.shared["work"], plan.threads, dev.shared_store_i32
+    places, sync = plan.work_size if plan.kind == "predictor" else plan.held, dev.syncthreads
 
     @dev.device_function
     def clear(shared, tid):
@@ -51,34 +47,64 @@ def make_clear(plan: Plan, dev: Any) -> Any:
 def make_finish(plan: Plan, dev: Any) -> Any:
     """``finish(...)``: the end of every kernel, from the block's share of y to the output."""
     store_partial, reduce = make_store_partial(plan, dev), make_reduce(plan, dev)
-    flags, done_ws = make_flags(plan, dev), plan.workspace["done"]
-    raise_flag, wait, whole, stamp = flags.raise_flag, flags.wait, "reduce" in plan.phases, make_stamp(plan, dev)
+    flags, done_ws, stamp = make_flags(plan, dev), plan.workspace["done"], make_stamp(plan, dev)
+    raise_flag, wait, sums, reduces = flags.raise_flag, flags.wait, "sparse" in plan.phases, "reduce" in plan.phases
 
     @dev.device_function
     def finish(shared, workspace, epoch, share, residual, y, n_tokens, block, tid):
-        stamp(workspace, block, 4, tid)
-        store_partial(workspace, block, share, tid)
-        if whole:
-            raise_flag(workspace + done_ws, block, epoch, tid)
-            wait(workspace + done_ws, epoch, tid)
-            stamp(workspace, block, 5, tid)
+        if sums:
+            stamp(workspace, block, 4, tid)
+            store_partial(workspace, block, share, tid)
+            if reduces:
+                raise_flag(workspace + done_ws, block, epoch, tid)
+                wait(workspace + done_ws, epoch, tid)
+                stamp(workspace, block, 5, tid)
+        if reduces:
             reduce(shared, workspace, residual, y, n_tokens, block, tid)
             stamp(workspace, block, 6, tid)
 
     return finish
 
 
-def make_choosing_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
-    """Kernel of CATS, M-COUNTDOWN and the predictor methods."""
-    predictor, overlap = plan.kind == "predictor", plan.overlap
-    select = make_predictor_select(plan, dev) if predictor else make_threshold_select(plan, dev)
-    rest, restore, clear = (make(plan, dev) for make in (make_rest, make_restore, make_clear))
-    sparse, start = make_sparse(plan, dev)
-    finish, reduce = make_finish(plan, dev), make_reduce(plan, dev)
-    read_epoch, counts_ws, store_i = make_flags(plan, dev).epoch, plan.workspace["counts"], dev.store_i32
-    stamp = make_stamp(plan, dev)
-    selects, sums, reduces = ("select" in plan.phases), ("sparse" in plan.phases), ("reduce" in plan.phases)
+def make_threshold_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
+    """Kernel of CATS and M-COUNTDOWN."""
+    claims, claimed, threads, whole_block = make_claims(plan, dev), plan.claims, plan.threads, dev.syncthreads
+    mixed, finish, claim, clear_slots = make_mixed(plan, dev), make_finish(plan, dev), claims.claim, claims.clear_slots
+    zeros, sums = dev.make_zeros(plan.batch * plan.chunks * plan.vector), "sparse" in plan.phases
+    counts_ws, store_i, stamp, overlap = plan.workspace["counts"], dev.store_i32, make_stamp(plan, dev), plan.overlap
+    shared_memory, launch_dependents = dev.shared_memory, dev.launch_dependents
+
+    def kernel(x, dense, u, a, b, down, residual, y, ws, indices, values, count, value_stride, threshold, n_tokens):
+        tid, block, shared = cuda.threadIdx.x, cuda.blockIdx.x, shared_memory()
+        if overlap:
+            launch_dependents()
+        stamp(ws, block, 0, tid)
+        if claimed:
+            clear_slots(shared, tid)
+            whole_block()  # the last barrier of the claiming warp
+        if claimed and tid >= threads:
+            if tid == threads and sums:
+                claim(shared, ws, block)
+        else:
+            share, epoch = zeros(), 0
+            if sums:
+                share, found, epoch = mixed(shared, ws, x, dense, a, b, down, threshold, n_tokens, block, tid)
+                if tid == 0:  # for who asks how many neurons were active
+                    store_i(ws + counts_ws + block * 8, found)
+            finish(shared, ws, epoch, share, residual, y, n_tokens, block, tid)
+
+    return kernel
+
+
+def make_predictor_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
+    """Kernel of the predictor methods."""
+    select, recall, clear = make_predictor_select(plan, dev), make_recall(plan, dev), make_clear(plan, dev)
+    dealt, (sparse, start), deals = make_dealt(plan, dev) if plan.deals else None, make_sparse(plan, dev), plan.deals
+    finish, held_places = make_finish(plan, dev), plan.held
+    read_epoch, stamp, overlap = make_flags(plan, dev).epoch, make_stamp(plan, dev), plan.overlap
+    selects, sums = ("project" in plan.phases or "select" in plan.phases), ("sparse" in plan.phases)
     n_rows, spare = plan.d_ff // plan.n_blocks, plan.d_ff % plan.n_blocks
+    zeros = dev.make_zeros(plan.batch * plan.chunks * plan.vector)
     shared_memory, copy_x, launch_dependents = dev.shared_memory, make_stream(plan, dev).copy_x, dev.launch_dependents
 
     def kernel(x, dense, u, a, b, down, residual, y, ws, indices, values, count, value_stride, threshold, n_tokens):
@@ -86,43 +112,35 @@ def make_choosing_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
         if overlap:
             launch_dependents()
         stamp(ws, block, 0, tid)
-        first, end = block * n_rows + min(block, spare), n_rows + (1 if block < spare else 0)
-        found, held, ring, parity, epoch = 0, 0, 0, 0, 0
-        if selects or sums:
-            clear(shared, tid)
+        first, mine = block * n_rows + min(block, spare), n_rows + (1 if block < spare else 0)
+        found, epoch, share = 0, 0, zeros()
+        clear(shared, tid)
         if selects:
-            if predictor:
-                found, held, ring, parity, epoch = select(
-                    shared, ws, x, dense, u, a, b, down, first, end, threshold, n_tokens, block, tid
-                )
-            else:
-                found, held, ring, parity, epoch = select(
-                    shared, ws, x, dense, a, b, down, first, end, threshold, n_tokens, block, tid
-                )
+            found, epoch = select(shared, ws, x, dense, u, first, mine, threshold, n_tokens, block, tid)
             stamp(ws, block, 3, tid)
-            if tid == 0:  # for who asks which neurons were active
-                store_i(ws + counts_ws + block * 8, found | (held << HELD_SHIFT))
         elif sums:
             epoch = read_epoch(ws, block)
-            found, held = restore(shared, ws, block, first, tid)
+            found = recall(shared, ws, block, first, epoch, tid)
             copy_x(shared, x, n_tokens, tid)
-            start(shared, a, b, down, tid)
         if sums:
-            share = sparse(shared, rest(shared, found, held, tid), ring, parity, a, b, down, tid)
-            finish(shared, ws, epoch, share, residual, y, n_tokens, block, tid)
-        elif reduces:
-            reduce(shared, ws, residual, y, n_tokens, block, tid)
+            if deals:
+                share = dealt(shared, ws, epoch, found, a, b, down, block, tid)
+            else:
+                start(shared, a, b, down, tid)
+                share = sparse(shared, max(0, found - held_places), 0, 0, a, b, down, tid)
+        finish(shared, ws, epoch, share, residual, y, n_tokens, block, tid)
 
     return kernel
 
 
 def make_listed_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
     """Kernel of a given active set, and of the sparse down projection alone."""
-    take, clear, finish, reduce = (make(plan, dev) for make in (make_take, make_clear, make_finish, make_reduce))
+    take, clear, finish = (make(plan, dev) for make in (make_take, make_clear, make_finish))
     sparse, start = make_sparse(plan, dev)
     overlap, dots, sums = plan.overlap, plan.kind == "given", "sparse" in plan.phases
     shared_memory, copy_x, launch_dependents = dev.shared_memory, make_stream(plan, dev).copy_x, dev.launch_dependents
     ready, read_epoch, stamp = dev.grid_dependency_wait, make_flags(plan, dev).epoch, make_stamp(plan, dev)
+    zeros = dev.make_zeros(plan.batch * plan.chunks * plan.vector)
 
     def kernel(x, dense, u, a, b, down, residual, y, ws, indices, values, count, value_stride, threshold, n_tokens):
         tid, block, shared = cuda.threadIdx.x, cuda.blockIdx.x, shared_memory()
@@ -131,6 +149,7 @@ def make_listed_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
         stamp(ws, block, 0, tid)
         if overlap:
             ready()
+        share, epoch = zeros(), 0
         if sums:
             clear(shared, tid)
             taken = take(shared, indices, values, count, value_stride, block, tid)
@@ -139,9 +158,8 @@ def make_listed_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
             start(shared, a, b, down, tid)
             stamp(ws, block, 3, tid)
             share = sparse(shared, taken, 0, 0, a, b, down, tid)
-            finish(shared, ws, read_epoch(ws, block), share, residual, y, n_tokens, block, tid)
-        else:
-            reduce(shared, ws, residual, y, n_tokens, block, tid)
+            epoch = read_epoch(ws, block)
+        finish(shared, ws, epoch, share, residual, y, n_tokens, block, tid)
 
     return kernel
 
@@ -149,4 +167,5 @@ def make_listed_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
 def make_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
     """The undecorated kernel function of a plan; ``dev`` is the module ``device`` or its twin ``simulated``."""
     plan.check()
-    return (make_listed_kernel if plan.kind in ("given", "down") else make_choosing_kernel)(plan, dev)
+    makers = {"threshold": make_threshold_kernel, "predictor": make_predictor_kernel}
+    return makers.get(plan.kind, make_listed_kernel)(plan, dev)

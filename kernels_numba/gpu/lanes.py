@@ -100,6 +100,16 @@ def lane_xor(context: Any, value: Any, mask: Any) -> Any:
     return types.float32(types.float32, types.int64), codegen
 
 
+@intrinsic
+def lane_of(context: Any, value: Any, lane: Any) -> Any:
+    """Integer of another lane of the warp."""
+
+    def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
+        return shuffle(builder, args[0], builder.trunc(args[1], I32), "idx")
+
+    return types.int32(types.int32, types.int64), codegen
+
+
 @device_function
 def ballot(predicate: bool) -> int:
     """Bit l is set if lane l's predicate holds."""

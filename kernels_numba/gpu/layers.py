@@ -5,8 +5,11 @@
 
 Weights are bound without a copy: their addresses are laid out for the driver once. Nothing waits for the device and
 nothing is allocated beside the output, so a call can be captured in a CUDA graph; counts stay on the device. A layer's
-workspace serves one stream at a time. Sums are made in a fixed order that depends on the active set alone: equal
-inputs give equal bits. NaN in x gives NaN in y.
+workspace serves one stream at a time. NaN in x gives NaN in y.
+
+All layers but `ThresholdLayer` add in an order that depends on the active set alone: equal inputs give equal bits. A
+`ThresholdLayer` does so with ``deterministic=True``, and for more than 2 tokens; else its blocks claim rows as they come to
+them, and the order of its fp32 sums, so the last bits of y, vary from call to call.
 
 Batch 2 to 8: rows are read for the union of the tokens' active sets, and each token uses only its own neurons.
 """
@@ -47,7 +50,13 @@ class Layer:
     kind: Kind
 
     def __init__(
-        self, w_down_t: Tensor, activation: str, *, rank: int = 0, first: Literal["gate", "up"] = "up"
+        self,
+        w_down_t: Tensor,
+        activation: str,
+        *,
+        rank: int = 0,
+        first: Literal["gate", "up"] = "up",
+        deterministic: bool = False,
     ) -> None:
         if not isinstance(w_down_t, Tensor) or w_down_t.dim() != 2:
             raise ValueError("w_down_t must be a matrix (d_ff, d_model): pass transpose_down(w_down)")
@@ -60,6 +69,7 @@ class Layer:
         self._n_blocks, self._capability = device_facts(self.device)
         self._changes: dict[str, Any] = {}
         self._options: dict[str, Any] = {"activation": activation, "rank": rank, "first": first}
+        self._options["deterministic"] = deterministic
         self._addresses: dict[str, int | float] = {"down": w_down_t.data_ptr()}
         self._launches: dict[int, tuple[Loaded, Launch, Tensor]] = {}
         self._most = launch_tokens(self._plan(1))
@@ -237,6 +247,9 @@ class ThresholdLayer(_ChoosingLayer):
     first : "up" or "gate"
     threshold : float
         A neuron is kept unless its score is below it; -inf keeps all.
+    deterministic : bool
+        Deal all rows out before the launch, so that equal inputs give equal bits; slower. Else a block that is ahead of
+        the others claims more rows, and the last bits of y vary from call to call.
 
     Raises
     ------
@@ -249,11 +262,19 @@ class ThresholdLayer(_ChoosingLayer):
     kind: Kind = "threshold"
 
     def __init__(
-        self, w_gate: Tensor, w_up: Tensor, w_down_t: Tensor, *, activation: str, first: str, threshold: float
+        self,
+        w_gate: Tensor,
+        w_up: Tensor,
+        w_down_t: Tensor,
+        *,
+        activation: str,
+        first: str,
+        threshold: float,
+        deterministic: bool = False,
     ) -> None:
         if first not in ("up", "gate"):
             raise ValueError(f"first={first!r}: must be 'up' (M-COUNTDOWN) or 'gate' (CATS)")
-        super().__init__(w_down_t, activation, threshold, first=first)
+        super().__init__(w_down_t, activation, threshold, first=first, deterministic=deterministic)
         for name, weight in (("w_gate", w_gate), ("w_up", w_up)):
             check_weight(name, weight, (self.d_ff, self.d_model), w_down_t)
         self.first, self._weights = first, (w_gate, w_up)

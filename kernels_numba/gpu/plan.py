@@ -8,20 +8,18 @@ from functools import cached_property
 from typing import Literal
 
 Kind = Literal["threshold", "predictor", "given", "down"]
-Phase = Literal["select", "sparse", "reduce"]
-PHASES: tuple[Phase, ...] = ("select", "sparse", "reduce")
+Phase = Literal["project", "select", "sparse", "reduce"]
+PHASES: tuple[Phase, ...] = ("project", "select", "sparse", "reduce")  # project: z = V x of a predictor
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_BATCH = 8
 STAMPS = ("start", "filled", "first packet", "chosen", "summed", "all summed", "end")
 # Phases between stamps by kind; the first overlaps with the kernel in front if launches are dependent.
-_BEGIN = (("fill", "start", "filled"), ("first packet", "filled", "first packet"))
 _END = (("active rows", "chosen", "summed"), ("wait", "summed", "all summed"), ("sum of y", "all summed", "end"))
 TRACED: dict[Kind, tuple[tuple[str, str, str], ...]] = {
     "threshold": (
         ("fill", "start", "filled"),
-        ("first packet", "filled", "first packet"),
-        ("choose", "first packet", "chosen"),
-        *_END,
+        ("dense and active rows", "filled", "summed"),
+        *_END[1:],
     ),
     "predictor": (
         ("fill", "start", "filled"),
@@ -32,7 +30,10 @@ TRACED: dict[Kind, tuple[tuple[str, str, str], ...]] = {
     "given": (("fill", "start", "chosen"), *_END),
     "down": (("fill", "start", "chosen"), *_END),
 }
-_MAX_THREADS = 640  # a longer row gives each thread several 16-byte pieces
+RESERVE = 2  # neurons that a block of ``threshold`` keeps for the time when no dense packet is left to hide latencies
+CLAIMS = 8  # places for claims on their way from the claiming warp to the others
+# A longer row gives each thread several 16-byte pieces; beside a claiming warp fewer registers are left for two blocks an SM.
+_MAX_THREADS = {"threshold": 512, "predictor": 640, "given": 640, "down": 640}
 _SHARED_LIMIT = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227}  # KiB a block may use
 
 
@@ -69,6 +70,9 @@ class Plan:
         Type of the coefficients of ``down``.
     trace : bool
         Write the clock of every block's first thread at each phase into the workspace (``STAMPS``).
+    deterministic : bool
+        ``threshold``: deal all rows out beforehand, so that every sum has one order. Else a block that is faster claims
+        more rows (``claims``). The other kinds are deterministic either way.
     """
 
     kind: Kind
@@ -90,6 +94,7 @@ class Plan:
     hint: str = "L2::128B"
     value_dtype: str = "float32"
     trace: bool = False
+    deterministic: bool = False
 
     # geometry of a row ------------------------------------------------------------------------------------------------
     @property
@@ -110,19 +115,29 @@ class Plan:
     @property
     def chunks(self) -> int:
         """Pieces of a row held by one thread."""
-        return math.ceil(self.pieces / _MAX_THREADS)
+        return math.ceil(self.pieces / _MAX_THREADS[self.kind])
 
     @cached_property
     def threads(self) -> int:
-        """Threads of a block: whole warps, enough for a row and for a row of the predictor."""
+        """Threads of a block that work on rows: whole warps, enough for a row and for a row of the predictor."""
         wanted = math.ceil(self.pieces / self.chunks)
         if self.rank:
             wanted = max(wanted, self.rank_pieces)
         return 32 * math.ceil(wanted / 32)
 
     @property
+    def claims(self) -> bool:
+        """Whether blocks claim dense packets while they run; with 4 tokens or more the claiming warp's registers are missed."""
+        return self.kind == "threshold" and self.batch <= 2 and not self.deterministic
+
+    @property
+    def launch_threads(self) -> int:
+        """Threads of a block: those that work on rows, and the warp that claims."""
+        return self.threads + (32 if self.claims else 0)
+
+    @property
     def warps(self) -> int:
-        """Warps of a block."""
+        """Warps that work on rows."""
         return self.threads // 32
 
     @property
@@ -155,6 +170,16 @@ class Plan:
     def logit_slots(self) -> int:
         """Slots of a packet of U: at most 32 rows in all, one a lane, and 32 sums a warp."""
         return max(1, min(self.slots, 32 // self.logit_rows, 32 // self.batch))
+
+    @property
+    def logit_warps(self) -> int:
+        """Warps that hold rows of U."""
+        return self.logit_rows * self.rank_pieces // 32
+
+    @property
+    def logit_packets(self) -> int:
+        """Most packets of U that a block reads."""
+        return math.ceil(self.block_rows / (self.logit_rows * self.logit_slots)) if self.rank else 0
 
     # packets ----------------------------------------------------------------------------------------------------------
     @property
@@ -190,13 +215,41 @@ class Plan:
 
     @property
     def held(self) -> int:
-        """Work-list places for neurons whose rows are copied while the block still chooses."""
+        """Neurons in flight."""
         return self.depth * self.neurons
 
     @property
+    def dense_packets(self) -> int:
+        """Packets of the first projection of ``threshold``."""
+        return math.ceil(self.d_ff / self.rows)
+
+    @property
+    def static_packets(self) -> int:
+        """Dense packets that each block has without claiming them: half of its share."""
+        return max(self.depth, self.dense_packets // self.n_blocks // 2) if self.claims else self.dense_packets
+
+    @property
+    def list_size(self) -> int:
+        """Places of the circular list of ``threshold``, a power of 2: found and not yet used, or on their way."""
+        most = RESERVE + self.neurons + (self.depth + 1) * self.rows + self.held
+        return 1 << (most - 1).bit_length()
+
+    @property
+    def deals(self) -> bool:
+        """Whether blocks that found many neurons give some to blocks that found few; with 8 tokens registers are short."""
+        return self.kind == "predictor" and self.n_blocks > 1 and self.batch < 8
+
+    @property
+    def received_at(self) -> int:
+        """First place of the work list for neurons that other blocks found: asked for two trips round the ring before."""
+        return 3 * self.held if self.deals else 0
+
+    @property
     def work_size(self) -> int:
-        """Most entries of a block's work list."""
-        return self.held + self.block_rows + self.neurons
+        """Places of a block's work list."""
+        if self.kind == "threshold":
+            return self.list_size
+        return max(self.held, self.received_at) + self.block_rows + self.neurons
 
     # shared memory, byte offsets --------------------------------------------------------------------------------------
     def scratch_width(self, sums: int) -> int:
@@ -210,8 +263,6 @@ class Plan:
         widths = [self.scratch_width(self.sparse_sums)]
         if self.kind in ("threshold", "predictor"):
             widths.append(self.scratch_width(self.dense_sums))
-        if self.kind == "predictor":
-            widths.append(self.logit_slots * self.batch * self.warps)
         return 4 * math.ceil(max(widths) / 4)
 
     @cached_property
@@ -222,20 +273,26 @@ class Plan:
             "x": self.batch * self.slot_bytes,
             "z": self.batch * self.rank_padded * 4,
             "scratch": 2 * self.scratch_floats * 4,
-            "columns": self.warps * self.column_lanes * 16 * 4 if "reduce" in self.phases else 0,
-            "found": self.block_rows * 4,
-            "found_value": self.block_rows * self.batch * 4,
+            "logits": self.logit_packets * self.logit_slots * self.batch * self.logit_warps * 4 if self.rank else 0,
+            "claims": (CLAIMS + 1) * 8 if self.claims else 0,
+            "begins": self.depth * 4 if self.kind == "threshold" else 0,
             "work": self.work_size * 4,
-            "work_value": self.work_size * self.batch * 4,
+            "work_value": self.work_size * self.batch * 4 if self.kind in ("threshold", "down") else 0,
         }
         # the reduction runs when the ring is drained, so its scratch lies on top of it
-        del sizes["columns"]
         sizes["ring"] = max(sizes["ring"], self.warps * self.column_lanes * 16)
+        # neurons are dealt when the logits have been used
+        deal = {"received": self.block_rows * 16, "counts": self.n_blocks * 8, "source": self.block_rows * 4}
+        if self.deals:
+            sizes["logits"] = max(sizes["logits"], sum(16 * math.ceil(size / 16) for size in deal.values()))
         offsets, at = {}, 0
         for name, size in sizes.items():
             offsets[name] = at
             at += 16 * math.ceil(size / 16)
-        offsets["total"] = at
+        offsets["total"], at = at, offsets["logits"]
+        for name, size in deal.items():
+            offsets[name] = at
+            at += 16 * math.ceil(size / 16)
         return offsets
 
     # global workspace, byte offsets -----------------------------------------------------------------------------------
@@ -244,11 +301,11 @@ class Plan:
         """Offset of every area, and ``total``."""
         sizes = {
             "counts": self.n_blocks * 8,
-            "z_done": self.n_blocks * 8,
             "done": self.n_blocks * 8,
-            "z": self.batch * self.rank_padded * 4,
-            "index": self.d_ff * 4,
-            "value": self.d_ff * self.batch * 4,
+            "z": self.batch * self.rank_padded * 8,
+            "index": self.d_ff * 8,
+            "kept": self.d_ff * 4,
+            "claims": 2 * 128 if self.claims else 0,
             "partial": self.n_blocks * self.batch * self.d_model * 4,
             "trace": self.n_blocks * len(STAMPS) * 8 if self.trace else 0,
         }
@@ -298,6 +355,10 @@ class Plan:
         for sums in (self.dense_sums if self.kind in ("threshold", "predictor") else 1, self.sparse_sums):
             if sums > 32 or sums & (sums - 1):
                 raise ValueError(f"{sums} sums a packet: rows and neurons times batch must be a power of 2 up to 32")
+        if self.kind == "threshold" and (self.neurons > 14 or self.depth > 15):
+            raise ValueError(
+                f"neurons={self.neurons}, depth={self.depth}: at most 14 and 15, packets are noted in 4 bits each"
+            )
         if self.threads > 1024:
             raise ValueError(f"rank={self.rank}: a row of the predictor must fit in 1024 threads; use a lower rank")
         limit = shared_limit(self.capability)

@@ -2,14 +2,15 @@
 
 Addresses are host addresses, checked against the buffers that ``allowed`` knows, so that a read or write out of bounds
 is an IndexError instead of luck. A warp is 32 neighbouring threads; its exchanges go through memory and barriers, so
-all threads of the block must reach them together. Blocks run one after another: a wait for another block's arrival
-that has not happened yet raises.
+all threads of the block that work on rows must reach them together; the claiming warp, a real one here too, joins their
+barriers while it waits. Blocks run one after another: a wait for another block's arrival that has not happened yet raises.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,12 +36,10 @@ def allowed(*arrays: np.ndarray, shared_bytes: int) -> Iterator[None]:
     low = -(-shared.ctypes.data // 16) * 16
     _shared[:] = [low]
     _buffers.append((low, low + shared_bytes))
-    ranges = [(a.ctypes.data, a.ctypes.data + a.nbytes) for a in arrays]
-    _buffers.extend(ranges)
+    _buffers.extend((a.ctypes.data, a.ctypes.data + a.nbytes) for a in arrays)
     try:
         yield
     finally:
-        del ranges
         _buffers.clear()
         _exchange.clear()
 
@@ -71,6 +70,11 @@ def syncthreads() -> None:
     _thread().syncthreads()
 
 
+def make_barrier(_threads: int) -> Callable[[], None]:
+    """The simulator's barrier is of all threads that are left: see ``shared_wait_above``."""
+    return syncthreads
+
+
 def _loader(kind: Any, convert: Callable[[Any], Any]) -> Callable[[int], Any]:
     def load(address: int) -> Any:
         return convert(view(address, kind)[0])
@@ -98,14 +102,59 @@ def shared_store_i32(address: int, value: int) -> None:
 store_i32 = shared_store_i32
 
 
-def flag_store(address: int, value: int) -> None:
-    """64 bits."""
-    view(address, ctypes.c_int64)[0] = int(value)
+flag_store, flag_load = _storer(ctypes.c_int64), _loader(ctypes.c_int64, int)
 
 
-def flag_load(address: int) -> int:
-    """64 bits."""
-    return int(view(address, ctypes.c_int64)[0])
+def store_tagged_i32(address: int, value: int, tag: int) -> None:
+    """Data and the number of the launch."""
+    view(address, ctypes.c_uint32, 2)[:] = [int(value) & 0xFFFFFFFF, int(tag)]
+
+
+def wait_tagged_i32(address: int, tag: int) -> int:
+    """Data of this launch; blocks run one after another, so what is not there never will be."""
+    value, found = view(address, ctypes.c_int32, 2)[:]
+    if found != tag:
+        raise RuntimeError(f"waits for a word of launch {tag}: the word there is of launch {found}")
+    return int(value)
+
+
+def store_tagged_f32(address: int, value: Any, tag: int) -> None:
+    """As for an integer."""
+    store_tagged_i32(address, int(np.float32(value).view(np.uint32)), tag)
+
+
+def wait_tagged_f32(address: int, tag: int) -> Any:
+    """As for an integer."""
+    return np.int32(wait_tagged_i32(address, tag)).view(np.float32)
+
+
+def atomic_add(address: int, value: int) -> int:
+    """The value before; one claiming thread of one block at a time. The first take a while: others must wait for claims."""
+    before = load_i32(address)
+    time.sleep(0.2 if before < 3 else 0)
+    store_i32(address, before + value)
+    return before
+
+
+shared_tell = store_tagged_i32
+
+
+def shared_wait(address: int, tag: int) -> int:
+    """Data with this tag, which the claiming thread writes as soon as it runs."""
+    end = time.monotonic() + 5
+    while view(address + 4, ctypes.c_int32)[0] != tag and time.monotonic() < end:
+        time.sleep(0.0005)
+    return wait_tagged_i32(address, tag)
+
+
+def shared_wait_above(address: int, value: int) -> None:
+    """Joins the barriers of the others, who would else wait for this thread."""
+    left = 10000
+    while shared_load_i32(address) <= value:
+        syncthreads()
+        left -= 1
+        if not left:
+            raise RuntimeError(f"nobody asks for a claim beyond {value}")
 
 
 def store_clock(address: int) -> None:
@@ -239,9 +288,8 @@ def make_store_columns(
         for c in range(min(limit, chunks)):
             for b in range(batch):
                 at = (b * chunks + c) * n
-                view(address + b * token_stride + c * chunk_stride, ctypes.c_float, n)[:] = [
-                    float(a) for a in y[at : at + n]
-                ]
+                place = view(address + b * token_stride + c * chunk_stride, ctypes.c_float, n)
+                place[:] = [float(a) for a in y[at : at + n]]
 
     return store_columns
 
@@ -310,6 +358,11 @@ def make_lanes_spread(n: int, stride: int) -> Callable[..., Any]:
 def lane_xor(value: Any, mask: int) -> Any:
     """As in ``device``."""
     return all_lanes(value)[(thread_index() & 31) ^ mask]
+
+
+def lane_of(value: int, lane: int) -> int:
+    """As in ``device``."""
+    return int(all_lanes(value)[lane & 31])
 
 
 def ballot(predicate: bool) -> int:

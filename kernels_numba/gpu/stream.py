@@ -17,6 +17,11 @@ NEURON = (1 << 24) - 1  # a list entry: neuron in the low 24 bits, bit 24 + t se
 HOLE = -1
 
 
+def make_sync(plan: Plan, dev: Any) -> Any:
+    """``sync()``: barrier of the threads that work on rows."""
+    return dev.make_barrier(plan.threads) if plan.claims else dev.syncthreads
+
+
 def make_block_sum(plan: Plan, dev: Any, sums: int) -> Any:
     """``block_sum(scratch, tid, values)``: sums over the block of ``sums`` values; lane l gets number l // (32 / sums).
 
@@ -25,7 +30,7 @@ def make_block_sum(plan: Plan, dev: Any, sums: int) -> Any:
     width, warps, rounds = 32 // sums, plan.warps, -(-plan.warps // (32 // sums))
     lanes_sum, fold = dev.make_lanes_sum(sums), dev.make_lanes_fold(32 // sums)
     load, store = dev.shared_load_f32, dev.shared_store_f32
-    sync = dev.syncthreads
+    sync = make_sync(plan, dev)
 
     @dev.device_function
     def block_sum(scratch, tid, values):
@@ -67,7 +72,7 @@ def make_flags(plan: Plan, dev: Any) -> SimpleNamespace:
     ``raise_flag(words, block, epoch, tid)``: all the block wrote before is visible to who has seen the word.
     ``wait(words, epoch, tid)``: until every block's word has this epoch.
     """
-    n_blocks, threads, done_ws, sync = plan.n_blocks, plan.threads, plan.workspace["done"], dev.syncthreads
+    n_blocks, threads, done_ws, sync = plan.n_blocks, plan.threads, plan.workspace["done"], make_sync(plan, dev)
     load, store, spins = dev.flag_load, dev.flag_store, dev.SPIN_LIMIT
 
     @dev.device_function

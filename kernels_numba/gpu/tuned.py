@@ -13,17 +13,18 @@ _BLOCK_RESERVED = 1024  # shared memory the system keeps for every block
 
 
 def launch_tokens(plan: Plan) -> int:
-    """Most tokens of one launch: each thread holds ``batch * d_model / threads`` sums in registers.
+    """Most tokens of one launch: each thread holds ``batch`` times its columns, as sums, in registers.
 
-    8 need 128 registers a thread; wider blocks have fewer, and a larger batch runs as several launches.
+    64 sums need 128 registers a thread; a larger batch runs as several launches.
     """
-    return 8 if _REGISTERS // plan.threads >= 128 else 4
+    return 8 if _REGISTERS // plan.threads >= 128 and plan.chunks * plan.vector <= 8 else 4
 
 
 def _packets(plan: Plan) -> Plan:
     """Rows and neurons of a packet: at most 32 sums, and few enough that several packets fit."""
-    wide = plan.kind == "predictor" and plan.threads > 512  # 48 registers a thread: 4 rows would spill one
-    rows = min(2 if wide else 4, 32 // plan.batch)
+    # 4 rows would spill: in 48 registers a thread, and where y of 8 tokens takes 64 while rows are multiplied
+    few = plan.threads > 512 if plan.kind == "predictor" else plan.kind == "threshold" and plan.batch == 8
+    rows = min(2 if few else 4, 32 // plan.batch)
     most = 32 // (max(1, plan.matrices - 1) * plan.batch)
     neurons = min(most, {"threshold": 2, "predictor": 1, "given": 1, "down": 4}[plan.kind])
     return replace(plan, rows=rows, neurons=max(1, neurons))
@@ -43,6 +44,7 @@ def tuned_plan(
     n_blocks: int,
     capability: tuple[int, int],
     value_dtype: str = "float32",
+    deterministic: bool = False,
 ) -> Plan:
     """Plan of a layer on a device with ``n_blocks`` SMs.
 
@@ -57,7 +59,7 @@ def tuned_plan(
     """
     plan = Plan(
         kind, d_model, d_ff, dtype=dtype, activation=activation, first=first, rank=rank, batch=batch,
-        n_blocks=n_blocks, capability=capability, value_dtype=value_dtype,
+        n_blocks=n_blocks, capability=capability, value_dtype=value_dtype, deterministic=deterministic,
     )  # fmt: skip
     if d_model <= 0 or d_model % 8 or d_ff <= 0 or d_ff % 8 or dtype not in ("bfloat16", "float16", "float32"):
         plan.check()

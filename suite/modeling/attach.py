@@ -335,6 +335,7 @@ def attach(
     mode: Mode | None = None,
     scope: Scope = "all",
     backend: Backend = "masked",
+    deterministic: bool = False,
 ) -> Iterator[Attached]:
     """Sparsify the gated MLPs of a model inside a ``with`` block.
 
@@ -359,6 +360,9 @@ def attach(
         W_down: on the CPU (fp32) passes of one token, on a GPU of up to 8, which share the rows of the union of their
         active sets. All other passes are masked; a decode step too wide for the kernels says so once by a warning.
         auto: numba where it is possible.
+    deterministic : bool
+        CUDA kernels whose sums have one order, so that equal inputs give equal bits; slower for methods that select by a
+        dense projection, the same kernels for all others. All else is deterministic anyway.
 
     Raises
     ------
@@ -383,7 +387,7 @@ def attach(
         if refused and backend == "numba":
             raise InputError(f"backend numba cannot run here: {refused}; use backend masked")
         if not refused and thresholds is not None:
-            kernels = decode_kernels(model, method, thresholds, predictor)
+            kernels = decode_kernels(model, method, thresholds, predictor, deterministic=deterministic)
     with sparsified(
         model, method, select, scope=scope, thresholds=thresholds, kernels=kernels, predictor=predictor
     ) as attached:

@@ -185,7 +185,12 @@ def _is_magnitude(method: Method) -> bool:
 
 
 def decode_kernels(
-    model: nn.Module, method: Method, thresholds: Tensor, predictor: PredictorState | None
+    model: nn.Module,
+    method: Method,
+    thresholds: Tensor,
+    predictor: PredictorState | None,
+    *,
+    deterministic: bool = False,
 ) -> DecodeKernels:
     """Kernels of every layer; each holds a transposed copy of its layer's ``W_down``."""
     mlps, values = find_gated_mlps(model), thresholds.tolist()
@@ -195,7 +200,8 @@ def decode_kernels(
         given = _cuda_given if on_cuda else _cpu_given
         return ListedKernels([given(mlp, predictor, value) for mlp, value in zip(mlps, values, strict=True)])
     if on_cuda:
-        return ChoosingKernels(cuda_layers(mlps, method.first_projection or "", values, predictor))
+        first = method.first_projection or ""
+        return ChoosingKernels(cuda_layers(mlps, first, values, predictor, deterministic=deterministic))
     first = method.first_projection or ""
     return ListedKernels([_cpu_threshold(mlp, first, value) for mlp, value in zip(mlps, values, strict=True)])
 
@@ -259,7 +265,12 @@ def _cuda_given(mlp: GatedMLP, predictor: PredictorState, threshold: float) -> L
 
 
 def cuda_layers(
-    mlps: Sequence[GatedMLP], first: str, thresholds: Sequence[float], predictor: PredictorState | None
+    mlps: Sequence[GatedMLP],
+    first: str,
+    thresholds: Sequence[float],
+    predictor: PredictorState | None,
+    *,
+    deterministic: bool = False,
 ) -> list[Any]:
     """CUDA layers that find their active sets themselves: a low-rank predictor's, else the first projection's."""
     from kernels_numba.gpu.layers import PredictorLayer, ThresholdLayer, transpose_down
@@ -269,7 +280,8 @@ def cuda_layers(
         w_gate, w_up, w_down = (weight.detach() for weight in mlp.weights())
         weights = (w_gate, w_up, transpose_down(w_down))
         if predictor is None:
-            layers.append(ThresholdLayer(*weights, activation=mlp.activation, first=first, threshold=threshold))
+            options: dict[str, Any] = {"first": first, "deterministic": deterministic}
+            layers.append(ThresholdLayer(*weights, activation=mlp.activation, threshold=threshold, **options))
             continue
         v, u = predictor.v[mlp.layer], predictor.u[mlp.layer]  # type: ignore[attr-defined]
         v, u = v.T.to(w_up.dtype).contiguous(), u.to(w_up.dtype).contiguous()

@@ -12,7 +12,11 @@ from suite.report.text import MISSING, fixed, markdown_table, shortened
 
 # Rows that share these are of one shape on one device and may be compared; backend and variant are what competes.
 SHAPE = ["level", "model_shape", "model", "dtype", "batch_size", "threads", "context_tokens", "cache", "device_name"]
-PROBES = ("no-overlap", "trace")  # variants that measure what something costs; the tables have them, the figures not
+PROBES = (
+    "no-overlap",
+    "deterministic",
+    "trace",
+)  # variants that measure what something costs; the tables have them, the figures not
 LINE = ["method", "rank", "predictor", "backend", "variant", "clock"]
 
 

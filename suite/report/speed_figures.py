@@ -19,7 +19,7 @@ FEWEST = 4  # sparsities of a panel of speed-ups; shorter lines stand in the tab
 _HEAT = "viridis"
 # light to dark in the order of the phases; "wait" in grey: nothing is read
 _PHASES = {"first packet": "#a2d4ec", "z = V x": "#73bfe2", "choose": "#46abdb", "logits": "#46abdb"}
-_PHASES |= {"active rows": "#12719e", "wait": "#9d9d9d", "sum of y": "#fdbf11"}
+_PHASES |= {"dense and active rows": "#2a8ebd", "active rows": "#12719e", "wait": "#9d9d9d", "sum of y": "#fdbf11"}
 
 
 def lines_of(data: pd.DataFrame, by: str = "label") -> list[tuple[str, str, pd.DataFrame]]:

@@ -59,8 +59,9 @@ class SpeedCase:
     backend : "torch" (dense only), "numba-cpu" or "numba-cuda"
     device : "cpu" or "cuda"
     threads : CPU threads; 0 on a GPU
-    variant : "eager"; of dense on a GPU "compile"; of a CUDA kernel "no-overlap" (without programmatic dependent launch)
-        or "trace" (with the clock written at every phase)
+    variant : "eager"; of dense on a GPU "compile"; of a CUDA kernel "no-overlap" (without programmatic dependent launch),
+        of a method that selects by a dense projection "deterministic" (sums in one order), or "trace" (with the clock
+        written at every phase)
     clock : "wall" on a CPU, "graph" or "event" on a GPU
     context_tokens : tokens in the cache, of level "decode" only
     """
@@ -160,7 +161,8 @@ def make_cases(
 
     ``torch`` runs dense only and once, whatever the sparsities; the other backends run the sparse methods. The CPU
     knows the clock ``wall`` and the variant ``eager`` only, the GPU every other clock (``wall`` becomes ``graph``);
-    the variant ``compile`` is of dense on the GPU, in a graph, ``no-overlap`` and ``trace`` of the CUDA kernels.
+    the variant ``compile`` is of dense on the GPU, in a graph, ``no-overlap`` and ``trace`` of the CUDA kernels,
+    ``deterministic`` of those that have another order of sums without it.
 
     Raises
     ------
@@ -219,6 +221,8 @@ def _exists(level: str, device: str, backend: str, method: str, variant: str, cl
         return False
     if variant == "compile":  # torch.compile competes for the fastest dense row alone
         return method == "dense" and clock == "graph"
+    if variant == "deterministic":
+        return method in ("cats", "m-countdown")
     return variant == "eager" or method != "dense"
 
 

@@ -25,7 +25,9 @@ from suite.speed.gpu_timing import Timed, clock_rate, numbers_of, phase_rows, pr
 _MIN_LAYERS, _MAX_LAYERS = 8, 24
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _FIRST = {"cats": "gate", "m-countdown": "up"}
-_VARIANTS: dict[str, dict[str, bool]] = {"no-overlap": {"overlap": False}, "trace": {"trace": True}}  # of the plan
+_VARIANTS: dict[str, dict[str, bool]] = {  # of the plan
+    "no-overlap": {"overlap": False}, "deterministic": {"deterministic": True}, "trace": {"trace": True},
+}  # fmt: skip
 _METHODS = ("dense", "d-countdown", "given", *_FIRST)
 
 

@@ -12,5 +12,7 @@ if __name__ == "__main__":
             weights = Weights(576, 264, dtype)
             x = weights.x(1)
             threshold = float(weights.scores(method, x, "silu").median())
-            check(weights, weights.layer(method, "silu", threshold), method, "silu", x)
+            for deterministic in (False, True):
+                layer = weights.layer(method, "silu", threshold, deterministic=deterministic)
+                check(weights, layer, method, "silu", x)
     torch.cuda.synchronize()

@@ -70,6 +70,8 @@ def test_graph_of_a_step(architecture, name):
         if graph is None:
             method.calibrate(0.5, start)
             kernels = method.kernels()
+            for layer in kernels.layers:
+                layer.change_plan(deterministic=True)  # in another order of sums near ties may turn out otherwise
             case = type("Case", (), {"d_ff": 512, "device": "cuda"})
             graph = prepare(case, decode, kernels.run, kernels, start)
         assert not check(decode, method, kernels, start, real=False).reason

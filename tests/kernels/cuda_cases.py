@@ -24,13 +24,25 @@ CASES = {
     "m": Plan("threshold", **BASE, n_blocks=1),
     "m-blocks": Plan("threshold", **BASE, n_blocks=3),
     "m-odd": Plan("threshold", **BASE, n_blocks=5),
+    "m-gelu": Plan("threshold", **BASE, activation="gelu_tanh", n_blocks=1),
+    "m-long": Plan("threshold", **BASE | {"d_ff": 96}, n_blocks=2),
+    "m-tail": Plan("threshold", **BASE | {"rows": 16, "depth": 1}, n_blocks=1),
+    "m-wide": Plan("threshold", **BASE | {"d_model": 2056}, n_blocks=1),
+    "m-dealt": Plan("threshold", **BASE, n_blocks=1, deterministic=True),
+    "m-dealt-blocks": Plan("threshold", **BASE, activation="gelu_tanh", n_blocks=5, deterministic=True),
     "m-bf16": Plan("threshold", **BASE | {"dtype": "bfloat16", "rows": 4, "depth": 3}, n_blocks=1),
     "m-fp16-blocks": Plan("threshold", **BASE | {"dtype": "float16"}, n_blocks=2),
     "cats": Plan("threshold", **BASE, first="gate", activation="gelu_tanh", n_blocks=1),
     "cats-blocks": Plan("threshold", **BASE, first="gate", n_blocks=2),
+    "cats-dealt": Plan("threshold", **BASE, first="gate", n_blocks=1, deterministic=True),
     "cats-batch": Plan("threshold", **BASE, first="gate", batch=4, n_blocks=1),
+    "cats-pair": Plan("threshold", **BASE, first="gate", batch=2, n_blocks=1),
     "m-batch": Plan("threshold", **BASE, batch=2, n_blocks=2),
+    "m-batch-dealt": Plan("threshold", **BASE, batch=2, n_blocks=2, deterministic=True),
     "d": Plan("predictor", **BASE, rank=24, n_blocks=1),
+    "d-blocks": Plan("predictor", **BASE | {"d_ff": 96, "neurons": 1}, rank=24, n_blocks=3),
+    "d-uneven": Plan("predictor", **BASE | {"d_ff": 80, "neurons": 1, "depth": 1}, rank=24, n_blocks=5),
+    "d-pairs": Plan("predictor", **BASE | {"d_ff": 80, "depth": 1}, rank=24, batch=2, n_blocks=4),
     "d-gelu": Plan("predictor", **BASE | {"neurons": 1}, rank=8, activation="gelu_tanh", n_blocks=1),
     "d-batch": Plan("predictor", **BASE, rank=24, batch=2, n_blocks=1),
     "given": Plan("given", **BASE, n_blocks=1),
@@ -122,19 +134,32 @@ class Problem:
             np.float32(self.threshold) if plan.kind in ("threshold", "predictor") else 0,
             self.tokens,
         ]
-        first = ["select"] if plan.kind in ("threshold", "predictor") else []
+        first = ["project", "select"] if plan.kind == "predictor" else []
         plans = [plan] if plan.n_blocks == 1 else [replace(plan, phases=(p,)) for p in (*first, "sparse", "reduce")]
         with simulated.allowed(*buffers.values(), shared_bytes=plan.shared["total"]):
             for part in plans:
                 kernel = cuda.jit(make_kernel(part, module))
-                kernel[part.n_blocks, part.threads, 0, 0](*arguments)
+                kernel[part.n_blocks, part.launch_threads, 0, 0](*arguments)
+        if len(plans) > 1:  # the one launch they stand for would end with every block's flag, and so begin a new epoch
+            at = plan.workspace["done"]
+            self.workspace[at : at + plan.n_blocks * 8].view(np.int64)[:] += 1 << 32
         if plan.dtype == "bfloat16":
             return ((self.y.astype(np.uint32) << 16).view(np.float32).astype(np.float64))[: self.tokens]
         return self.y.view(np.float16 if plan.dtype == "float16" else np.float32).astype(np.float64)[: self.tokens]
 
     def error(self, module: object = simulated) -> float:
-        """Relative error of the simulated kernel."""
-        return relative_error(self.run(module).ravel(), self.expected().ravel())
+        """Relative error of the simulated kernel: the worst of several launches, which find what those before left behind.
+
+        Claims are counted in one of two counters, so the third launch is the first to count where another has.
+        """
+        worst = 0.0
+        for _ in range(3 if self.plan.claims else 2):
+            self.y.fill(np.nan if self.plan.dtype == "float32" else 0x7FFF)
+            error = relative_error(self.run(module).ravel(), self.expected().ravel())
+            worst = error if not error <= worst else worst
+            if not worst <= LIMIT[self.plan.dtype]:
+                break
+        return worst
 
 
 LIMIT = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}  # 4 u sqrt(n) of the sums, 2 u of a narrow output
@@ -146,8 +171,6 @@ def main(names: list[str]) -> None:
         case, kept, *rest = name.split(":")
         problem = Problem(CASES[case], int(kept), tokens=int(rest[0]) if rest else None)
         error = problem.error()
-        if error <= LIMIT[problem.plan.dtype]:  # a second launch finds what the first left in the workspace
-            error = problem.error()
         sys.stdout.write(f"{name} {'ok' if error <= LIMIT[problem.plan.dtype] else f'error {error:.3g}'}\n")
 
 

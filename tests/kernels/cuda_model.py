@@ -28,7 +28,7 @@ class SimulatedLayer:
 
     launch_tokens = 2
 
-    def __init__(self, mlp, first, threshold, predictor):
+    def __init__(self, mlp, first, threshold, predictor, deterministic):
         gate, up, down = (weight.detach() for weight in mlp.weights())
         v = u = None
         if predictor is not None:
@@ -37,6 +37,7 @@ class SimulatedLayer:
         self._plan = Plan(
             "predictor" if rank else "threshold", mlp.d_model, mlp.d_ff, dtype="float32", activation=mlp.activation,
             first=first or "up", rank=rank, n_blocks=1, rows=2, neurons=1 if rank else 2, depth=2,
+            deterministic=deterministic,
         )  # fmt: skip
         dense, other = (gate, up) if first == "gate" else (up, gate)
         tensors = {"dense": dense, "a": other, "down": down.T.contiguous()}
@@ -56,14 +57,16 @@ class SimulatedLayer:
         arguments = [buffers[name].ctypes.data if name in buffers else 0 for name in ARGUMENTS[:12]]
         with simulated.allowed(*buffers.values(), shared_bytes=plan.shared["total"]):
             kernel = cuda.jit(make_kernel(plan, simulated))
-            kernel[1, plan.threads, 0, 0](*arguments, plan.d_ff, self._threshold, n_tokens)
+            kernel[1, plan.launch_threads, 0, 0](*arguments, plan.d_ff, self._threshold, n_tokens)
         self.last_launch = plan, torch.from_numpy(workspace)
         return torch.from_numpy(out).view(x.shape)
 
 
-def simulated_kernels(model, method, thresholds, predictor):
+def simulated_kernels(model, method, thresholds, predictor, *, deterministic):
     pairs = zip(find_gated_mlps(model), thresholds.tolist(), strict=True)
-    return ChoosingKernels([SimulatedLayer(mlp, method.first_projection, value, predictor) for mlp, value in pairs])
+    return ChoosingKernels(
+        [SimulatedLayer(mlp, method.first_projection, value, predictor, deterministic) for mlp, value in pairs]
+    )
 
 
 def compare(architecture: str, name: str, rows: int) -> str:

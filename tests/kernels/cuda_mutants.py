@@ -16,17 +16,31 @@ from tests.kernels import cuda_cases
 # name: (module, text, replacement, case, neurons kept)
 MUTANTS = {
     "activation": ("stream", 'plan.activation == "gelu_tanh"', 'plan.activation == "silu"', "given", 9),
-    "dropped-tail-rows": ("choose", "steps = (end + rows - 1) // rows", "steps = end // rows", "m-odd", 24),
-    "stale-tail-entry": ("combine", "if tid < neurons:  # the last", "if tid < 0:  # the last", "m", 7),
+    "dropped-tail-rows": ("plan", "math.ceil(self.d_ff / self.rows)", "self.d_ff // self.rows", "m-tail", 23),
+    "rows-beyond-the-tail": ("mixed", "wanted = begin + row < d_ff and", "wanted =", "m-tail", 24),
+    "stale-tail-entry": ("combine", "if tid < neurons:  # the last", "if tid < 0:  # the last", "down", 7),
+    "stale-neuron": ("combine", "if number >= n * tokens:", "if number >= 32:", "m-dealt", 7),
     "off-by-one-share": ("combine", "(1 if block < extra else 0)\n        for i", "0\n        for i", "given-blocks", 7),
-    "held-twice": ("combine", "load_i(shared + found_at + (held + i) * 4)", "load_i(shared + found_at + i * 4)", "m", 9),
+    "found-twice": ("mixed", "begun += n", "begun += 1", "m", 9),
+    "last-packets-dropped": ("mixed", "while kinds != 0 or following < packets", "while following < packets", "m-dealt", 9),
+    "counter-not-cleared": ("claims", "if claims and block == 0 and", "if claims and block == 1 and", "m", 12),
+    "other-counter": ("claims", "(read_epoch(workspace, block) & 1) * 128", "0", "m", 12),
+    "claim-not-awaited": ("claims", "return wait(", "return (lambda slot, _: dev.shared_load_i32(slot))(", "m-bf16", 12),
+    "claimed-twice": ("claims", "second = add(counter, 1)\n", "second = first\n", "m-long", 60),
+    "claims-of-one-round": ("claims", "k += 3", "k += 2", "m-long", 60),
+    "launch-not-counted": ("stream", ">> 32) + 1) & 0x7FFFFFFF", ">> 32) + 0) & 0x7FFFFFFF", "m", 12),
     "shift-of-down-rows": ("combine", "(plan.matrices - 1) * plan.neurons * plan.slot_bytes", "0", "given", 9),
     "lost-partial-sums": ("combine", "n_blocks - row + rows_at_once - 1", "n_blocks - row - 1", "given-blocks", 7),
     "no-residual": ("combine", "if residual != 0:", "if residual == 1:", "down", 9),
     "all-tokens-keep": ("combine", "(entry >> (24 + token)) & 1 == 0", "token < 0", "m-batch", 6),
     "logit-of-wrong-rank": ("choose", "if i % padded < rank:", "if i % padded < rank // 4:", "d", 9),
-    "threshold-drops-nan": ("choose", "not (abs(value) < threshold)", "abs(value) >= threshold", "nan", 5),
+    "dealt-a-neighbour": ("deal", "j * 16 + place % 2 * 8", "j * 16", "d-uneven", 45),
+    "dealt-to-two": ("deal", "before += under if c < block else 0", "before += 0", "d-uneven", 40),
+    "dealt-to-none": ("deal", "for j in range(tid, received, threads)", "for j in range(0)", "d-blocks", 40),
+    "threshold-drops-nan": ("mixed", "not (abs(value) < threshold)", "abs(value) >= threshold", "nan", 5),
 }  # fmt: skip
+
+MODULES = ("plan", "stream", "choose", "claims", "combine", "mixed", "deal", "kernel")  # each after those it imports
 
 
 def caught(name: str, *, mutate: bool = True) -> bool:
@@ -40,7 +54,7 @@ def caught(name: str, *, mutate: bool = True) -> bool:
         raise ValueError(f"mutant {name}: its text is no longer in {module_name}.py; adapt it")
     if mutate:
         exec(compile(source.replace(text, replacement), path, "exec"), module.__dict__)
-        for dependant in ("choose", "combine", "kernel"):  # they imported names of the module
+        for dependant in MODULES:  # they imported names of the module
             if dependant != module_name:
                 importlib.reload(importlib.import_module(f"kernels_numba.gpu.{dependant}"))
         importlib.reload(cuda_cases)
@@ -58,6 +72,6 @@ def caught(name: str, *, mutate: bool = True) -> bool:
 if __name__ == "__main__":
     for one in sys.argv[1:]:
         sys.stdout.write(f"{one} {'missed' if not caught(one) else 'caught'}\n")
-        for clean in ("stream", "choose", "combine", "kernel"):
+        for clean in MODULES:
             importlib.reload(importlib.import_module(f"kernels_numba.gpu.{clean}"))
         importlib.reload(cuda_cases)

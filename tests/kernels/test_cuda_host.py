@@ -129,6 +129,12 @@ def test_a_call_with_many_tokens_is_split_where_registers_end():
     assert tokens[1][1]["x"] - x.data_ptr() == tokens[1][1]["y"] - y.data_ptr() == 4 * 5120 * 2
 
 
+def test_deterministic_layers_and_larger_batches_claim_nothing():
+    plans = [threshold(deterministic=deterministic).plan(n) for deterministic in (False, True) for n in (1, 2, 4)]
+    assert [plan.claims for plan in plans] == [True, True, False, False, False, False]
+    assert {plan.launch_threads - plan.threads for plan in plans} == {0, 32}
+
+
 def test_bound_launches_repeat_the_call_on_the_same_tensors():
     layer, x, out = threshold(), matrix(1, 128), matrix(1, 128)
     again = layer.bind(x, out)
@@ -150,7 +156,7 @@ def test_a_changed_plan_is_what_is_launched_and_its_phases_can_be_read():
     at = plan.workspace["trace"]
     stamps = workspace[at : at + plan.n_blocks * len(STAMPS) * 8].view(torch.int64).view(plan.n_blocks, len(STAMPS))
     stamps.copy_(torch.arange(len(STAMPS)).square().expand_as(stamps))
-    assert [int(cycles[0]) for cycles in layer.phases().values()] == [1, 3, 5, 7, 9, 11]
+    assert [int(cycles[0]) for cycles in layer.phases().values()] == [1, 15, 9, 11]
 
 
 def test_lists_are_checked():
@@ -178,7 +184,11 @@ def test_lists_are_checked():
     ("plan", "message"),
     [
         (Plan("threshold", 4096, 1 << 24), "d_ff=16777216: the kernels pack a neuron into 24 bits; split the layer"),
-        (Plan("threshold", 4096, 1 << 23), "bytes of shared memory: over the"),  # the list of a block's own rows
+        (
+            Plan("predictor", 4096, 1 << 23, rank=64),
+            "bytes of shared memory: over the",
+        ),  # the list of a block's own rows
+        (Plan("threshold", 4096, 14336, depth=16), "depth=16: at most 14 and 15"),
         (Plan("threshold", 4096, 14336, capability=(7, 5)), r"compute capability 7.5: the kernels need 8.0"),
         (Plan("threshold", 4096, 14336, dtype="float64"), "dtype float64"),
         (Plan("threshold", 4096, 14336, batch=3), "batch=3: a launch holds 1, 2, 4 or 8 tokens"),

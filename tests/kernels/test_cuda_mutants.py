@@ -1,4 +1,4 @@
-"""Eleven deliberately wrong kernels, each of which the simulator's comparison with float64 must catch."""
+"""Deliberately wrong kernels, each of which the simulator's comparison with float64 must catch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import pytest
 pytest.importorskip("numba.cuda", reason="needs numba-cuda or numba's own CUDA target")
 
 
-def test_every_mutant_is_caught() -> None:
+@pytest.mark.parametrize("half", [0, 1])
+def test_every_mutant_is_caught(half: int) -> None:
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"}
     code = "from tests.kernels.cuda_mutants import MUTANTS; import sys; sys.stdout.write(' '.join(MUTANTS))"
     names = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    ).stdout.split()
+    ).stdout.split()[half::2]
     assert len(names) >= 10
     command = [sys.executable, "-m", "tests.kernels.cuda_mutants", *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

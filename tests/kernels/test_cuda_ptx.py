@@ -17,7 +17,13 @@ ptxas_needed = pytest.mark.skipif(PTXAS is None, reason="ptxas is not installed"
 # name: arguments of tuned_plan, compute capability
 PLANS = {
     "m-bf16-sm90": "('threshold', 4096, 14336, 'bfloat16', 'silu', n_blocks=132, capability=(9, 0))",
+    "m-deterministic-sm90": "('threshold', 4096, 14336, 'bfloat16', 'silu', deterministic=True, n_blocks=132, capability=(9, 0))",
+    "m-batch8-bf16-sm90": "('threshold', 4096, 14336, 'bfloat16', 'silu', batch=8, n_blocks=132, capability=(9, 0))",
+    "m-batch4-bf16-sm90": "('threshold', 5120, 17920, 'bfloat16', 'silu', batch=4, n_blocks=132, capability=(9, 0))",
+    "m-gelu-bf16-sm80": "('threshold', 3584, 14336, 'bfloat16', 'gelu_tanh', n_blocks=108, capability=(8, 0))",
+    "cats-pair-bf16-sm86": "('threshold', 5120, 13824, 'bfloat16', 'silu', first='gate', batch=2, n_blocks=82, capability=(8, 6))",
     "d-bf16-sm90": "('predictor', 5120, 17920, 'bfloat16', 'silu', rank=512, n_blocks=132, capability=(9, 0))",
+    "d-batch8-fp32-sm90": "('predictor', 4096, 14336, 'float32', 'silu', rank=512, batch=8, n_blocks=132, capability=(9, 0))",
     "given-gelu-fp32-sm80": "('given', 3584, 14336, 'float32', 'gelu_tanh', n_blocks=108, capability=(8, 0))",
     "cats-batch8-fp16-sm86": "('threshold', 576, 1536, 'float16', 'silu', first='gate', batch=8, n_blocks=82, capability=(8, 6))",
     "down-bf16-sm80": "('down', 4096, 14336, 'bfloat16', 'silu', n_blocks=108, capability=(8, 0), value_dtype='bfloat16')",
@@ -75,6 +81,8 @@ def test_ptx(name: str, ptx: dict[str, str]) -> None:
     assert f".target sm_{name[-2:]}" in text
     assert re.search(r"cp\.async\.cg\.shared\.global\S* \[\S+\], \[\S+\], 16", text), "no 16-byte copies"
     assert "ld.shared.v4.b32" in text
+    # the others' order of sums depends on the active set alone
+    assert ("atom." in text) == (name in ("m-bf16-sm90", "m-gelu-bf16-sm80", "cats-pair-bf16-sm86"))
     assert_clean(text)
 
 

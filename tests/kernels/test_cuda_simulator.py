@@ -12,10 +12,13 @@ pytest.importorskip("numba.cuda", reason="needs numba-cuda or numba's own CUDA t
 
 # case:kept[:tokens]; kept 0, 1 and all 24 are the edges
 GROUPS = {
-    "threshold": ["m:5", "m:0", "m:24", "m-blocks:7", "cats:1", "cats-blocks:24"],
-    "narrow": ["m-bf16:6", "m-fp16-blocks:5"],
+    "claimed": ["m:5", "m:0", "m:24", "m-gelu:1", "m-blocks:7", "m-tail:23", "m-wide:9"],
+    "cats": ["cats:1", "cats:24", "cats-blocks:24", "cats-pair:5:1", "cats-dealt:0", "cats-dealt:7"],
+    "deterministic": ["m-dealt:0", "m-dealt:1", "m-dealt:24", "m-dealt-blocks:7", "m-batch-dealt:6"],
+    "narrow": ["m-bf16:6", "m-fp16-blocks:5", "m-long:50"],
     "batch": ["cats-batch:4:3", "m-batch:6", "d-batch:4:1"],
     "predictor": ["d:5", "d:0", "d:24", "d-gelu:1"],
+    "dealt": ["d-blocks:40", "d-blocks:0", "d-blocks:96", "d-uneven:40", "d-pairs:30:1"],
     "listed": [
         "given:0",
         "given:24",

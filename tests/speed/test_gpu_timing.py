@@ -23,7 +23,7 @@ def test_phases_are_quantiles_over_the_blocks_of_all_layers_in_microseconds():
     assert {"cell_id", *rows[0]} == set(PHASES)
 
 
-@pytest.mark.parametrize("variant", ["no-overlap", "trace"])
+@pytest.mark.parametrize("variant", ["no-overlap", "deterministic", "trace"])
 def test_variants_of_a_kernel_are_of_sparse_methods_on_a_gpu_alone(variant):
     more = {"backends": ["torch", "numba-cpu", "numba-cuda"], "variants": [variant], "clocks": ["graph"]}
     cases = make_cases(["llama-3.1-8b"], ["dense", "cats"], [0.5], dtypes=["bfloat16"], **more)
@@ -31,3 +31,10 @@ def test_variants_of_a_kernel_are_of_sparse_methods_on_a_gpu_alone(variant):
         ("cats", "cuda", variant)
     }
     assert {case.variant for case in cases if case.device == "cpu"} == {"eager"}
+
+
+def test_sums_in_one_order_are_a_variant_of_methods_that_select_by_a_dense_projection():
+    more = {"backends": ["torch", "numba-cuda"], "variants": ["deterministic"], "clocks": ["graph"]}
+    methods = ["dense", "cats", "m-countdown", "d-countdown", "given"]
+    cases = make_cases(["llama-3.1-8b"], methods, [0.5], dtypes=["bfloat16"], **more)
+    assert {case.method for case in cases} == {"cats", "m-countdown"}

@@ -1,0 +1,73 @@
+"""Device code that shares out the dense packets of CATS and M-COUNTDOWN: dealt beforehand, or the last half claimed.
+
+An SM gets up to 6 % more bandwidth than another, and a block that finds more neurons has more to read: whoever is ahead
+claims more. A claim is an addition to a global counter and takes a trip to L2, 3 to 10 us behind a ring of copies, so
+a warp that takes no part in the copies claims ahead. A launch counts in one of two counters and clears the other.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from kernels_numba.gpu.plan import CLAIMS, Plan
+from kernels_numba.gpu.stream import make_flags
+
+
+def make_claims(plan: Plan, dev: Any) -> SimpleNamespace:
+    """``number(...)``: which dense packet the block's i-th is, asked for in order.
+
+    ``claim(shared, workspace, block)`` is what the claiming warp does; ``clear_slots``, ``clear_counter``: see there.
+    """
+    n_blocks, packets, static, claims = plan.n_blocks, plan.dense_packets, plan.static_packets, plan.claims
+    base, slots_at, counter_ws = plan.static_packets * plan.n_blocks, plan.shared["claims"], plan.workspace["claims"]
+    asked_at, store, store_global = plan.shared["claims"] + CLAIMS * 8, dev.shared_store_i32, dev.store_i32
+    add, tell, wait, wait_above = dev.atomic_add, dev.shared_tell, dev.shared_wait, dev.shared_wait_above
+    read_epoch, ready, overlap = make_flags(plan, dev).epoch, dev.grid_dependency_wait, plan.overlap
+
+    @dev.device_function
+    def clear_slots(shared, tid):
+        """No claim yet; the barrier after it includes the claiming warp."""
+        if tid <= CLAIMS:
+            tell(shared + slots_at + tid * 8, 0, 0)
+
+    @dev.device_function
+    def clear_counter(workspace, epoch, block, tid):
+        """The counter of the next launch, which begins to claim after this one has ended."""
+        if claims and block == 0 and tid == 0:
+            store_global(workspace + counter_ws + ((epoch + 1) & 1) * 128, 0)
+
+    @dev.device_function
+    def number(shared, i, block, tid):
+        if not claims or i < static:
+            return block + i * n_blocks
+        k = i - static
+        if tid == 0:
+            store(shared + asked_at, k + 1)
+        return wait(shared + slots_at + k % CLAIMS * 8, k + 1)
+
+    @dev.device_function
+    def claim(shared, workspace, block):
+        if overlap:
+            ready()
+        counter, k = workspace + counter_ws + (read_epoch(workspace, block) & 1) * 128, 0
+        first, second, third = add(counter, 1), add(counter, 1), add(counter, 1)
+        while True:  # by turns, so that no claim waits for the one before; the first beyond the last packet ends it
+            tell(shared + slots_at + k % CLAIMS * 8, base + first, k + 1)
+            if base + first >= packets:
+                break
+            wait_above(shared + asked_at, k)
+            first = add(counter, 1)
+            tell(shared + slots_at + (k + 1) % CLAIMS * 8, base + second, k + 2)
+            if base + second >= packets:
+                break
+            wait_above(shared + asked_at, k + 1)
+            second = add(counter, 1)
+            tell(shared + slots_at + (k + 2) % CLAIMS * 8, base + third, k + 3)
+            if base + third >= packets:
+                break
+            wait_above(shared + asked_at, k + 2)
+            third = add(counter, 1)
+            k += 3
+
+    return SimpleNamespace(clear_slots=clear_slots, clear_counter=clear_counter, number=number, claim=claim)

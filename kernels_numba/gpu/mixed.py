@@ -1,0 +1,187 @@
+"""Device code of CATS and M-COUNTDOWN: one loop for the dense rows that choose and for the rows of the neurons they find.
+
+The next free packet of the ring takes the rows of neurons if enough of them are waiting, else the next dense rows, so
+the stream of weights never pauses and the blocks end together: who finds more claims less (``claims``).
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from kernels_numba.gpu.claims import make_claims
+from kernels_numba.gpu.combine import make_coefficients
+from kernels_numba.gpu.plan import RESERVE, Plan
+from kernels_numba.gpu.stream import (
+    HOLE,
+    make_activation,
+    make_block_sum,
+    make_flags,
+    make_stamp,
+    make_stream,
+    make_sync,
+)
+
+_DENSE = 1  # kinds of packets in flight, 4 bits each: 0 nothing, 1 dense rows, 1 + n the rows of n neurons
+
+
+def make_append(plan: Plan, dev: Any) -> Any:
+    """``append(...)``: add the kept rows of a dense packet to the block's circular list; returns how many it has had.
+
+    A row is kept if any token keeps it (not score < threshold, so NaN is kept); its entry says which tokens do. Every
+    warp counts the same; warp 0 writes.
+    """
+    tokens, width, mask, d_ff = plan.batch, 32 // plan.dense_sums, plan.list_size - 1, plan.d_ff
+    kept_ws, work_at, value_at = plan.workspace["kept"], plan.shared["work"], plan.shared["work_value"]
+    ballot, popcount, activation, gate = dev.ballot, dev.popcount, make_activation(plan, dev), plan.first == "gate"
+    store_f, store_i, store_global = dev.shared_store_f32, dev.shared_store_i32, dev.store_i32
+
+    @dev.device_function
+    def append(shared, workspace, total, begin, found, threshold, n_tokens, tid):
+        lane = tid & 31
+        number, part = lane // width, lane % width
+        row, token = number // tokens, number % tokens
+        value = activation(total) if gate else total
+        wanted = begin + row < d_ff and token < n_tokens and not (abs(value) < threshold)
+        bits = ballot(wanted and part == 0)
+        keepers = 0
+        for t in range(tokens):
+            keepers |= ((bits >> ((row * tokens + t) * width)) & 1) << t
+        kept = ballot(keepers != 0 and part == 0 and token == 0)
+        if tid < 32 and part == 0:
+            if token == 0 and begin + row < d_ff:
+                store_global(workspace + kept_ws + (begin + row) * 4, keepers)
+            if keepers != 0:
+                place = (found + popcount(kept & ((1 << (row * tokens * width)) - 1))) & mask
+                store_f(shared + value_at + (place * tokens + token) * 4, value)
+                if token == 0:
+                    store_i(shared + work_at + place * 4, (begin + row) | (keepers << 24))
+        return found + popcount(kept)
+
+    return append
+
+
+def make_use(plan: Plan, dev: Any) -> SimpleNamespace:
+    """``dense(...)``: dot products of a dense packet; ``sparse(...)``: y with a packet of neurons added."""
+    layout = (plan.batch, plan.chunks, plan.slot_bytes, plan.chunk_bytes)
+    rows_dot = dev.make_rows_dot(plan.dtype, plan.rows, *layout)
+    dot = dev.make_rows_dot(plan.dtype, plan.neurons, *layout)
+    add = dev.make_rows_add(plan.dtype, plan.neurons, *layout)
+    dense_sum, sparse_sum = make_block_sum(plan, dev, plan.dense_sums), make_block_sum(plan, dev, plan.sparse_sums)
+    coefficients, down_at = make_coefficients(plan, dev), plan.neurons * plan.slot_bytes
+    spread, x_at = dev.make_lanes_spread(plan.neurons * plan.batch, 32 // plan.sparse_sums), plan.shared["x"]
+
+    @dev.device_function
+    def dense(shared, packet, scratch, tid):
+        return dense_sum(scratch, tid, rows_dot(packet + tid * 16, shared + x_at + tid * 16))
+
+    @dev.device_function
+    def sparse(shared, packet, scratch, place, n, y, tid):
+        total = sparse_sum(scratch, tid, dot(packet + tid * 16, shared + x_at + tid * 16))
+        v = spread(coefficients(shared, total, place, n, tid))
+        return add(packet + down_at + tid * 16, v, y)
+
+    return SimpleNamespace(dense=dense, sparse=sparse)
+
+
+def make_copy_found(plan: Plan, dev: Any) -> Any:
+    """``copy_found(...)``: copy the rows of ``n`` neurons from place ``head`` of the list on."""
+    neurons, work_at, mask, load_i = plan.neurons, plan.shared["work"], plan.list_size - 1, dev.shared_load_i32
+    copy_neuron = make_stream(plan, dev).copy_neuron
+
+    @dev.device_function
+    def copy_found(shared, packet, head, n, a, b, down, tid):
+        for j in range(neurons):
+            entry = HOLE
+            if j < n:
+                entry = load_i(shared + work_at + ((head + j) & mask) * 4)
+            copy_neuron(packet, j, entry, j < n, a, b, down, tid)
+
+    return copy_found
+
+
+def make_fill(plan: Plan, dev: Any) -> Any:
+    """``fill(...)``: the first dense packets of the block; returns the kinds of the packets in flight."""
+    rows, depth, d_ff, n_blocks = plan.rows, plan.depth, plan.d_ff, plan.n_blocks
+    packet_bytes, ring_at, begins_at = plan.slots * plan.slot_bytes, plan.shared["ring"], plan.shared["begins"]
+    store_i, commit = dev.shared_store_i32, dev.copy_commit
+    copy_rows = make_stream(plan, dev).copy_rows
+
+    @dev.device_function
+    def fill(shared, dense_rows, block, tid):
+        kinds = 0
+        for p in range(depth):
+            begin = (block + p * n_blocks) * rows
+            store_i(shared + begins_at + p * 4, begin)
+            if begin < d_ff:
+                copy_rows(shared + ring_at + p * packet_bytes, dense_rows, 0, 1, begin, d_ff, tid)
+                kinds |= _DENSE << (4 * p)
+            commit()
+        return kinds
+
+    return fill
+
+
+def make_mixed(plan: Plan, dev: Any) -> Any:
+    """``mixed(...)``: the whole stream; returns the thread's share of y, the neurons found, and the epoch."""
+    rows, neurons, depth, d_ff, packets = plan.rows, plan.neurons, plan.depth, plan.d_ff, plan.dense_packets
+    packet_bytes, ring_at, scratch_at = plan.slots * plan.slot_bytes, plan.shared["ring"], plan.shared["scratch"]
+    scratch_bytes, newest, enough = plan.scratch_floats * 4, 4 * (plan.depth - 1), RESERVE + plan.neurons
+    stream, use, claims = make_stream(plan, dev), make_use(plan, dev), make_claims(plan, dev)
+    copy_rows, load_x, copy_x, overlap = stream.copy_rows, stream.load_x, stream.copy_x, plan.overlap
+    dense, sparse, number, clear_counter = use.dense, use.sparse, claims.number, claims.clear_counter
+    load_i, store_i, begins_at = dev.shared_load_i32, dev.shared_store_i32, plan.shared["begins"]
+    fill, append, copy_found = make_fill(plan, dev), make_append(plan, dev), make_copy_found(plan, dev)
+    zeros = dev.make_zeros(plan.batch * plan.chunks * plan.vector)
+    sync, nothing = make_sync(plan, dev), np.float32(0.0)
+    commit, wait, drain = dev.copy_commit, dev.make_copy_wait(plan.depth - 1), dev.make_copy_wait(0)
+    ready, read_epoch, stamp = dev.grid_dependency_wait, make_flags(plan, dev).epoch, make_stamp(plan, dev)
+
+    @dev.device_function
+    def mixed(shared, workspace, x, dense_rows, a, b, down, threshold, n_tokens, block, tid):
+        if not overlap:
+            copy_x(shared, x, n_tokens, tid)
+        kinds = fill(shared, dense_rows, block, tid)
+        if overlap:
+            ready()
+        epoch = read_epoch(workspace, block)
+        if overlap:
+            load_x(shared, x, n_tokens, tid)
+        stamp(workspace, block, 1, tid)
+        clear_counter(workspace, epoch, block, tid)
+        y, ring, parity, issued, found, begun = zeros(), 0, 0, depth, 0, 0
+        following = number(shared, depth, block, tid)
+        while kinds != 0 or following < packets or begun < found:
+            packet, scratch = shared + ring_at + ring * packet_bytes, shared + scratch_at + parity * scratch_bytes
+            kind, total, waiting = kinds & 15, nothing, found - begun
+            begin = load_i(shared + begins_at + ring * 4)
+            wait()
+            if kind == _DENSE:
+                total = dense(shared, packet, scratch, tid)
+            elif kind != 0:
+                y = sparse(shared, packet, scratch, begin, kind - _DENSE, y, tid)
+            else:
+                sync()  # what warp 0 found last
+            kinds, parity = kinds >> 4, parity ^ 1
+            if waiting >= enough or (waiting > 0 and following >= packets):
+                n = min(waiting, neurons)
+                copy_found(shared, packet, begun, n, a, b, down, tid)
+                store_i(shared + begins_at + ring * 4, begun)  # every thread: each reads what it wrote
+                begun += n
+                kinds |= (_DENSE + n) << newest
+            elif following < packets:
+                copy_rows(packet, dense_rows, 0, 1, following * rows, d_ff, tid)
+                store_i(shared + begins_at + ring * 4, following * rows)
+                kinds |= _DENSE << newest
+                issued += 1
+                following = number(shared, issued, block, tid)
+            commit()
+            ring = ring + 1 if ring + 1 < depth else 0
+            if kind == _DENSE:
+                found = append(shared, workspace, total, begin, found, threshold, n_tokens, tid)
+        drain()  # the sum of y uses the ring's memory
+        return y, found, epoch
+
+    return mixed
