@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from suite.config import MatrixConfig, TaskConfig
 from suite.errors import InputError
@@ -145,19 +145,25 @@ class StoredWorld(LocalWorld):
     Raises
     ------
     InputError
-        The store has no accuracy cell.
+        The store has no cell.
     """
 
     def __init__(self, config: MatrixConfig, store: CellStore) -> None:
         super().__init__(config.model_copy(update={"device": "cpu"}))
         self._newest = store.newest()
-        accuracy = self._newest_of("accuracy")
-        if accuracy is None:
-            raise InputError(
-                f"no accuracy cell below {store.folder}: copy the store of the machine that measured, or run"
-            )
-        kind = accuracy["key_fields"]["device"]
+        newest = self._newest_of("accuracy") or self._newest_of("speed")
+        if newest is None:
+            raise InputError(f"no cell below {store.folder}: copy the store of the machine that measured, or run")
+        kind = newest["key_fields"]["device"]
         self.device = provenance.Device(kind, "as in the cells, whose store was carried over")
+
+    def speed_device(self, kind: str) -> provenance.Device | None:
+        """Device of the newest speed cell, if it is of this kind."""
+        newest = self._newest_of("speed")
+        if newest is None or newest["key_fields"]["device"] != kind:
+            return super().speed_device(kind)
+        known: Literal["cpu", "cuda"] = "cuda" if kind == "cuda" else "cpu"
+        return provenance.Device(known, newest["key_fields"]["device_name"], newest["key_fields"]["driver_version"])
 
     def _newest_of(self, kind: str) -> Record | None:
         records = [record for (one, _), record in self._newest.items() if one == kind]

@@ -18,7 +18,8 @@ ptxas_needed = pytest.mark.skipif(PTXAS is None, reason="ptxas is not installed"
 PLANS = {
     "m-bf16-sm90": "('threshold', 4096, 14336, 'bfloat16', 'silu', n_blocks=132, capability=(9, 0))",
     "m-deterministic-sm90": "('threshold', 4096, 14336, 'bfloat16', 'silu', deterministic=True, n_blocks=132, capability=(9, 0))",
-    "m-batch8-bf16-sm90": "('threshold', 4096, 14336, 'bfloat16', 'silu', batch=8, n_blocks=132, capability=(9, 0))",
+    "m-batch8-fp32-sm90": "('threshold', 4096, 14336, 'float32', 'silu', batch=8, n_blocks=132, capability=(9, 0))",
+    "m-batch8-gelu-bf16-sm90": "('threshold', 3584, 14336, 'bfloat16', 'gelu_tanh', batch=8, n_blocks=132, capability=(9, 0))",
     "m-batch4-bf16-sm90": "('threshold', 5120, 17920, 'bfloat16', 'silu', batch=4, n_blocks=132, capability=(9, 0))",
     "m-gelu-bf16-sm80": "('threshold', 3584, 14336, 'bfloat16', 'gelu_tanh', n_blocks=108, capability=(8, 0))",
     "cats-pair-bf16-sm86": "('threshold', 5120, 13824, 'bfloat16', 'silu', first='gate', batch=2, n_blocks=82, capability=(8, 6))",

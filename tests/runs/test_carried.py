@@ -8,7 +8,10 @@ import pytest
 import yaml
 
 from suite.cli import main
+from suite.config import build_config
 from suite.runs import provenance
+from suite.runs.store import CellStore
+from suite.runs.world import StoredWorld
 from tests.runs.tiny_world import _SHAPE, ARCHITECTURES, data_folder, save_model
 
 
@@ -52,4 +55,21 @@ def test_a_store_is_read_under_the_versions_of_its_cells(command, tmp_path, monk
 
 def test_an_empty_store_is_refused(command, capsys):
     assert main([*command, "--rerun", "none"]) == 2
-    assert "no accuracy cell" in capsys.readouterr().err
+    assert "no cell below" in capsys.readouterr().err
+
+
+def test_speed_cells_keep_the_device_that_measured_them(tmp_path, monkeypatch):
+    fields = {
+        "device": "cuda", "device_name": "Some GPU", "driver_version": "1.2", "versions": {"torch": "another"}, "code": "abc",
+    }  # fmt: skip
+    store = CellStore(tmp_path)
+    monkeypatch.setattr(store, "newest", lambda: {("speed", "cats"): {"created": "2026", "key_fields": fields}})
+    config = build_config(
+        {"name": "n", "title": "t", "speed": [{"shapes": ["llama-3.1-8b"], "methods": ["cats"], "sparsities": [0.5]}]},
+        "here",
+    )
+    world = StoredWorld(config, store)
+    assert world.speed_device("cuda") == provenance.Device("cuda", "Some GPU", "1.2")
+    assert world.speed_device("cpu") == provenance.cpu()
+    assert world.versions("speed") == {"torch": "another"}
+    assert world.code("speed", "cats") == "abc"
