@@ -44,7 +44,8 @@ def break_even(speed: pd.DataFrame) -> pd.DataFrame:
     """Realised sparsity from which a method is faster than the fastest dense row, between the rows around speed-up 1.
 
     Of whole models that decode, and of layers timed at four sparsities or more. ``at`` is NaN where none is faster;
-    ``below`` says that already the least sparsity timed is faster, and ``at`` is it.
+    ``below`` says that already the least sparsity timed is faster, and ``at`` is it (of a single one that says nothing,
+    and it is left out).
     """
     key = ["level", *MODEL, "method", "label"]
     rows = speed[(speed["method"] != "dense") & (speed["status"] == "ok") & speed["speed_up"].notna()]
@@ -58,6 +59,8 @@ def break_even(speed: pd.DataFrame) -> pd.DataFrame:
         x, y = (line[c].to_numpy(dtype=float) for c in ("sparsity_realized", "speed_up"))
         slower = np.flatnonzero(y < 1)
         last = int(slower[-1]) if len(slower) else -1
+        if last < 0 and len(x) == 1:
+            continue
         at = x[0] if last < 0 else np.nan
         if 0 <= last < len(x) - 1:
             at = x[last] + (1 - y[last]) / (y[last + 1] - y[last]) * (x[last + 1] - x[last])
@@ -73,7 +76,8 @@ def _title(row: pd.Series) -> str:
 
 
 def _panels(data: pd.DataFrame) -> list[pd.DataFrame]:
-    return [group for _, group in data.groupby(MODEL, sort=False, dropna=False)]
+    groups = [group for _, group in data.groupby(MODEL, sort=False, dropna=False)]
+    return sorted(groups, key=lambda g: (str(g["model_shape"].iloc[0]), int(g["context_tokens"].iloc[0] or 0)))
 
 
 def draw_decode_tokens(data: pd.DataFrame) -> Figure | None:
@@ -102,9 +106,8 @@ def _tokens_panel(axes: Axes, group: pd.DataFrame) -> None:
             dashed |= {"marker": "_", "markersize": 10}
         axes.plot(x, line["bound_tokens_per_s"], color=style.color, **dashed)
         ends.append((float(x[-1]), float(line["tokens_per_s"].iloc[-1]), label, style.color))
-    axes.margins(x=0.04)
     axes.set_ylim(bottom=0)
-    axes.set_xlim(axes.get_xlim())
+    axes.set_xlim(0, 1)
     for _, row in group[group["method"] == "dense"].iterrows():
         axes.axhline(row["tokens_per_s"], color="black", linewidth=1.0, zorder=1)
         ends.append((axes.get_xlim()[1], float(row["tokens_per_s"]), f"dense {row['variant']}", "black"))

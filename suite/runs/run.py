@@ -154,7 +154,8 @@ def _write(
     run_id = folder.resolve().name
     assembly = Assembly(run_id, matrix, records, scrub)
     # cells carried over were measured with the packages that their keys name, not with those that are installed here
-    packages = world.versions("accuracy") if options.rerun == "none" else provenance.versions()
+    kind = "accuracy" if matrix.accuracy else "speed"
+    packages = world.versions(kind) if options.rerun == "none" else provenance.versions()
     manifest = build_manifest(run_id, config, matrix, records, world.device, scrub, options.argv, packages)
     with store.lock(f"run-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}"):
         files = assembly.files()
