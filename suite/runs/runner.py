@@ -140,8 +140,10 @@ class Runner:
         if self._no_fit:
             self._need_fits([*of_models, *chain.from_iterable(speed)])
         total = len(of_models) + sum(map(len, speed))
-        cached = len(self._matrix.keys) - total
-        self._say(f"{len(self._matrix.keys)} cells: {cached} cached, {total} to run")
+        missing = sum(record is None for record in records.values()) if self._rerun == "none" else 0
+        cached = len(self._matrix.keys) - total - missing
+        rest = f"{missing} missing" if self._rerun == "none" else f"{total} to run"
+        self._say(f"{len(self._matrix.keys)} cells: {cached} cached, {rest}")
         if not total:
             return
         quiet_s = 0.1 if sys.stderr.isatty() else 30  # a log file gets a line of progress now and then

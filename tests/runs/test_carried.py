@@ -50,6 +50,7 @@ def test_a_store_is_read_under_the_versions_of_its_cells(command, tmp_path, monk
     assert manifest["packages"] == versions(provenance.ACCURACY_PACKAGES)
     assert main([*command, "--rerun", "none", "--limit", "1", "--out", str(tmp_path / "other")]) == 1
     assert statuses(tmp_path / "other") == {"missing"}
+    assert "2 cells: 0 cached, 2 missing" in capsys.readouterr().err
     assert main(["verify", str(out)]) == 0
 
 
