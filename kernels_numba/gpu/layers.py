@@ -68,8 +68,9 @@ class Layer:
         self.d_ff, self.d_model = w_down_t.shape
         self._n_blocks, self._capability = device_facts(self.device)
         self._changes: dict[str, Any] = {}
-        self._options: dict[str, Any] = {"activation": activation, "rank": rank, "first": first}
-        self._options["deterministic"] = deterministic
+        self._options: dict[str, Any] = {
+            "activation": activation, "rank": rank, "first": first, "deterministic": deterministic,
+        }  # fmt: skip
         self._addresses: dict[str, int | float] = {"down": w_down_t.data_ptr()}
         self._launches: dict[int, tuple[Loaded, Launch, Tensor]] = {}
         self._most = launch_tokens(self._plan(1))

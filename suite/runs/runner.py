@@ -140,10 +140,10 @@ class Runner:
         if self._no_fit:
             self._need_fits([*of_models, *chain.from_iterable(speed)])
         total = len(of_models) + sum(map(len, speed))
-        missing = sum(record is None for record in records.values()) if self._rerun == "none" else 0
-        cached = len(self._matrix.keys) - total - missing
-        rest = f"{missing} missing" if self._rerun == "none" else f"{total} to run"
-        self._say(f"{len(self._matrix.keys)} cells: {cached} cached, {rest}")
+        rest, what = total, "to run"
+        if self._rerun == "none":
+            rest, what = sum(record is None for record in records.values()), "missing"
+        self._say(f"{len(self._matrix.keys)} cells: {len(self._matrix.keys) - rest} cached, {rest} {what}")
         if not total:
             return
         quiet_s = 0.1 if sys.stderr.isatty() else 30  # a log file gets a line of progress now and then

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from suite.config import MatrixConfig, TaskConfig
 from suite.errors import InputError
@@ -160,10 +160,10 @@ class StoredWorld(LocalWorld):
     def speed_device(self, kind: str) -> provenance.Device | None:
         """Device of the newest speed cell, if it is of this kind."""
         newest = self._newest_of("speed")
-        if newest is None or newest["key_fields"]["device"] != kind:
+        fields = newest["key_fields"] if newest else {}
+        if fields.get("device") != kind:
             return super().speed_device(kind)
-        known: Literal["cpu", "cuda"] = "cuda" if kind == "cuda" else "cpu"
-        return provenance.Device(known, newest["key_fields"]["device_name"], newest["key_fields"]["driver_version"])
+        return provenance.Device(fields["device"], fields["device_name"], fields["driver_version"])
 
     def _newest_of(self, kind: str) -> Record | None:
         records = [record for (one, _), record in self._newest.items() if one == kind]
