@@ -15,14 +15,17 @@ from kernels_numba.gpu.stream import make_flags
 
 
 def make_claims(plan: Plan, dev: Any) -> SimpleNamespace:
-    """``number(...)``: which dense packet the block's i-th is, asked for in order.
+    """``number(...)``: which dense packet the block's i-th is, behind a barrier after the first thread's ``note(...)``.
 
-    ``claim(shared, workspace, block)`` is what the claiming warp does; ``clear_slots``, ``clear_counter``: see there.
+    Packets are asked for in order, one at a time. ``claim(shared, workspace, block)`` is what the claiming warp does;
+    ``clear_slots``, ``clear_counter``: see there.
     """
     n_blocks, packets, static, claims = plan.n_blocks, plan.dense_packets, plan.static_packets, plan.claims
     base, slots_at, counter_ws = plan.static_packets * plan.n_blocks, plan.shared["claims"], plan.workspace["claims"]
-    asked_at, store, store_global = plan.shared["claims"] + CLAIMS * 8, dev.shared_store_i32, dev.store_i32
-    add, tell, wait, wait_above = dev.atomic_add, dev.shared_tell, dev.shared_wait, dev.shared_wait_above
+    asked_at, store_global = plan.shared["claims"] + CLAIMS * 8, dev.store_i32
+    add, wait, wait_above = dev.atomic_add, dev.shared_wait, dev.shared_wait_above
+    tell, ask, load, store = dev.shared_tell, dev.shared_tell_i32, dev.shared_load_i32, dev.shared_store_i32
+    next_at = plan.shared["next"]
     read_epoch, ready, overlap = make_flags(plan, dev).epoch, dev.grid_dependency_wait, plan.overlap
 
     @dev.device_function
@@ -38,13 +41,17 @@ def make_claims(plan: Plan, dev: Any) -> SimpleNamespace:
             store_global(workspace + counter_ws + ((epoch + 1) & 1) * 128, 0)
 
     @dev.device_function
-    def number(shared, i, block, tid):
-        if not claims or i < static:
-            return block + i * n_blocks
-        k = i - static
-        if tid == 0:
-            store(shared + asked_at, k + 1)
-        return wait(shared + slots_at + k % CLAIMS * 8, k + 1)
+    def note(shared, i, block):
+        if claims:
+            packet, k = block + i * n_blocks, i - static
+            if k >= 0:
+                ask(shared + asked_at, k + 1)
+                packet = wait(shared + slots_at + k % CLAIMS * 8, k + 1)
+            store(shared + next_at + (i & 1) * 4, packet)
+
+    @dev.device_function
+    def number(shared, i, block):
+        return load(shared + next_at + (i & 1) * 4) if claims else block + i * n_blocks
 
     @dev.device_function
     def claim(shared, workspace, block):
@@ -70,4 +77,4 @@ def make_claims(plan: Plan, dev: Any) -> SimpleNamespace:
             third = add(counter, 1)
             k += 3
 
-    return SimpleNamespace(clear_slots=clear_slots, clear_counter=clear_counter, number=number, claim=claim)
+    return SimpleNamespace(clear_slots=clear_slots, clear_counter=clear_counter, note=note, number=number, claim=claim)

@@ -64,19 +64,23 @@ store_tagged_i32 = instruction(_TAG, types.void, types.int64, types.int32, types
 store_tagged_f32 = instruction(_TAG, types.void, types.int64, types.float32, types.int32)
 wait_tagged_i32 = instruction(_WAIT, types.int32, types.int64, types.int32)
 wait_tagged_f32 = instruction(_WAIT, types.float32, types.int64, types.int32)
-# Claims: a warp adds to a global counter and tells the block's other warps through tagged words in shared memory.
+# Claims: a thread adds to a global counter and tells the block's first thread through tagged words in shared memory, with
+# no barrier between them: both sides use atomics, which racecheck knows to be no race.
 atomic_add = instruction("atom.relaxed.gpu.global.add.u32 $0, [$1], $2;", types.int32, types.int64, types.int32)
 shared_tell = instruction(
-    "{ .reg .b64 t; mov.b64 t, {$1, $2}; st.volatile.shared.b64 [$0], t; }",
+    "{ .reg .b64 t; mov.b64 t, {$1, $2}; atom.relaxed.cta.shared.exch.b64 t, [$0], t; }",
     types.void, types.int64, types.int32, types.int32, shared=True,
 )  # fmt: skip
+shared_tell_i32 = instruction(
+    "{ .reg .b32 t; atom.relaxed.cta.shared.exch.b32 t, [$0], $1; }", types.void, types.int64, types.int32, shared=True
+)
 shared_wait = instruction(
-    "{ .reg .pred p; .reg .b32 v, e; .reg .b64 t; AGAIN: ld.volatile.shared.b64 t, [$1]; mov.b64 {v, e}, t; "
+    "{ .reg .pred p; .reg .b32 v, e; .reg .b64 t; AGAIN: atom.relaxed.cta.shared.cas.b64 t, [$1], 0, 0; mov.b64 {v, e}, t; "
     "setp.ne.b32 p, e, $2; @p bra AGAIN; mov.b32 $0, v; }",
     types.int32, types.int64, types.int32, shared=True,
 )  # fmt: skip
 shared_wait_above = instruction(
-    "{ .reg .pred p; .reg .b32 v; AGAIN: ld.volatile.shared.b32 v, [$0]; setp.gt.s32 p, v, $1; @p bra DONE; "
+    "{ .reg .pred p; .reg .b32 v; AGAIN: atom.relaxed.cta.shared.or.b32 v, [$0], 0; setp.gt.s32 p, v, $1; @p bra DONE; "
     "nanosleep.u32 20; bra AGAIN; DONE: }",
     types.void, types.int64, types.int32, shared=True,
 )  # fmt: skip

@@ -2,6 +2,8 @@
 
 The next free packet of the ring takes the rows of neurons if enough of them are waiting, else the next dense rows, so
 the stream of weights never pauses and the blocks end together: who finds more claims less (``claims``).
+The block's first thread notes what a packet holds and which dense packet is next; the others read it behind the next
+packet's barrier.
 """
 
 from __future__ import annotations
@@ -114,7 +116,8 @@ def make_fill(plan: Plan, dev: Any) -> Any:
         kinds = 0
         for p in range(depth):
             begin = (block + p * n_blocks) * rows
-            store_i(shared + begins_at + p * 4, begin)
+            if tid == 0:
+                store_i(shared + begins_at + p * 4, begin)
             if begin < d_ff:
                 copy_rows(shared + ring_at + p * packet_bytes, dense_rows, 0, 1, begin, d_ff, tid)
                 kinds |= _DENSE << (4 * p)
@@ -131,7 +134,8 @@ def make_mixed(plan: Plan, dev: Any) -> Any:
     scratch_bytes, newest, enough = plan.scratch_floats * 4, 4 * (plan.depth - 1), RESERVE + plan.neurons
     stream, use, claims = make_stream(plan, dev), make_use(plan, dev), make_claims(plan, dev)
     copy_rows, load_x, copy_x, overlap = stream.copy_rows, stream.load_x, stream.copy_x, plan.overlap
-    dense, sparse, number, clear_counter = use.dense, use.sparse, claims.number, claims.clear_counter
+    dense, sparse, note, number = use.dense, use.sparse, claims.note, claims.number
+    clear_counter = claims.clear_counter
     load_i, store_i, begins_at = dev.shared_load_i32, dev.shared_store_i32, plan.shared["begins"]
     fill, append, copy_found = make_fill(plan, dev), make_append(plan, dev), make_copy_found(plan, dev)
     zeros = dev.make_zeros(plan.batch * plan.chunks * plan.vector)
@@ -151,8 +155,10 @@ def make_mixed(plan: Plan, dev: Any) -> Any:
             load_x(shared, x, n_tokens, tid)
         stamp(workspace, block, 1, tid)
         clear_counter(workspace, epoch, block, tid)
-        y, ring, parity, issued, found, begun = zeros(), 0, 0, depth, 0, 0
-        following = number(shared, depth, block, tid)
+        y, ring, parity, issued, found, begun, following = zeros(), 0, 0, depth, 0, 0, 0
+        if tid == 0:
+            note(shared, issued, block)
+        sync()
         while kinds != 0 or following < packets or begun < found:
             packet, scratch = shared + ring_at + ring * packet_bytes, shared + scratch_at + parity * scratch_bytes
             kind, total, waiting = kinds & 15, nothing, found - begun
@@ -164,23 +170,29 @@ def make_mixed(plan: Plan, dev: Any) -> Any:
                 y = sparse(shared, packet, scratch, begin, kind - _DENSE, y, tid)
             else:
                 sync()  # what warp 0 found last
+            following = number(shared, issued, block)
             kinds, parity = kinds >> 4, parity ^ 1
             if waiting >= enough or (waiting > 0 and following >= packets):
                 n = min(waiting, neurons)
                 copy_found(shared, packet, begun, n, a, b, down, tid)
-                store_i(shared + begins_at + ring * 4, begun)  # every thread: each reads what it wrote
+                if tid == 0:
+                    store_i(shared + begins_at + ring * 4, begun)
                 begun += n
                 kinds |= (_DENSE + n) << newest
             elif following < packets:
                 copy_rows(packet, dense_rows, 0, 1, following * rows, d_ff, tid)
-                store_i(shared + begins_at + ring * 4, following * rows)
                 kinds |= _DENSE << newest
                 issued += 1
-                following = number(shared, issued, block, tid)
+                if tid == 0:
+                    # ``following`` read again: kept, it costs 8 tokens in fp32 a spill
+                    store_i(shared + begins_at + ring * 4, number(shared, issued - 1, block) * rows)
+                    note(shared, issued, block)
             commit()
             ring = ring + 1 if ring + 1 < depth else 0
             if kind == _DENSE:
                 found = append(shared, workspace, total, begin, found, threshold, n_tokens, tid)
+            if depth == 1:
+                sync()  # with more in flight another packet's barrier comes before ``begin`` is read
         drain()  # the sum of y uses the ring's memory
         return y, found, epoch
 

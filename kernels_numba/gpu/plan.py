@@ -276,6 +276,7 @@ class Plan:
             "logits": self.logit_packets * self.logit_slots * self.batch * self.logit_warps * 4 if self.rank else 0,
             "claims": (CLAIMS + 1) * 8 if self.claims else 0,
             "begins": self.depth * 4 if self.kind == "threshold" else 0,
+            "next": 2 * 4 if self.claims else 0,
             "work": self.work_size * 4,
             "work_value": self.work_size * self.batch * 4 if self.kind in ("threshold", "down") else 0,
         }

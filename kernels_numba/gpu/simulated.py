@@ -136,7 +136,7 @@ def atomic_add(address: int, value: int) -> int:
     return before
 
 
-shared_tell = store_tagged_i32
+shared_tell, shared_tell_i32 = store_tagged_i32, shared_store_i32
 
 
 def shared_wait(address: int, tag: int) -> int:

@@ -25,7 +25,7 @@ MUTANTS = {
     "last-packets-dropped": ("mixed", "while kinds != 0 or following < packets", "while following < packets", "m-dealt", 9),
     "counter-not-cleared": ("claims", "if claims and block == 0 and", "if claims and block == 1 and", "m", 12),
     "other-counter": ("claims", "(read_epoch(workspace, block) & 1) * 128", "0", "m", 12),
-    "claim-not-awaited": ("claims", "return wait(", "return (lambda slot, _: dev.shared_load_i32(slot))(", "m-bf16", 12),
+    "claim-not-awaited": ("claims", "packet = wait(", "packet = (lambda slot, _: dev.shared_load_i32(slot))(", "m-bf16", 12),
     "claimed-twice": ("claims", "second = add(counter, 1)\n", "second = first\n", "m-long", 60),
     "claims-of-one-round": ("claims", "k += 3", "k += 2", "m-long", 60),
     "launch-not-counted": ("stream", ">> 32) + 1) & 0x7FFFFFFF", ">> 32) + 0) & 0x7FFFFFFF", "m", 12),
