@@ -122,7 +122,7 @@ def check(
 @app.command()
 def prepare(config: Config = "embedded", model: Model = None) -> None:
     """Download and convert the models of a matrix."""
-    cli_actions.prepare(config, _overrides(locals()))
+    cli_actions.prepare(config, model)
 
 
 @app.command()

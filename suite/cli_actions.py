@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from suite import settings
-from suite.config import PROFILES, MatrixConfig, build_config, load_config, override
+from suite.config import PROFILES, MatrixConfig, build_config, load_config, models_of, override
 from suite.errors import InputError
 from suite.registry import METHODS, did_you_mean, method_class
 
@@ -102,11 +102,11 @@ def check(source: str, results: Path | None, overrides: dict[str, Any]) -> int:
     return 2 if found.blocking else 0
 
 
-def prepare(source: str, overrides: dict[str, Any]) -> None:
-    """Download and convert models."""
+def prepare(source: str, models: list[str] | None) -> None:
+    """Download and convert the models of a matrix, or those named instead; needs no data folder."""
     from suite.modeling.loading import prepare_model
 
-    for model in _config(source, overrides).models:
+    for model in models_of(load_config(source), models):
         ref = prepare_model(model.id)
         typer.echo(f"{ref.name}: ready")
 

@@ -345,9 +345,7 @@ def override(
     data["predictor"]["sources"] = [_with_data_dir(source, folder) for source in data["predictor"]["sources"]]
     for block in data["accuracy"]:
         block["fit_sources"] = [_with_data_dir(source, folder) for source in block["fit_sources"]]
-    if models:
-        dtype = config.models[0].dtype if config.models else "float32"
-        data["models"] = [_model_of(spec, dtype) for spec in models]
+    data["models"] = [model.model_dump() for model in models_of(config, models)]
     if only is not None:
         if only not in ("accuracy", "speed"):
             raise InputError(f"--only {only!r}: must be accuracy or speed")
@@ -378,9 +376,14 @@ def _with_data_dir(source: str, folder: str | None) -> str:
     return source.replace(DATA_DIR, str(folder))
 
 
-def _model_of(spec: str, dtype: str) -> dict[str, str]:
-    name, equals, given = spec.rpartition("=")
-    return {"id": name, "dtype": given} if equals else {"id": spec, "dtype": dtype}
+def models_of(config: MatrixConfig, specs: list[str] | None) -> list[ModelConfig]:
+    """Models of a matrix, or those that are named instead, ``ID`` or ``ID=DTYPE`` each."""
+    if not specs:
+        return config.models
+    dtype = config.models[0].dtype if config.models else "float32"
+    parts = [spec.rpartition("=") for spec in specs]
+    data = [{"id": name, "dtype": given} if equals else {"id": given, "dtype": dtype} for name, equals, given in parts]
+    return build_config({**config.model_dump(), "models": data}, "command line").models
 
 
 def _limit(text: str) -> int | None:

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from suite import __version__
 from suite.cli import main
@@ -200,6 +202,17 @@ def test_check_of_an_absent_model_tells_download_or_remedy(tmp_path, monkeypatch
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(arguments) == 2
     assert "the hub is offline" in capsys.readouterr().out
+
+
+def test_prepare_of_a_matrix_that_wants_data_needs_no_data_folder(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "model" / name).write_text("{}")
+    save_file({"weight": np.zeros(2, np.float32)}, tmp_path / "model" / "model.safetensors")
+    assert main(["prepare", "gpu-accuracy", "--model", f"{tmp_path / 'model'}=bfloat16"]) == 0
+    assert capsys.readouterr().out == "model: ready\n"
+    assert main(["prepare", "gpu-accuracy", "--model", "m.gguf=float9"]) == 2
+    assert "must be 'float32', 'bfloat16' or 'float16', got 'float9'" in capsys.readouterr().err
 
 
 def test_a_failed_cell_is_exit_1_and_goes_away_with_rerun_failed(tmp_path, matrix, executor, capsys):
