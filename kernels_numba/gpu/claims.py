@@ -15,7 +15,7 @@ from kernels_numba.gpu.stream import make_flags
 
 
 def make_claims(plan: Plan, dev: Any) -> SimpleNamespace:
-    """``number(...)``: which dense packet the block's i-th is, behind a barrier after the first thread's ``note(...)``.
+    """``number(...)``: which dense packet the block's i-th is, behind a barrier after one thread's ``note(...)``.
 
     Packets are asked for in order, one at a time. ``claim(shared, workspace, block)`` is what the claiming warp does;
     ``clear_slots``, ``clear_counter``: see there.

@@ -64,7 +64,7 @@ store_tagged_i32 = instruction(_TAG, types.void, types.int64, types.int32, types
 store_tagged_f32 = instruction(_TAG, types.void, types.int64, types.float32, types.int32)
 wait_tagged_i32 = instruction(_WAIT, types.int32, types.int64, types.int32)
 wait_tagged_f32 = instruction(_WAIT, types.float32, types.int64, types.int32)
-# Claims: a thread adds to a global counter and tells the block's first thread through tagged words in shared memory, with
+# Claims: a thread adds to a global counter and tells one thread of the block through tagged words in shared memory, with
 # no barrier between them: both sides use atomics, which racecheck knows to be no race.
 atomic_add = instruction("atom.relaxed.gpu.global.add.u32 $0, [$1], $2;", types.int32, types.int64, types.int32)
 shared_tell = instruction(

@@ -2,8 +2,8 @@
 
 The next free packet of the ring takes the rows of neurons if enough of them are waiting, else the next dense rows, so
 the stream of weights never pauses and the blocks end together: who finds more claims less (``claims``).
-The block's first thread notes what a packet holds and which dense packet is next; the others read it behind the next
-packet's barrier.
+One thread notes what a packet holds and which dense packet is next; the others read it behind the next packet's barrier.
+It is of the last warp: the first has the list of found neurons to write at the same time.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def make_fill(plan: Plan, dev: Any) -> Any:
     """``fill(...)``: the first dense packets of the block; returns the kinds of the packets in flight."""
     rows, depth, d_ff, n_blocks = plan.rows, plan.depth, plan.d_ff, plan.n_blocks
     packet_bytes, ring_at, begins_at = plan.slots * plan.slot_bytes, plan.shared["ring"], plan.shared["begins"]
-    store_i, commit = dev.shared_store_i32, dev.copy_commit
+    store_i, commit, clerk = dev.shared_store_i32, dev.copy_commit, plan.clerk
     copy_rows = make_stream(plan, dev).copy_rows
 
     @dev.device_function
@@ -116,7 +116,7 @@ def make_fill(plan: Plan, dev: Any) -> Any:
         kinds = 0
         for p in range(depth):
             begin = (block + p * n_blocks) * rows
-            if tid == 0:
+            if tid == clerk:
                 store_i(shared + begins_at + p * 4, begin)
             if begin < d_ff:
                 copy_rows(shared + ring_at + p * packet_bytes, dense_rows, 0, 1, begin, d_ff, tid)
@@ -135,7 +135,7 @@ def make_mixed(plan: Plan, dev: Any) -> Any:
     stream, use, claims = make_stream(plan, dev), make_use(plan, dev), make_claims(plan, dev)
     copy_rows, load_x, copy_x, overlap = stream.copy_rows, stream.load_x, stream.copy_x, plan.overlap
     dense, sparse, note, number = use.dense, use.sparse, claims.note, claims.number
-    clear_counter = claims.clear_counter
+    clear_counter, clerk = claims.clear_counter, plan.clerk
     load_i, store_i, begins_at = dev.shared_load_i32, dev.shared_store_i32, plan.shared["begins"]
     fill, append, copy_found = make_fill(plan, dev), make_append(plan, dev), make_copy_found(plan, dev)
     zeros = dev.make_zeros(plan.batch * plan.chunks * plan.vector)
@@ -156,7 +156,7 @@ def make_mixed(plan: Plan, dev: Any) -> Any:
         stamp(workspace, block, 1, tid)
         clear_counter(workspace, epoch, block, tid)
         y, ring, parity, issued, found, begun, following = zeros(), 0, 0, depth, 0, 0, 0
-        if tid == 0:
+        if tid == clerk:
             note(shared, issued, block)
         sync()
         while kinds != 0 or following < packets or begun < found:
@@ -175,7 +175,7 @@ def make_mixed(plan: Plan, dev: Any) -> Any:
             if waiting >= enough or (waiting > 0 and following >= packets):
                 n = min(waiting, neurons)
                 copy_found(shared, packet, begun, n, a, b, down, tid)
-                if tid == 0:
+                if tid == clerk:
                     store_i(shared + begins_at + ring * 4, begun)
                 begun += n
                 kinds |= (_DENSE + n) << newest
@@ -183,7 +183,7 @@ def make_mixed(plan: Plan, dev: Any) -> Any:
                 copy_rows(packet, dense_rows, 0, 1, following * rows, d_ff, tid)
                 kinds |= _DENSE << newest
                 issued += 1
-                if tid == 0:
+                if tid == clerk:
                     # ``following`` read again: kept, it costs 8 tokens in fp32 a spill
                     store_i(shared + begins_at + ring * 4, number(shared, issued - 1, block) * rows)
                     note(shared, issued, block)

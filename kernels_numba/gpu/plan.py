@@ -136,6 +136,11 @@ class Plan:
         return self.threads + (32 if self.claims else 0)
 
     @property
+    def clerk(self) -> int:
+        """The thread of ``threshold`` that notes what packets hold: the first of the last warp that works on rows."""
+        return self.threads - 32
+
+    @property
     def warps(self) -> int:
         """Warps that work on rows."""
         return self.threads // 32
