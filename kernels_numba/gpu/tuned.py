@@ -22,12 +22,9 @@ def launch_tokens(plan: Plan) -> int:
 
 def _packets(plan: Plan) -> Plan:
     """Rows and neurons of a packet: at most 32 sums, and few enough that several packets fit."""
-    most_rows = 4
-    if plan.kind == "predictor" and plan.threads > 512:  # 48 registers a thread: 4 rows would spill one
-        most_rows = 2
-    elif plan.kind == "threshold" and plan.batch == 8:  # y takes 64 registers while rows are multiplied: 2 would spill
-        most_rows = 1
-    rows = min(most_rows, 32 // plan.batch)
+    # 4 rows would spill: in 48 registers a thread, and where y of 8 tokens takes 64 while rows are multiplied
+    few = plan.threads > 512 if plan.kind == "predictor" else plan.kind == "threshold" and plan.batch == 8
+    rows = min(2 if few else 4, 32 // plan.batch)
     most = 32 // (max(1, plan.matrices - 1) * plan.batch)
     neurons = min(most, {"threshold": 2, "predictor": 1, "given": 1, "down": 4}[plan.kind])
     return replace(plan, rows=rows, neurons=max(1, neurons))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ OURS = ("m-countdown", "d-countdown", "s-countdown")
 class Duel:
     """One method against another on one task at one sparsity; ``gain`` > 0 means that the first is better."""
 
+    task: str
     where: str
     gain: float
     settled: bool
@@ -56,7 +58,8 @@ def _duel_lines(quality: Quality) -> list[str]:
         won, lost = ([d for d in found if d.settled and (d.gain > 0) is better] for better in (True, False))
         if found:
             n_open = len(found) - len(won) - len(lost)
-            where = f" ({', '.join(d.where for d in lost)})" if lost else ""
+            by_task = Counter(d.task for d in lost).most_common()
+            where = f" ({shortened([f'{n} on {task}' for task, n in by_task], 8)})" if lost else ""
             lines.append(
                 f"m-countdown is better than {other} in {len(won)} of {len(found)} comparisons (task x mode x "
                 f"sparsity), worse in {len(lost)}{where}, and {n_open} are not settled by these documents."
@@ -238,7 +241,7 @@ def _duels_of(quality: Quality, block: dict[str, Any], one: Average, rival: Aver
         scope = f" scope {block['scope']}" if len(set(quality.rows["scope"]) - {""}) > 1 and block["scope"] else ""
         where = f"{name} {block['mode']} {block['sparsity_target']:g}{scope}"
         text = signed(difference, 1, 2) if lower else signed(difference)
-        found.append(Duel(where, sign * difference[0], _excludes_zero(difference), text))
+        found.append(Duel(name, where, sign * difference[0], _excludes_zero(difference), text))
     return found
 
 

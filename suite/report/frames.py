@@ -177,11 +177,19 @@ class Quality:
         return self.blocks(self.text[self.text["metric"].isin(PERPLEXITIES)])
 
     def tasks_of(self, block: dict[str, Any]) -> list[str]:
-        """Summary tasks that a sparse setting of the block's model, dtype and scope has been given."""
+        """Tasks of the average: those that the matrix has in every mode and sparsity of the block's model, dtype and scope.
+
+        A task of few blocks (generation, say) is in none of their averages, so that all are over the same tasks.
+        """
         same = self.summary[self.summary["method"] != "dense"]
         for column in ("model", "dtype", "scope"):
             same = same[same[column] == block[column]]
-        return sorted(set(same["task"]), key=task_order)
+        given = [set(group["task"]) for _, group in same.groupby(["mode", "sparsity_target"])]
+        return sorted(set.intersection(*given) if given else (), key=task_order)
+
+    def tasks_beside(self, block: dict[str, Any], settings: Sequence[Average]) -> list[str]:
+        """Tasks of the block's sparse settings that are not in its average."""
+        return sorted(columns_of(settings) - set(self.tasks_of(block)), key=task_order)
 
     def settings(self, rows: pd.DataFrame) -> list[Average]:
         """Settings of some rows with their cells by task (``task`` must be unique within a setting)."""

@@ -28,10 +28,10 @@ _RELATIVE = 1e-6  # of rebuilt figures: the files carry 10 digits, another numpy
 CAPTIONS = {
     "quality_vs_bytes": "Quality against MLP bytes per token at the realised sparsity, what a user decides by. Ideal "
     "methods know the active set for free: no predictor's bytes are in them. Measured speed-up only where it is of the "
-    "same model.",
+    "same model. Scope `scored` where the run has several.",
     "quality_vs_sparsity": "Task average against realised sparsity. Bars: 95 % interval of the paired difference to "
     "dense, set upon dense's value. Methods of equal sparsity are set apart sideways so that bars can be read.",
-    "quality_per_task": "The same, task by task.",
+    "quality_per_task": "The same, task by task; scope `scored` where the run has several.",
     "perplexity_vs_sparsity": "Perplexity against realised sparsity, log axis; bars as above, from log-ratios.",
     "speedup_vs_sparsity": "Speed-up over the fastest dense row of the same run and shape; band: between quartiles; "
     "dashed: bound, the row's bytes at the read bandwidth measured in the run.",

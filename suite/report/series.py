@@ -108,7 +108,13 @@ def quality_per_task(material: Material) -> pd.DataFrame:
         task in tasks.get((model, scope), [])
         for model, scope, task in zip(frame["model"], frame["scope"], frame["task"], strict=True)
     ]
-    return frame[np.array(keep, dtype=bool)].reset_index(drop=True)
+    return _main_scope(frame[np.array(keep, dtype=bool)])
+
+
+def _main_scope(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of scope ``scored`` where there are several scopes: `quality_averages` and the tables have the others."""
+    main = frame["scope"] == "scored"
+    return frame[main | ~frame["model"].isin(frame.loc[main, "model"])].reset_index(drop=True)
 
 
 def perplexities(material: Material) -> pd.DataFrame:
@@ -165,8 +171,8 @@ def phases(material: Material) -> pd.DataFrame:
 
 def quality_against_bytes(material: Material) -> pd.DataFrame:
     """Task average, headline perplexity and, where it is of the same model, measured speed-up, by bytes per token."""
-    parts = [quality_averages(material).assign(quantity="average")]
-    text = perplexities(material)
+    parts = [_main_scope(quality_averages(material)).assign(quantity="average")]
+    text = _main_scope(perplexities(material))
     headline = [t for t in dict.fromkeys(text["task"]) if t.startswith("decode_perplexity")][:1]
     parts.append(text[text["task"].isin(headline)].assign(quantity=lambda f: f["task"]))
     models = set(material.quality.ok["model"])

@@ -113,22 +113,33 @@ def _block_notes(settings: Sequence[Average], marked: set[str]) -> str:
 def accuracy_table(quality: Quality) -> str:
     """Summary metric of every task and the average over tasks, in percent, best in bold."""
     text = "# Accuracy\n\nPercent. " + _bold_rule()
+    if any(quality.tasks_beside(block, settings) for block, settings in quality.summary_blocks):
+        text += _BESIDE
     for block, settings in quality.summary_blocks:
-        marked, tasks = unequal(settings), quality.tasks_of(block)
-        metrics = [f"{task} ({(quality.metric_of(task) or ('', ''))[0]})" for task in tasks]
-        best = {task: best_of(settings, *_on_task(quality, task)) for task in tasks}
+        marked, tasks, beside = unequal(settings), quality.tasks_of(block), quality.tasks_beside(block, settings)
+        best = {task: best_of(settings, *_on_task(quality, task)) for task in (*tasks, *beside)}
         best_average = best_of(settings, *_on_average(quality, tasks))
         rows = []
         for one in settings:
-            row = [_name(one, block), _realized(one, marked)]
-            for task in tasks:
-                row.append(_bold(shown(one.cells.get(task), percent), one.label == best[task]))
-            row.append(_bold(percent(quality.average(one, tasks)), one.label == best_average))
-            rows.append(row)
-        text += block_title(block)
-        text += markdown_table(["method", "realised", *metrics, "average"], rows) + _block_notes(settings, marked)
-        text += "\n"
+            value = {
+                task: _bold(shown(one.cells.get(task), percent), one.label == found) for task, found in best.items()
+            }
+            average = _bold(percent(quality.average(one, tasks)), one.label == best_average)
+            rows.append([_name(one, block), _realized(one, marked), *_columns(tasks, average, beside, value)])
+        metrics = {task: f"{task} ({(quality.metric_of(task) or ('', ''))[0]})" for task in best}
+        header = ["method", "realised", *_columns(tasks, "average", beside, metrics)]
+        text += block_title(block) + markdown_table(header, rows) + _block_notes(settings, marked) + "\n"
     return text
+
+
+_BESIDE = (
+    "Columns right of the average are not in it: the matrix has those tasks in some modes and sparsities alone.\n\n"
+)
+
+
+def _columns(tasks: Sequence[str], average: str, beside: Sequence[str], of: Mapping[str, str]) -> list[str]:
+    """Tasks of the average, the average, and the tasks beside it."""
+    return [*(of[task] for task in tasks), average, *(of[task] for task in beside)]
 
 
 def _bold_rule() -> str:
@@ -166,18 +177,23 @@ def delta_table(quality: Quality) -> str:
         "not corrected for the number of comparisons.\n\n"
     )
     for block, settings in quality.summary_blocks:
-        dense, tasks = quality.dense_of(block, settings), quality.tasks_of(block)
+        dense, tasks, beside = (
+            quality.dense_of(block, settings),
+            quality.tasks_of(block),
+            quality.tasks_beside(block, settings),
+        )
         rows = []
         for one in settings:
             if one.method == "dense":
                 continue
-            row = [_name(one, block)]
-            for task in tasks:
+            value = {}
+            for task in (*tasks, *beside):
                 cell = one.cells.get(task)
-                row.append(MISSING if cell is None else shown(cell, partial(_delta_text, cell)))
+                value[task] = MISSING if cell is None else shown(cell, partial(_delta_text, cell))
             average = None if dense is None else quality.average_difference(one, dense, tasks)
-            rows.append([*row, signed(average)])
-        text += block_title(block) + markdown_table(["method", *tasks, "average"], rows) + "\n"
+            rows.append([_name(one, block), *_columns(tasks, signed(average), beside, value)])
+        header = _columns(tasks, "average", beside, {task: task for task in (*tasks, *beside)})
+        text += block_title(block) + markdown_table(["method", *header], rows) + "\n"
     return text
 
 

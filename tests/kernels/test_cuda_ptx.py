@@ -29,6 +29,8 @@ PLANS = {
     "cats-batch8-fp16-sm86": "('threshold', 576, 1536, 'float16', 'silu', first='gate', batch=8, n_blocks=82, capability=(8, 6))",
     "down-bf16-sm80": "('down', 4096, 14336, 'bfloat16', 'silu', n_blocks=108, capability=(8, 0), value_dtype='bfloat16')",
 }
+# bytes of stack and of spills where fewer rows a packet would spill none, but take 194 us, not 153 (8 tokens at .9, H100)
+SPILLS = {"m-batch8-gelu-bf16-sm90": (8, 4)}
 COMPILE = """
 import sys
 from unittest import mock
@@ -65,7 +67,7 @@ def assert_clean(text: str) -> None:
     assert not re.search(r"fma\.rn\.f64|mul\.f64|add\.f64", text), "a constant made the arithmetic double"
 
 
-def assert_no_spills(text: str, capability: str, folder: Path) -> None:
+def assert_spills(text: str, capability: str, folder: Path, stack: int = 0, spilled: int = 0) -> None:
     """Assemble it and look at the report."""
     source = folder / "kernel.ptx"
     # only the version line is newer than an older ptxas knows
@@ -73,7 +75,8 @@ def assert_no_spills(text: str, capability: str, folder: Path) -> None:
     command = [str(PTXAS), "-v", f"-arch=sm_{capability}", str(source), "-o", str(folder / "kernel.cubin")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr
+    wanted = f"{stack} bytes stack frame, {spilled} bytes spill stores, {spilled} bytes spill loads"
+    assert re.search(rf"(?<!\d){wanted}", done.stderr)
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -90,4 +93,4 @@ def test_ptx(name: str, ptx: dict[str, str]) -> None:
 @ptxas_needed
 @pytest.mark.parametrize("name", PLANS)
 def test_no_spills(name: str, ptx: dict[str, str], tmp_path: Path) -> None:
-    assert_no_spills(ptx[name], name[-2:], tmp_path)
+    assert_spills(ptx[name], name[-2:], tmp_path, *SPILLS.get(name, (0, 0)))

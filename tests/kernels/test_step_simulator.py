@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.kernels.test_cuda_ptx import assert_clean, assert_no_spills, ptxas_needed
+from tests.kernels.test_cuda_ptx import assert_clean, assert_spills, ptxas_needed
 from tests.kernels.test_cuda_simulator import simulate
 
 pytest.importorskip("numba.cuda", reason="needs numba-cuda or numba's own CUDA target")
@@ -57,4 +57,4 @@ def test_ptx(name: str, tmp_path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert "ld.relaxed.gpu.global.v4.b32" in done.stdout
     assert_clean(done.stdout)
-    assert_no_spills(done.stdout, "90", tmp_path)
+    assert_spills(done.stdout, "90", tmp_path)

@@ -188,6 +188,16 @@ def test_measured_speed_up_stands_beside_quality_only_for_the_same_model(reporte
     assert set(named["quantity"]) == {"speed-up, decode"}  # these rows name their model themselves
 
 
+def test_of_several_scopes_the_long_figures_show_scored(tmp_path):
+    answers = {("dense", "none", 0.0, 0.0): {"a": hits(80)}}
+    answers |= {("cats", "ideal", 0.8, 0.8, scope): {"a": hits(60)} for scope in ("paper", "scored")}
+    material = Material(load_results(hand_run(tmp_path, answers)))
+    scopes = {name: set(figures.FIGURES[name][0](material)["scope"]) for name in figures.FIGURES if "quality" in name}
+    assert scopes.pop("quality_vs_sparsity") == {"paper", "scored"}
+    assert set(scopes) == {"quality_per_task", "quality_vs_bytes"}
+    assert all(found == {"scored"} for found in scopes.values())
+
+
 @given(places=st.lists(st.floats(0, 1), max_size=12), gap=st.floats(0.01, 0.2))
 def test_labels_are_pushed_apart_and_keep_their_order(places, gap):
     moved = style.spread(sorted(places), gap)

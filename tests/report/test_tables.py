@@ -164,3 +164,16 @@ def test_without_samples_nothing_is_bold(tmp_path):
     assert "**10.0**" in accuracy_table(quality(run))
     (run / "samples.csv.gz").unlink()
     assert "**" not in accuracy_table(quality(run)).partition("###")[2]
+
+
+def test_a_task_of_one_sparsity_stands_beside_the_average(tmp_path):
+    answers = {
+        DENSE: {"a": hits(80), "g": hits(10)},
+        ("cats", "ideal", 0.5, 0.5): {"a": hits(70)},
+        ("cats", "ideal", 0.8, 0.8): {"a": hits(60), "g": hits(2)},
+    }
+    table = accuracy_table(quality(hand_run(tmp_path, answers)))
+    assert "| method | realised | a (acc) | average | g (acc) |" in table
+    assert "| cats | 0.800 | 60.0 | 60.0 | 2.0 |\n" in table
+    assert "| cats | 0.500 | 70.0 | 70.0 |\n" in table
+    assert "right of the average" in table
