@@ -77,12 +77,16 @@ def _title(row: pd.Series) -> str:
 
 def _panels(data: pd.DataFrame) -> list[pd.DataFrame]:
     groups = [group for _, group in data.groupby(MODEL, sort=False, dropna=False)]
-    return sorted(groups, key=lambda g: (str(g["model_shape"].iloc[0]), int(g["context_tokens"].iloc[0] or 0)))
+    places = [(str(g["model_shape"].iloc[0]), int(g["context_tokens"].iloc[0] or 0)) for g in groups]
+    order = sorted(range(len(groups)), key=lambda i: (places[i][0] == "embedded", *places[i]))
+    return [groups[i] for i in order]
 
 
 def draw_decode_tokens(data: pd.DataFrame) -> Figure | None:
     """Tokens per second against realised sparsity, the byte bound dashed, dense as lines across; a panel per model."""
     panels = [group for group in _panels(data) if (group["method"] != "dense").any()]
+    lines = [group for group in panels if group.loc[group["method"] != "dense", "sparsity_target"].nunique() > 1]
+    panels = lines or panels
     if not panels:
         return None
     n_rows = -(-len(panels) // 2)
@@ -119,8 +123,11 @@ def _tokens_panel(axes: Axes, group: pd.DataFrame) -> None:
 
 
 def draw_decode_phases(data: pd.DataFrame) -> Figure:
-    """Milliseconds of a token in attention, MLP, head and the rest, stacked; a bar per method and sparsity."""
-    panels = _panels(data)
+    """Milliseconds of a token in attention, MLP, head and the rest, stacked; a bar per method and sparsity.
+
+    Of every model the first context.
+    """
+    panels = list({str(g["model_shape"].iloc[0]): g for g in reversed(_panels(data))}.values())[::-1]
     bars = [group["bar"].nunique() for group in panels]
     figure = new_figure(WIDTH, sum(0.7 + 0.2 * n for n in bars) + 0.3)
     grid = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": [0.7 + 0.2 * n for n in bars]})

@@ -32,7 +32,8 @@ CAPTIONS = {
     "quality_vs_sparsity": "Task average against realised sparsity. Bars: 95 % interval of the paired difference to "
     "dense, set upon dense's value. Methods of equal sparsity are set apart sideways so that bars can be read.",
     "quality_per_task": "The same, task by task; scope `scored` where the run has several.",
-    "perplexity_vs_sparsity": "Perplexity against realised sparsity, log axis; bars as above, from log-ratios.",
+    "perplexity_vs_sparsity": "Perplexity against realised sparsity, log axis; bars as above, from log-ratios. Without "
+    "random, which is in the table, and scope `paper` where the run has `scored`.",
     "speedup_vs_sparsity": "Speed-up over the fastest dense row of the same run and shape; band: between quartiles; "
     "dashed: bound, the row's bytes at the read bandwidth measured in the run.",
     "cif_caf": "Generated tokens, kept set D of D-COUNTDOWN (ideal) against CATS and M-COUNTDOWN at equal sparsity. Left, "
@@ -48,8 +49,10 @@ CAPTIONS = {
     "phases": "Where the time of a layer goes: median over all blocks of each phase, by their own clocks, from the end of the "
     "layer in front on.",
     "decode_tokens": "Tokens per second of whole models, batch 1, greedy, in one loop that differs in the MLP alone. Dashed: "
-    "what the read bandwidth of the run allows at the bytes of a token. Dense also by transformers' own generate.",
-    "decode_phases": "Where a token's time goes: all attentions, all MLPs and the head, each timed alone, and the rest.",
+    "what the read bandwidth of the run allows at the bytes of a token. Dense also by transformers' own generate. Contexts "
+    "with a single sparsity are in the table.",
+    "decode_phases": "Where a token's time goes: all attentions, all MLPs and the head, each timed alone, and the rest. Of "
+    "every model the first context; phases.csv has all.",
     "break_even": "Where sparsity does not pay: left of a point a layer (timed at four sparsities or more) or a token of a whole "
     "model takes longer than with the fastest dense row; no point: at every sparsity that was timed.",
     "sparsity_per_layer": "Realised sparsity per layer against the target.",

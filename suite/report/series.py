@@ -112,18 +112,21 @@ def quality_per_task(material: Material) -> pd.DataFrame:
 
 
 def _main_scope(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of scope ``scored`` where there are several scopes: `quality_averages` and the tables have the others."""
-    main = frame["scope"] == "scored"
-    return frame[main | ~frame["model"].isin(frame.loc[main, "model"])].reset_index(drop=True)
+    """Without scope ``paper`` where the model has ``scored``: `quality_averages` and the tables have both."""
+    main = frame.loc[frame["scope"] == "scored", "model"]
+    return frame[(frame["scope"] != "paper") | ~frame["model"].isin(main)].reset_index(drop=True)
 
 
 def perplexities(material: Material) -> pd.DataFrame:
-    """Perplexity of every setting on every text that any sparse setting of its model and scope ran."""
+    """Perplexity of every setting on every text that any sparse setting of its model and scope ran, in the main scope.
+
+    Without ``random``, whose thousands to billions would leave the others no room.
+    """
     frame = _cells(material, material.quality.perplexity_blocks, text_order)
     sparse = frame[frame["method"] != "dense"]
     pairs = set(zip(sparse["model"], sparse["scope"], sparse["task"], strict=True))
     keep = [key in pairs for key in zip(frame["model"], frame["scope"], frame["task"], strict=True)]
-    return frame[np.array(keep, dtype=bool)].reset_index(drop=True)
+    return _main_scope(frame[np.array(keep, dtype=bool) & (frame["method"] != "random")])
 
 
 def speed_ups(material: Material) -> pd.DataFrame:
@@ -172,7 +175,7 @@ def phases(material: Material) -> pd.DataFrame:
 def quality_against_bytes(material: Material) -> pd.DataFrame:
     """Task average, headline perplexity and, where it is of the same model, measured speed-up, by bytes per token."""
     parts = [_main_scope(quality_averages(material)).assign(quantity="average")]
-    text = _main_scope(perplexities(material))
+    text = perplexities(material)
     headline = [t for t in dict.fromkeys(text["task"]) if t.startswith("decode_perplexity")][:1]
     parts.append(text[text["task"].isin(headline)].assign(quantity=lambda f: f["task"]))
     models = set(material.quality.ok["model"])
