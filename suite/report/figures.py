@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,10 +53,13 @@ def _draw_line(axes: Axes, method: str, x: Any, rows: pd.DataFrame, scale: float
         axes.errorbar(x, y, yerr=bars, fmt="none", ecolor=style.color, elinewidth=0.8, capsize=1.5, alpha=0.6, zorder=2)
 
 
-def _panel(axes: Axes, panel: pd.DataFrame, dense: pd.DataFrame, scale: float, height: float) -> None:
-    """Lines of one panel against realised sparsity with dense as a horizontal line, names at the right."""
+End = tuple[float | None, float, str, str]  # of a line, to be named: x (None: the axes' end), y, text, color
+
+
+def _panel(axes: Axes, panel: pd.DataFrame, dense: pd.DataFrame, scale: float) -> list[End]:
+    """Lines of one panel against realised sparsity with dense as a horizontal line; returns their ends."""
     lines = lines_of(panel)
-    ends = []
+    ends: list[End] = []
     dodged = [label for label, method, _ in lines if method != "random"]
     for label, method, rows in lines:
         rows = rows.sort_values("sparsity_target")
@@ -67,14 +70,22 @@ def _panel(axes: Axes, panel: pd.DataFrame, dense: pd.DataFrame, scale: float, h
     if not dense.empty:
         top = scale * float(dense["value"].iloc[0])
         axes.axhline(top, color="black", linewidth=1.0, zorder=1)
-        ends.append((axes.get_xlim()[1], top, "dense", "black"))
+        ends.append((None, top, "dense", "black"))
     if not lines:  # its x axis is shared: a name at its own end would lie far outside of the others' limits
         axes.text(0.5, 0.5, "no average yet", transform=axes.transAxes, ha="center", fontsize=7)
-        return
+        return []
     axes.margins(x=0.04)
-    axes.set_xlim(axes.get_xlim())
-    axes.set_ylim(axes.get_ylim())
-    label_ends(axes, ends, height)
+    return ends
+
+
+def _name_ends(row: Sequence[Axes], ends: Sequence[list[End]], height: float) -> None:
+    """Names at the right of every panel of a row, once all of it is drawn: its panels share the y axis."""
+    for axes in row:
+        axes.set_xlim(axes.get_xlim())
+        axes.set_ylim(axes.get_ylim())
+    for axes, own in zip(row, ends, strict=True):
+        last = axes.get_xlim()[1]
+        label_ends(axes, [(last if x is None else x, y, text, color) for x, y, text, color in own], height)
 
 
 def _groups(data: pd.DataFrame, *columns: str) -> list[tuple[tuple[str, ...], pd.DataFrame]]:
@@ -106,8 +117,10 @@ def draw_quality_vs_sparsity(data: pd.DataFrame) -> Figure:
     groups, modes = _groups(data, "model", "dtype", "scope"), _modes(data)
     figure, grid = _grid(len(groups), len(modes), 3.0)
     for ((model, _, scope), group), row in zip(groups, grid, strict=True):
+        dense = group[group["method"] == "dense"]
+        ends = [_panel(axes, _of_mode(group, mode), dense, 100) for axes, mode in zip(row, modes, strict=True)]
+        _name_ends(row, ends, 2.4)
         for axes, mode in zip(row, modes, strict=True):
-            _panel(axes, _of_mode(group, mode), group[group["method"] == "dense"], 100, 2.4)
             chance, (low, high) = group["chance"].dropna(), axes.get_ylim()
             if len(chance) and low <= 100 * chance.iloc[0] <= high:  # its name far outside would leave no room to draw
                 axes.axhline(100 * chance.iloc[0], zorder=1, **_CHANCE)
@@ -187,9 +200,11 @@ def draw_perplexity_vs_sparsity(data: pd.DataFrame) -> Figure:
     groups, modes = _groups(data, "model", "dtype", "scope", "task"), _modes(data)
     figure, grid = _grid(len(groups), len(modes), 3.0)
     for ((model, _, scope, task), group), row in zip(groups, grid, strict=True):
+        row[0].set_yscale("log")
+        dense = group[group["method"] == "dense"]
+        ends = [_panel(axes, _of_mode(group, mode), dense, 1) for axes, mode in zip(row, modes, strict=True)]
+        _name_ends(row, ends, 2.4)
         for axes, mode in zip(row, modes, strict=True):
-            axes.set_yscale("log")
-            _panel(axes, _of_mode(group, mode), group[group["method"] == "dense"], 1, 2.4)
             _plain_log(axes)
             axes.set_title(_title(model, scope, mode))
             axes.set_xlabel("realised sparsity")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -217,10 +218,11 @@ def _page(material: Material, claims: pd.DataFrame, tables: Mapping[str, str], d
 
 
 def _state(material: Material) -> str:
-    counts: dict[str, int] = {}
-    for frame in (material.quality.rows, material.speed):
-        for state, cells in frame.groupby("status")["cell_id"].nunique().items():
-            counts[str(state)] = counts.get(str(state), 0) + int(cells)
+    counts = Counter(str(cell.get("status")) for cell in (material.results.manifest.get("cells") or {}).values())
+    if not counts:  # a run of CSVs alone
+        for frame in (material.quality.every, material.speed):
+            for state, cells in frame.groupby("status")["cell_id"].nunique().items():
+                counts[str(state)] += int(cells)
     done = ", ".join(f"{counts[state]} {state}" for state in ("ok", "failed", "skipped", "missing") if state in counts)
     unfinished = " The run is not finished: tables and claims hold what there is." if "missing" in counts else ""
     return f"Cells: {done or 'none yet'}.{unfinished}"

@@ -13,12 +13,12 @@ from suite.errors import InputError
 from suite.runs.manifest import key_fields, read_manifest
 
 _ACCURACY_ID = (
-    "model", "dtype", "method", "mode", "sparsity_target", "estimator", "scope", "task", "num_fewshot", "limit",
-    "filter", "metric", "seed",
+    "model", "dtype", "method", "mode", "sparsity_target", "estimator", "predictor", "rank", "calibration", "scope", "task",
+    "num_fewshot", "limit", "filter", "metric", "seed",
 )  # fmt: skip
 _SPEED_ID = (
-    "level", "model_shape", "dtype", "method", "mode", "sparsity_target", "backend", "variant", "threads",
-    "batch_size", "clock", "cache",
+    "level", "model_shape", "dtype", "method", "mode", "sparsity_target", "predictor", "rank", "backend", "variant",
+    "threads", "batch_size", "context_tokens", "clock", "cache",
 )  # fmt: skip
 _TOP = 10
 
@@ -50,8 +50,14 @@ class Run:
         return cls(folder, read_manifest(folder))
 
     def rows(self, name: str, identity: Sequence[str]) -> dict[tuple[str, ...], Row]:
-        """Rows by what identifies a setting."""
-        return {tuple(row.get(c, "") for c in identity): row for row in read_rows(self.folder, name)}
+        """Rows by what identifies a setting; a second row of the same has ``#2`` in its key, so that none is lost."""
+        found: dict[tuple[str, ...], Row] = {}
+        seen: Counter[tuple[str, ...]] = Counter()
+        for row in read_rows(self.folder, name):
+            key = tuple(row.get(c, "") for c in identity)
+            seen[key] += 1
+            found[(*key, f"#{seen[key]}" if seen[key] > 1 else "")] = row
+        return found
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -94,10 +100,11 @@ def _rows_lines(a: Run, b: Run, name: str, identity: Sequence[str], column: str)
         return
     both = [key for key in ours if key in theirs]
     yield f"{name}: {len(both)} rows in both, {len(ours) - len(both)} only in A, {len(theirs) - len(both)} only in B"
-    for key in [key for key in ours if key not in theirs][:_TOP]:
-        yield f"  only in A: {_setting(key)}"
-    for key in [key for key in theirs if key not in ours][:_TOP]:
-        yield f"  only in B: {_setting(key)}"
+    for one, own, others in (("A", ours, theirs), ("B", theirs, ours)):
+        alone = [key for key in own if key not in others]
+        yield from (f"  only in {one}: {_setting(key)}" for key in alone[:_TOP])
+        if len(alone) > _TOP:
+            yield f"  and {len(alone) - _TOP} more only in {one}"
     why: Counter[str] = Counter()
     for one, other in {(ours[k]["cell_id"], theirs[k]["cell_id"]) for k in both}:
         if one != other and one in a.manifest["cells"] and other in b.manifest["cells"]:

@@ -93,6 +93,31 @@ def test_a_wrong_kernel_gets_no_time(tiny, method, monkeypatch):
     assert "over the bound" in row["reason"]
 
 
+def test_what_a_model_amplifies_excuses_single_steps_alone(tiny, monkeypatch):
+    """Rounding that changes the logits a lot lets one step be off as far, but not half of them."""
+    right, wrong_at = decode.decode_kernels, []
+
+    def wrong(*arguments):
+        kernels, calls = right(*arguments), []
+        run = kernels.run
+
+        def now_and_then(layer, x):
+            calls.append(layer)
+            return run(layer, x) * (1.001 if len(calls) in wrong_at or not wrong_at else 1.0)
+
+        kernels.run = now_and_then
+        return kernels
+
+    monkeypatch.setattr(decode, "decode_kernels", wrong)
+    monkeypatch.setattr(decode_check, "_shaken", lambda decode, mlp: lambda layer, x: 1.5 * mlp(layer, x))
+    row = run_group(cases(("m-countdown",)))[0]
+    assert "half of the steps off" in row["reason"]
+    wrong_at.append(6)
+    row = run_group(cases(("m-countdown",)))[0]
+    assert (row["status"], row["check"]) == ("ok", "passed")
+    assert row["max_rel_error"] > 1e-5
+
+
 def test_a_wrong_step_gets_no_time(tiny, monkeypatch):
     monkeypatch.setattr(decode.DecodeModel, "dense", lambda self, layer, x: x)
     row = run_group(cases(("dense",), variants=("eager",)))[0]
