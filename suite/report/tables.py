@@ -177,11 +177,8 @@ def delta_table(quality: Quality) -> str:
         "not corrected for the number of comparisons.\n\n"
     )
     for block, settings in quality.summary_blocks:
-        dense, tasks, beside = (
-            quality.dense_of(block, settings),
-            quality.tasks_of(block),
-            quality.tasks_beside(block, settings),
-        )
+        dense, tasks = quality.dense_of(block, settings), quality.tasks_of(block)
+        beside = quality.tasks_beside(block, settings)
         rows = []
         for one in settings:
             if one.method == "dense":
