@@ -77,9 +77,12 @@ def _title(row: pd.Series) -> str:
 
 def _panels(data: pd.DataFrame) -> list[pd.DataFrame]:
     groups = [group for _, group in data.groupby(MODEL, sort=False, dropna=False)]
-    places = [(str(g["model_shape"].iloc[0]), int(g["context_tokens"].iloc[0] or 0)) for g in groups]
-    order = sorted(range(len(groups)), key=lambda i: (places[i][0] == "embedded", *places[i]))
-    return [groups[i] for i in order]
+
+    def place(group: pd.DataFrame) -> tuple[bool, str, int]:
+        shape = str(group["model_shape"].iloc[0])
+        return shape == "embedded", shape, int(group["context_tokens"].iloc[0] or 0)
+
+    return sorted(groups, key=place)
 
 
 def draw_decode_tokens(data: pd.DataFrame) -> Figure | None:
@@ -127,7 +130,10 @@ def draw_decode_phases(data: pd.DataFrame) -> Figure:
 
     Of every model the first context.
     """
-    panels = list({str(g["model_shape"].iloc[0]): g for g in reversed(_panels(data))}.values())[::-1]
+    first: dict[tuple[Any, ...], pd.DataFrame] = {}
+    for group in _panels(data):
+        first.setdefault(tuple(group.iloc[0][[c for c in MODEL if c != "context_tokens"]]), group)
+    panels = list(first.values())
     bars = [group["bar"].nunique() for group in panels]
     figure = new_figure(WIDTH, sum(0.7 + 0.2 * n for n in bars) + 0.3)
     grid = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": [0.7 + 0.2 * n for n in bars]})

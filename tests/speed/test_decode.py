@@ -1,5 +1,6 @@
 """Decode cases on a tiny model: rows, checks that can fail, refusals by one line."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -77,17 +78,22 @@ def test_a_fit_decides_what_is_kept(tiny, method):
     assert seen == [0, 1]
 
 
-@pytest.mark.parametrize("method", ["m-countdown", "d-countdown"])
-def test_a_wrong_kernel_gets_no_time(tiny, method, monkeypatch):
+def spoil(monkeypatch, factor):
+    """Multiply what kernels return by ``factor(layer, n)`` in their n-th call, from 1."""
     right = decode.decode_kernels
 
     def wrong(*arguments):
-        kernels = right(*arguments)
+        kernels, calls = right(*arguments), itertools.count(1)
         run = kernels.run
-        kernels.run = lambda layer, x: run(layer, x) * (1.0 if layer == 0 else 1.001)
+        kernels.run = lambda layer, x: run(layer, x) * factor(layer, next(calls))
         return kernels
 
     monkeypatch.setattr(decode, "decode_kernels", wrong)
+
+
+@pytest.mark.parametrize("method", ["m-countdown", "d-countdown"])
+def test_a_wrong_kernel_gets_no_time(tiny, method, monkeypatch):
+    spoil(monkeypatch, lambda layer, n: 1.0 if layer == 0 else 1.001)
     row = run_group(cases((method,)))[0]
     assert (row["status"], row["check"], row["latency_us_median"]) == ("failed", "failed", None)
     assert "over the bound" in row["reason"]
@@ -95,20 +101,8 @@ def test_a_wrong_kernel_gets_no_time(tiny, method, monkeypatch):
 
 def test_what_a_model_amplifies_excuses_single_steps_alone(tiny, monkeypatch):
     """Rounding that changes the logits a lot lets one step be off as far, but not half of them."""
-    right, wrong_at = decode.decode_kernels, []
-
-    def wrong(*arguments):
-        kernels, calls = right(*arguments), []
-        run = kernels.run
-
-        def now_and_then(layer, x):
-            calls.append(layer)
-            return run(layer, x) * (1.001 if len(calls) in wrong_at or not wrong_at else 1.0)
-
-        kernels.run = now_and_then
-        return kernels
-
-    monkeypatch.setattr(decode, "decode_kernels", wrong)
+    wrong_at = []
+    spoil(monkeypatch, lambda layer, n: 1.001 if n in wrong_at or not wrong_at else 1.0)
     monkeypatch.setattr(decode_check, "_shaken", lambda decode, mlp: lambda layer, x: 1.5 * mlp(layer, x))
     row = run_group(cases(("m-countdown",)))[0]
     assert "half of the steps off" in row["reason"]
@@ -116,6 +110,13 @@ def test_what_a_model_amplifies_excuses_single_steps_alone(tiny, monkeypatch):
     row = run_group(cases(("m-countdown",)))[0]
     assert (row["status"], row["check"]) == ("ok", "passed")
     assert row["max_rel_error"] > 1e-5
+
+
+def test_logits_that_are_not_finite_fail_whatever_the_bound(tiny, monkeypatch):
+    spoil(monkeypatch, lambda layer, n: float("nan") if n == 6 else 1.0)
+    monkeypatch.setattr(decode_check, "_shaken", lambda decode, mlp: lambda layer, x: float("nan") * mlp(layer, x))
+    row = run_group(cases(("m-countdown",)))[0]
+    assert (row["status"], row["check"], row.get("decode_check")) == ("failed", "failed", None)
 
 
 def test_a_wrong_step_gets_no_time(tiny, monkeypatch):
