@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from suite.errors import InputError
+from suite.modeling.complete import check_complete, no_report
 from suite.modeling.convert import Progress, converted_folder, first_line, no_progress_bars
 from suite.modeling.sources import ModelRef, resolve_model, weights_fingerprint
 from suite.registry import did_you_mean
@@ -119,10 +120,12 @@ def _from_folder(ref: ModelRef, folder: Path, dtype: str, device: str) -> tuple[
 
     options = {"trust_remote_code": False, "local_files_only": True}
     try:
-        with no_progress_bars():
+        with no_progress_bars(), no_report():
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            model = AutoModelForCausalLM.from_pretrained(
+            model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are named below
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
                 device_map=None if device == "cpu" else device,
@@ -130,6 +133,7 @@ def _from_folder(ref: ModelRef, folder: Path, dtype: str, device: str) -> tuple[
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"model {ref.spec} cannot be loaded: {first_line(error)}") from error
+    check_complete(ref.spec, info)
     return model, tokenizer
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -135,6 +136,52 @@ def config_with(**changes):
         (folder / "config.json").write_text(json.dumps({k: v for k, v in (config | changes).items() if v is not None}))
 
     return change
+
+
+def weights_with(change):
+    def damage(folder):
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "names"),
+    [
+        (weights_with(lambda weights: weights.pop(DOWN)), [f"missing: {DOWN}"]),
+        (weights_with(lambda weights: weights.pop("lm_head.weight")), ["missing: lm_head.weight"]),  # not tied
+        (
+            weights_with(lambda weights: weights.update(renamed=weights.pop(DOWN))),
+            [f"missing: {DOWN}", "unexpected: renamed"],
+        ),
+        (
+            weights_with(lambda weights: weights.update({DOWN: weights[DOWN][:, :3].contiguous()})),
+            [f"another shape: {DOWN} (32, 3), not (32, 48)"],
+        ),
+        (config_with(num_hidden_layers=3, layer_types=None), ["missing: model.layers.2.", "and 9 more"]),
+        (config_with(num_hidden_layers=1, layer_types=None), ["unexpected: model.layers.1."]),
+    ],
+)
+def test_weights_that_do_not_fit_the_configuration_are_named(folder, damage, names, capfd):
+    damage(folder)
+    message = refusal(load_model, str(folder))
+    assert all(name in message for name in names)
+    assert "LOAD REPORT" not in "".join(capfd.readouterr())
+
+
+def test_tied_weights_are_not_missing(tmp_path, cache, ids):
+    model = tiny_model("gemma2")
+    assert model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path / "tied")
+    save_tokenizer(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    with torch.inference_mode():
+        assert torch.equal(load_model(str(tmp_path / "tied")).model(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize(
