@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import importlib.util
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from suite.errors import InputError
+from suite.data_files import JSONL, is_file, is_folder, need_suffix, read_documents
+from suite.errors import InputError, named
 from suite.registry import did_you_mean
 
 Source = Literal["pack", "data_dir", "hub", "include", "text"]
@@ -175,8 +174,10 @@ def _resolve_text(name: str, data_dir: str | Path | None, options: dict[str, Any
         path = Path(data_dir) / relative
     else:
         raise InputError(f"unknown task {name!r}{did_you_mean(name, known_tasks())}")
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"text {path} of task {name}: no such file")
+    with named(f"text of task {name}"):
+        need_suffix(path)
     options["field"] = text_field
     source: Source = "pack" if path.parent == PACK_DIR else "text"
     return TaskSpec(name=name, source=source, limit=limit, files={"test": path}, options=options)
@@ -184,7 +185,7 @@ def _resolve_text(name: str, data_dir: str | Path | None, options: dict[str, Any
 
 def need_data_folder(data_dir: str | Path) -> None:
     """Refuse a data folder that is not there."""
-    if not Path(data_dir).is_dir():
+    if not is_folder(Path(data_dir)):
         raise InputError(f"data folder {data_dir}: no such folder; give the one that holds <task>/<split>.jsonl")
 
 
@@ -198,7 +199,7 @@ def _local_files(data_dir: Path, name: str) -> dict[str, Path]:
 
 
 def _included(folder: Path, name: str) -> Path | None:
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise InputError(f"include_path {folder}: no such folder; give the one that holds your task YAMLs")
     import yaml
 
@@ -234,37 +235,6 @@ def _builtin(name: str) -> bool:
     return False
 
 
-def read_documents(path: Path, text_field: str = "text") -> list[dict[str, Any]]:
-    """Rows of a .jsonl or .jsonl.gz file; a .txt file is split at blank lines into ``{"text": paragraph}``.
-
-    Raises
-    ------
-    InputError
-        Unreadable or empty file, broken JSON (with its line number), missing text field.
-    """
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    if not text.strip():
-        raise InputError(f"{path} is empty: it must hold at least one document")
-    if ".jsonl" not in path.suffixes:
-        return [{text_field: part.strip()} for part in text.split("\n\n") if part.strip()]
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} line {number} is broken JSON: {error.msg} at column {error.colno}") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path} line {number}: must be a JSON object, got {type(row).__name__}")
-        rows.append(row)
-    return rows
-
-
 def data_fingerprint(spec: TaskSpec) -> str:
     """First 16 hex digits of the SHA-256 over the files that decide the task; ``hub:<task>`` for data of the hub.
 
@@ -286,7 +256,9 @@ def data_fingerprint(spec: TaskSpec) -> str:
     for name, path in sorted(files.items()):
         if not path.is_file():
             continue
-        if ".jsonl" in path.suffixes:
+        if spec.is_text and name == "test":
+            read_documents(path, spec.options["field"])
+        elif path.name.endswith(JSONL):
             read_documents(path)
         digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from suite.errors import InputError
+from suite.data_files import JSONL, SUFFIXES, is_file, is_folder, need_suffix, paragraphs, read_text, rows
+from suite.errors import InputError, named
 from suite.registry import did_you_mean
 
 PYDOC = "pydoc"
 _FILE, _TRAIN = "file:", "train:"
-_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 _TXT_DOCUMENT = 2000  # characters of a plain text that are taken as one document
 _SHORT = 200  # characters; a topic with less prose is all grammar and tables
 _PARAGRAPH = 100  # characters; shorter ones recur in texts that have nothing to do with each other
@@ -138,54 +137,34 @@ def _prose(text: str) -> str:
 
 
 def _read(path: Path) -> list[str]:
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.name.endswith(_SUFFIXES))
+    if is_folder(path):
+        files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
         if not files:
-            raise InputError(f"calibration folder {path}: no file that ends in {', '.join(_SUFFIXES)}")
+            raise InputError(f"calibration folder {path}: no file that ends in {', '.join(SUFFIXES)}")
         return [text for file in files for text in _read(file)]
-    if not path.name.endswith(_SUFFIXES):
-        raise InputError(f"calibration file {path}: must end in {', '.join(_SUFFIXES)}")
-    text = _text_of(path)
-    return _pieces(text) if path.suffix == ".txt" else _jsonl(path, text)
-
-
-def _text_of(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"calibration file {path} cannot be read: {error}") from error
+    with named("calibration file"):
+        need_suffix(path)
+        return _jsonl(path) if path.name.endswith(JSONL) else _pieces(read_text(path))
 
 
 def _pieces(text: str) -> list[str]:
     """Runs of whole paragraphs, each at least `_TXT_DOCUMENT` characters long but for the last."""
     pieces: list[str] = [""]
-    for paragraph in re.split(r"\n\s*\n", text):
+    for paragraph in paragraphs(text):
         if len(pieces[-1]) >= _TXT_DOCUMENT:
             pieces.append("")
-        pieces[-1] = f"{pieces[-1]}\n\n{paragraph.strip()}".strip()
+        pieces[-1] = f"{pieces[-1]}\n\n{paragraph}".strip()
     return pieces
 
 
-def _jsonl(path: Path, text: str) -> list[str]:
+def _jsonl(path: Path) -> list[str]:
     documents = []
-    for number, record in _records(path, text):
+    for number, record in rows(path):
         value = record.get("text", record.get("page"))
         if not isinstance(value, str):
-            raise InputError(f"calibration file {path}, line {number}: no field 'text' or 'page' with a string")
+            raise InputError(f"{path} line {number}: no field 'text' or 'page' with a string")
         documents.append(value)
     return documents
-
-
-def _records(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"calibration file {path}, line {number}: no JSON ({error})") from error
-        yield number, record if isinstance(record, dict) else {}
 
 
 def train_documents(folder: Path) -> list[str]:
@@ -196,31 +175,39 @@ def train_documents(folder: Path) -> list[str]:
     InputError
         No train split, or a row of a schema that is not known.
     """
-    path = next((file for file in (folder / "train.jsonl", folder / "train.jsonl.gz") if file.is_file()), None)
+    path = next((file for file in (folder / "train.jsonl", folder / "train.jsonl.gz") if is_file(file)), None)
     if path is None:
         raise InputError(f"calibration train:{folder}: task {folder.name} has no train split; name another source")
     documents = []
-    for number, record in _records(path, _text_of(path)):
-        try:
-            documents.append(_shown(record))
-        except (KeyError, ValueError, IndexError, TypeError) as error:
-            raise InputError(f"calibration file {path}, line {number}: not the schema of a known task") from error
+    with named("calibration file"):
+        for number, record in rows(path):
+            try:
+                documents.append(_shown(record))
+            except (KeyError, ValueError, IndexError, TypeError) as error:
+                raise InputError(f"{path} line {number}: not the schema of a known task ({error})") from error
     return documents
 
 
 def _shown(row: Mapping[str, Any]) -> str:
     """A row as text, by its fields (data sets of ARC, OpenBookQA, WinoGrande, PIQA, GSM8K; else field text or page)."""
     if "choices" in row and "answerKey" in row:
-        answer = row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])]
+        answer = _string(row["choices"]["text"], row["choices"]["label"].index(row["answerKey"]))
         return (
-            f"{row['question_stem']} {answer}"
+            f"{_string(row, 'question_stem')} {answer}"
             if "question_stem" in row
-            else f"Question: {row['question']}\nAnswer: {answer}"
+            else f"Question: {_string(row, 'question')}\nAnswer: {answer}"
         )
     if "sentence" in row:
-        return str(row["sentence"]).replace("_", row[f"option{int(row['answer'])}"])
+        return _string(row, "sentence").replace("_", _string(row, f"option{int(row['answer'])}"))
     if "goal" in row:
-        return f"Question: {row['goal']}\nAnswer: {row['sol2' if int(row['label']) else 'sol1']}"
+        return f"Question: {_string(row, 'goal')}\nAnswer: {_string(row, 'sol2' if int(row['label']) else 'sol1')}"
     if "question" in row:
-        return f"Question: {row['question']}\nAnswer: {row['answer']}"
-    return str(row["text"] if "text" in row else row["page"])
+        return f"Question: {_string(row, 'question')}\nAnswer: {_string(row, 'answer')}"
+    return _string(row, "text" if "text" in row else "page")
+
+
+def _string(values: Any, key: str | int) -> str:
+    """A field that must hold a string: null would be fitted on as the word None."""
+    if not isinstance(value := values[key], str):
+        raise TypeError(f"{key!r} is {json.dumps(value)}")
+    return value

@@ -150,13 +150,13 @@ class LocalSession:
     def analyse(self, cell: AnalysisCell) -> Outcome:
         """Analyse the model of one cell."""
         from suite.analysis.coefficients import analyse
-        from suite.evaluation.tasks import read_documents
+        from suite.data_files import read_documents
 
         config, field = cell.config, str(cell.task.options["field"])
         documents = read_documents(cell.task.files["test"], field)[: config.documents]
         found = analyse(
             self._loaded,
-            [str(document[field]) for document in documents],
+            [document[field] for document in documents],
             prompt_tokens=config.prompt_tokens,
             new_tokens=config.new_tokens,
             sparsities=config.sparsities,

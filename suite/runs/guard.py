@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from suite.data_files import read_documents
 from suite.errors import InputError
-from suite.evaluation.tasks import read_documents
 from suite.fitting.calibration import Calibration, fingerprints
 
 if TYPE_CHECKING:
@@ -44,9 +44,6 @@ def _scored(task: TaskSpec) -> Iterator[str]:
     files = {split: path for split, path in task.files.items() if path.is_file() and split not in ("train", "yaml")}
     path = files.get("test") or files.get("validation") or next(iter(files.values()), None)
     if path is None:
-        return
-    if ".jsonl" not in path.suffixes:
-        yield path.read_text(encoding="utf-8")
         return
     for row in read_documents(path):
         yield from _strings(row)

@@ -5,13 +5,13 @@ import json
 
 import pytest
 
+from suite.data_files import read_documents
 from suite.errors import InputError
 from suite.evaluation.tasks import (
     DECODE_PERPLEXITY,
     PACK_TASKS,
     data_fingerprint,
     known_tasks,
-    read_documents,
     resolve_task,
 )
 

@@ -82,14 +82,14 @@ def test_files_of_each_kind_and_equal_text_have_equal_fingerprints(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("missing.txt", None, "cannot be read"),
+        ("missing.txt", None, "cannot read"),
         ("a.csv", b"x", "must end in"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2: no JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2 is broken JSON"),
         ("a.jsonl", b'{"txt": "x"}', "line 1: no field 'text'"),
         ("a.jsonl", b'{"text": "x"}', "at least 2 documents"),
         ("a.txt", b"", "at least 2 documents"),
-        ("a.txt", b"\xff\xfe\xff", "cannot be read"),
-        ("a.jsonl.gz", b"no gzip", "cannot be read"),
+        ("a.txt", b"\xff\xfe\xff", "cannot read"),
+        ("a.jsonl.gz", b"no gzip", "cannot read"),
     ],
 )
 def test_bad_files(tmp_path, name, content, match):

@@ -24,5 +24,5 @@ def load(file: str, **_: Any) -> Any:
 
     from datasets import Dataset, DatasetDict
 
-    lines = (Path(__file__).parent / file).read_text(encoding="utf-8").splitlines()
-    return DatasetDict({"test": Dataset.from_list([json.loads(line) for line in lines])})
+    with (Path(__file__).parent / file).open(encoding="utf-8") as lines:
+        return DatasetDict({"test": Dataset.from_list([json.loads(line) for line in lines])})
