@@ -167,8 +167,7 @@ def _flops(world: Models) -> float:
 
 
 def _missing_fits(matrix: Matrix, results: Path) -> list[FitRequest]:
-    wanted = {cell.fit_key: cell.fit for cell in matrix.accuracy if cell.fit_key and cell.fit}
-    return [fit for key, fit in wanted.items() if not any((results / "fits").glob(f"{key}*"))]
+    return [fit for key, fit in matrix.fits.items() if not any((results / "fits").glob(f"{key}*"))]
 
 
 def _fit_seconds(fit: FitRequest, world: Models) -> float:

@@ -85,13 +85,13 @@ def key_fields(manifest: Mapping[str, Any], cell_id: str) -> dict[str, Any]:
 
 
 def _sources(matrix: Matrix) -> list[str]:
-    """Calibration sources of the practical cells."""
-    return sorted({cell.fit.calibration for cell in matrix.accuracy if cell.fit})
+    """Calibration sources of all fits."""
+    return sorted({fit.calibration for fit in matrix.fits.values()})
 
 
 def _fits(matrix: Matrix, records: Mapping[str, Record | None]) -> dict[str, str]:
     found = {}
-    for cell in matrix.accuracy:
+    for cell in matrix.fitted:
         record = records[cell.key]
         if cell.fit_key and record is not None and record.get("fit_sha256"):
             found[cell.fit_key[:16]] = str(record["fit_sha256"])

@@ -119,10 +119,9 @@ def run(
 
 def make_fits(config: MatrixConfig, world: World, executor: Executor, results: Path, say: Say) -> int:
     """Make the fits of a matrix that are missing, and return how many fits it has."""
-    cells = {cell.fit_key: cell for cell in expand(config, world) if cell.fit_key}
-    runner = Runner(Matrix(list(cells.values()), []), executor, CellStore(results, say), results / "fits", say=say)
-    runner.fit()
-    return len(cells)
+    matrix = plan(config, world)
+    Runner(matrix, executor, CellStore(results, say), results / "fits", say=say).fit()
+    return len(matrix.fits)
 
 
 def _remove_stale_logs(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -85,6 +85,17 @@ class Matrix:
         return [*self.accuracy, *self.speed, *self.analysis]
 
     @property
+    def fitted(self) -> list[AccuracyCell | TimedCell]:
+        """Cells that need a fit, of quality and of speed."""
+        cells: list[AccuracyCell | TimedCell] = [*self.accuracy, *self.speed]
+        return [cell for cell in cells if cell.fit_key]
+
+    @property
+    def fits(self) -> dict[str, FitRequest]:
+        """Every fit that a cell needs, by its key."""
+        return {cell.fit_key: cell.fit for cell in self.fitted if cell.fit_key and cell.fit}
+
+    @property
     def keys(self) -> list[str]:
         """Keys of all cells."""
         return [cell.key for cell in self.cells]
@@ -136,7 +147,7 @@ class Runner:
         of_models = [cell for cell in self._matrix.of_models if self._is_pending(records[cell.key])]
         groups = [list(group) for _, group in groupby(self._matrix.speed, key=lambda cell: cell.group)]
         speed = [group for group in groups if any(self._is_pending(records[cell.key]) for cell in group)]
-        self._recorded_fits(records, {cell.key for cell in of_models})
+        self._recorded_fits(records, {cell.key for cell in (*of_models, *chain.from_iterable(speed))})
         if self._no_fit:
             self._need_fits([*of_models, *chain.from_iterable(speed)])
         total = len(of_models) + sum(map(len, speed))
@@ -162,17 +173,12 @@ class Runner:
 
     def fit(self) -> None:
         """Make the fits of all cells that are missing; raises what making them raises."""
-        for _, cells in groupby(self._with_fits, key=lambda cell: (cell.model, cell.dtype, cell.device)):
-            missing = [cell for cell in cells if cell.fit_key and not self._has_fit(cell.fit_key)]
+        for _, cells in groupby(self._matrix.fitted, key=lambda cell: (cell.model, cell.dtype, cell.device)):
+            missing = {cell.fit_key: cell for cell in cells if cell.fit_key and not self._has_fit(cell.fit_key)}
             if missing:
-                with self._executor.session(missing[0]) as session:
-                    for cell in missing:
+                with self._executor.session(next(iter(missing.values()))) as session:
+                    for cell in missing.values():
                         self._fit(cell, session)
-
-    @property
-    def _with_fits(self) -> list[AccuracyCell | TimedCell]:
-        cells: list[AccuracyCell | TimedCell] = [*self._matrix.accuracy, *self._matrix.speed]
-        return [cell for cell in cells if cell.fit_key]
 
     def _has_fit(self, key: str) -> bool:
         return any(self._fits.glob(f"{key}*"))
@@ -191,7 +197,7 @@ class Runner:
 
     def _recorded_fits(self, records: Mapping[str, Record | None], pending: set[str]) -> None:
         """Outputs of fits that cached cells were measured with: a new output may not be mixed with them."""
-        for cell in self._matrix.accuracy:
+        for cell in self._matrix.fitted:
             record = records[cell.key]
             if cell.fit_key and cell.key not in pending and record and record.get("fit_sha256"):
                 known = self._fit_sha256.setdefault(cell.fit_key, record["fit_sha256"])
@@ -298,8 +304,8 @@ class Runner:
         """Missing predictors that are made with this one on the same activations, by key."""
         if fit.options is None:
             return {}
-        requests = {cell.fit_key: cell.fit for cell in self._with_fits if cell.fit_key and cell.fit}
-        return {key: one for key, one in requests.items() if one.shared == fit.shared and not self._has_fit(key)}
+        fits = self._matrix.fits.items()
+        return {key: one for key, one in fits if one.shared == fit.shared and not self._has_fit(key)}
 
     @contextlib.contextmanager
     def _recording(self, cell: ModelCell) -> Iterator[None]:

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from suite.config import build_config
 from suite.errors import InputError
-from suite.runs.manifest import file_hashes, seal
-from suite.runs.run import Options, make_fits, run
+from suite.runs.estimate import estimate
+from suite.runs.manifest import file_hashes, read_manifest, seal
+from suite.runs.run import Options, make_fits, plan, run
 from suite.runs.runner import Outcome
 from suite.runs.store import CellStore
 from suite.runs.verify import verify_files
@@ -361,3 +363,37 @@ def test_phases_of_traced_cells_have_a_file_of_their_own(tmp_path):
     found = rows(finished.folder, "phases.csv")
     assert [row["cell_id"] for row in found] == [cell for cell in traced for _ in range(2)]
     assert [row["phase"] for row in found] == ["fill", "choose"] * 2
+
+
+def speed_fits():
+    """Two decode rows of real weights, whose fits no accuracy cell has."""
+    block = {"level": "decode", "shapes": ["embedded"], "methods": ["dense", "m-countdown"], "sparsities": [0.5, 0.9]}
+    return matrix(accuracy=[], models=[], speed=[block | {"backends": ["numba-cpu"]}])
+
+
+def test_fits_of_speed_cells_are_fits_of_the_matrix(tmp_path):
+    config, executor = speed_fits(), FakeExecutor()
+    plan_ = plan(config, FakeWorld())
+    assert len(plan_.fits) == 2
+    slow = estimate(plan_, CellStore(tmp_path), FakeWorld(), tmp_path).seconds
+    with pytest.raises(InputError, match=r"2 cells need a fit that is missing.*countdown-suite fit"):
+        go(tmp_path, executor, config, no_fit=True)
+    assert make_fits(config, FakeWorld(), executor, tmp_path, lambda line: None) == 2
+    assert set(executor.fitted) == set(plan_.fits)
+    assert estimate(plan_, CellStore(tmp_path), FakeWorld(), tmp_path).seconds < slow
+    manifest = read_manifest(go(tmp_path, executor, config, no_fit=True).folder)
+    assert set(manifest["fits"]) == {key[:16] for key in plan_.fits}
+    assert set(manifest["in_domain"]) == {"pydoc"}
+
+
+def test_a_new_output_of_a_fit_is_not_mixed_with_speed_cells_of_the_old(tmp_path):
+    config = speed_fits()
+    go(tmp_path, FakeExecutor(), config)
+    for path in tmp_path.glob("fits/*"):
+        path.unlink()
+    changed = FakeExecutor()
+    changed.fit_text = "another output"
+    block = {"methods": ["m-countdown"], "modes": ["practical"], "sparsities": [0.5], "tasks": ["t1"]}
+    more = build_config(config.model_dump() | {"models": [{"id": "embedded"}], "accuracy": [block]}, "test")
+    with pytest.raises(InputError, match=r"two outputs.*--rerun all"):
+        go(tmp_path, changed, more)
