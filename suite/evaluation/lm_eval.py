@@ -63,7 +63,7 @@ class SuiteLM(HFLM):
         self.window = min(window or self.max_length, self.max_length)
         self.attached, self.scope, self.documents, self.plans = attached, scope, documents, plans
         self.scored = self.sparse = 0
-        self._order: list[int] = []
+        self._order: list[tuple[int, int]] = []  # document and choice of each request
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, *args: Any, **kwargs: Any) -> list[int]:
         """HFLM's encoding, each string once for all settings of a model."""
@@ -77,7 +77,11 @@ class SuiteLM(HFLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is the greedy one."""
         if "loglikelihood" not in self.plans:
-            self._order = [self.documents[request.doc_id] for request in requests]
+            self._order = [(self.documents[request.doc_id], request.idx) for request in requests]
+            for place, request in zip(self._order, requests, strict=True):
+                context, continuation = request.args
+                if not context and not self.tok_encode(continuation, add_special_tokens=False):
+                    raise _without_target(place, context, continuation)
             super().loglikelihood(requests, disable_tqdm=True)
         scores = self._score(self.plans["loglikelihood"], self.scope)
         return [(score.loglikelihood, score.greedy) for score in scores]
@@ -87,7 +91,9 @@ class SuiteLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """Where HFLM would score what it has tokenised: make the plan that `loglikelihood` scores."""
         scorable = []
-        for document, (_, context, continuation) in zip(self._order, requests, strict=True):
+        for (document, choice), (texts, context, continuation) in zip(self._order, requests, strict=True):
+            if not continuation:
+                raise _without_target((document, choice), *texts)
             if len(continuation) > self.max_length:
                 raise CellError(
                     f"continuation of document {document} has {len(continuation)} tokens, over {self.max_length}"
@@ -172,6 +178,15 @@ class SuiteLM(HFLM):
                 n_tokens -= 1
             self.scored += n_tokens
             self.sparse += 0 if self.attached is None else n_tokens - (self.scope == "paper")
+
+
+def _without_target(place: tuple[int, int], context: str, continuation: str) -> CellError:
+    """A continuation without a token of its own would have log-likelihood 0 and win against every other."""
+    document, choice = place
+    return CellError(
+        f"document {document}: choice {choice} {continuation[:40]!r} has no token of its own after "
+        f"{context[-40:]!r}: the tokenizer merges it into the context; give the task a target_delimiter"
+    )
 
 
 def build_task(spec: TaskSpec, seed: int) -> Task:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from suite import evaluate, get_method
-from suite.errors import InputError
+from suite.errors import CellError, InputError
 from suite.evaluation.engine import Scorer
 from suite.evaluation.evaluator import Evaluator
 from suite.evaluation.lm_eval import sample_indices
@@ -215,3 +217,49 @@ def test_limit_takes_the_first_of_a_seeded_shuffle():
     ten, twenty = sample_indices(100, 10, 3), sample_indices(100, 20, 3)
     assert set(ten) < set(twenty)
     assert ten == sorted(ten) != sample_indices(100, 10, 4)
+
+
+def choices_task(folder, rows, **settings):
+    """An own multiple-choice task over ``rows`` of q, choices and gold; returns its folder."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "task": "own",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": f"{folder}/rows.jsonl"}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / "own.yaml").write_text(json.dumps(config | settings))
+    return folder
+
+
+@pytest.fixture
+def merging(tiny):
+    """The tiny model with a tokenizer that has "answer" and "ans" as one token each."""
+    vocabulary = tiny.tokenizer.get_vocab()
+    symbols = ["an", "ans", "answ", "answe", "answer"]
+    vocabulary |= {symbol: number for number, symbol in enumerate(symbols, len(vocabulary))}
+    merges = [("a", "n"), ("an", "s"), ("ans", "w"), ("answ", "e"), ("answe", "r")]
+    fast = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    special = {"eos_token": "<end>", "bos_token": "<end>", "pad_token": "<end>"}
+    return dataclasses.replace(tiny, tokenizer=PreTrainedTokenizerFast(tokenizer_object=fast, **special))
+
+
+def test_a_choice_that_merges_into_the_context_is_named_and_not_scored(merging, tmp_path):
+    row = {"q": "Please write down your ans", "choices": ["kle", "wer", "tique"], "gold": 1}
+    folder = choices_task(tmp_path, [row], target_delimiter="")
+    with pytest.raises(CellError, match=r"document 0: choice 1 'wer' has no token of its own"):
+        evaluate(merging, ["own"], DENSE, include_path=folder)
+
+
+def test_an_empty_choice_without_context_is_named_too(tiny, tmp_path):
+    rows = [{"q": "", "choices": ["a", last], "gold": 0} for last in ("b", "")]
+    folder = choices_task(tmp_path, rows, target_delimiter="")
+    with pytest.raises(CellError, match="document 1: choice 1 '' has no token"):
+        evaluate(tiny, ["own"], DENSE, include_path=folder)
