@@ -33,9 +33,16 @@ class Evaluator:
     loaded : model and tokenizer
     batch_size : most sequences in a batch
     seed : shuffles the documents that a limit picks, and few-shot examples
+
+    Raises
+    ------
+    InputError
+        A batch size that is no whole number of at least 1.
     """
 
     def __init__(self, loaded: LoadedModel, *, batch_size: int = 16, seed: int = 0) -> None:
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise InputError(f"batch_size {batch_size!r}: must be a whole number of sequences, at least 1")
         self.loaded = loaded
         self.seed = seed
         self.lm = SuiteLM(loaded, batch_size)

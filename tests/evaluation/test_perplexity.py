@@ -104,3 +104,9 @@ def test_a_text_of_short_lines_is_refused(tiny, tmp_path):
         Evaluator(tiny).run(
             resolve_task("decode_perplexity", options={"text": str(path)}), get_method("dense"), mode="none"
         )
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, True])
+def test_a_batch_size_is_a_whole_number(tiny, batch_size):
+    with pytest.raises(InputError, match=r"batch_size .*: must be a whole number"):
+        evaluate(tiny, ["decode_perplexity"], get_method("dense"), limit=2, batch_size=batch_size)
