@@ -111,8 +111,8 @@ def nan_tokens(score: Tensor, activations: Activations) -> Tensor:
 
     NaN from activations that are not finite is kept, so that it reaches the output; any other is the method's fault.
     """
-    total = sum(part.sum(-1, dtype=torch.float32) for part in (activations.gate, activations.act, activations.up))
-    return (score.isnan().any(-1) & torch.isfinite(total)).sum()
+    gate, act, up = (part.sum(-1, dtype=torch.float32) for part in (activations.gate, activations.act, activations.up))
+    return (score.isnan().any(-1) & torch.isfinite(gate + act + up)).sum()
 
 
 def refuse_nan(method: Method, n_tokens: Mapping[int, Tensor]) -> None:
