@@ -26,6 +26,8 @@ PROFILES = ("embedded", "small", "paper", "gpu-kernels", "gpu-accuracy", "gpu-de
 
 Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
+# tokens of a sequence, in which memory grows before a model is asked: far above any context there is
+Length = Annotated[int, Field(ge=1, le=2**24, strict=True)]
 Seed = Annotated[int, Field(ge=0, strict=True)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Scope = Literal["paper", "scored", "all"]
@@ -171,8 +173,8 @@ class AnalysisConfig(Section):
 
     text: str = "decode_perplexity"
     documents: Count = 8
-    prompt_tokens: Count = 32
-    new_tokens: Count = 32
+    prompt_tokens: Length = 32
+    new_tokens: Length = 32
     sparsities: list[Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False, strict=True)]] = Field(
         default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], min_length=1
     )

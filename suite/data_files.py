@@ -101,6 +101,28 @@ def _row(line: str, place: str) -> dict[str, Any]:
     return row
 
 
+def need_complete(path: Path) -> None:
+    """Refuse a JSON Lines file of a known schema with a hole, which a prompt would show as the word None.
+
+    Raises
+    ------
+    InputError
+        A key that other lines have is missing in a line, or null, or null inside (line and key are named).
+    """
+    found = list(rows(path))
+    keys = dict.fromkeys(key for _, row in found for key in row)
+    for number, row in found:
+        for key in keys:
+            if _has_null(row.get(key)):
+                what = "null, or holds null" if key in row else "missing, though other lines have it"
+                raise InputError(f"{path} line {number}: key {key!r} is {what}; give its value or leave the line out")
+
+
+def _has_null(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is None or any(map(_has_null, parts))
+
+
 def read_documents(path: Path, field: str | None = None) -> list[dict[str, Any]]:
     """Rows of a JSON Lines file; a text is split at blank lines into ``{field: paragraph}``.
 

@@ -112,6 +112,10 @@ MATRICES: dict[str, tuple[Any, list[str]]] = {
     ),
     "unknown device": (GOOD | {"device": "gpu0"}, ["device", "'gpu0'"]),
     "batch size 0": (GOOD | {"batch_size": 0}, ["batch_size", "got 0"]),
+    "more new tokens than memory": (
+        GOOD | {"analysis": {"new_tokens": 10**9}},
+        ["analysis.new_tokens", "less than or equal to 16777216", "got 1000000000"],
+    ),
     "negative seed": (GOOD | {"seeds": [-1]}, ["seeds.0", "got -1"]),
     "data folder that is not there": (
         block(tasks=["arc_easy"]) | {"data_dir": "no/data"},

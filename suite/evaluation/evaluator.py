@@ -15,7 +15,7 @@ from suite.evaluation.lm_eval import BuiltTask, SuiteLM, sample_indices, samples
 from suite.evaluation.perplexity import BuiltText
 from suite.evaluation.plan import Scope
 from suite.evaluation.results import Metric, TaskResult
-from suite.evaluation.tasks import TaskSpec, resolve_task
+from suite.evaluation.tasks import TaskSpec, data_fingerprint, resolve_task
 from suite.methods.base import Method, Mode
 from suite.modeling.attach import LayerSparsity, ThresholdState, attach
 from suite.modeling.loading import LoadedModel
@@ -33,9 +33,16 @@ class Evaluator:
     loaded : model and tokenizer
     batch_size : most sequences in a batch
     seed : shuffles the documents that a limit picks, and few-shot examples
+
+    Raises
+    ------
+    InputError
+        A batch size that is no whole number of at least 1.
     """
 
     def __init__(self, loaded: LoadedModel, *, batch_size: int = 16, seed: int = 0) -> None:
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise InputError(f"batch_size {batch_size!r}: must be a whole number of sequences, at least 1")
         self.loaded = loaded
         self.seed = seed
         self.lm = SuiteLM(loaded, batch_size)
@@ -169,6 +176,7 @@ def evaluate(
     results: dict[str, Any] = {}
     for name in tasks:
         spec = resolve_task(name, data_dir=data_dir, include_path=include_path, limit=limit)
+        data_fingerprint(spec)  # reads every row: a broken one is refused by its line, as by the command line
         with torch.inference_mode():
             results[name], _ = evaluator.run(spec, method, mode=mode, state=state, scope=scope)
     return results

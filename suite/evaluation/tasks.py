@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from suite.data_files import JSONL, is_file, is_folder, need_suffix, read_documents
+from suite.data_files import JSONL, is_file, is_folder, need_complete, need_suffix, read_documents
 from suite.errors import InputError, named
 from suite.registry import did_you_mean
 
@@ -116,8 +116,10 @@ def resolve_task(
     """
     options = dict(options or {})
     common: dict[str, Any] = {"name": name, "num_fewshot": num_fewshot, "limit": limit}
-    if limit is not None and limit < 1:
-        raise InputError(f"limit {limit} of task {name}: must be at least 1, or none for all documents")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise InputError(
+            f"limit {limit!r} of task {name}: must be a whole number, at least 1, or none for all documents"
+        )
     if name.startswith(DECODE_PERPLEXITY):
         return _resolve_text(name, data_dir, options, limit)
     _check_options(name, options)
@@ -260,5 +262,7 @@ def data_fingerprint(spec: TaskSpec) -> str:
             read_documents(path, spec.options["field"])
         elif path.name.endswith(JSONL):
             read_documents(path)
+            if spec.source == "data_dir":
+                need_complete(path)
         digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]

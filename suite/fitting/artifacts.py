@@ -212,11 +212,12 @@ def load_fit(path: Path, key: str | None = None, *, model_fingerprint: str | Non
         fit = (
             _predictor_fit(description, tensors, cost) if "predictor" in description else Fit(**description, **tensors)
         )
+        found = fit.sha256
     except FileNotFoundError as error:
         raise InputError(f"fit {file} does not exist: make it with countdown-suite fit") from error
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"fit {file} is damaged ({error}): {_REMEDY}") from error
-    if fit.sha256 != sha256 or fit.thresholds.dtype != torch.float32:
+    if found != sha256 or fit.thresholds.dtype != torch.float32:
         raise InputError(f"fit {file} is damaged (its hash differs): {_REMEDY}")
     if key is not None and fit.key != key:
         raise InputError(f"fit {file} has key {fit.key[:16]} inside, not {key[:16]}: {_REMEDY}")

@@ -22,7 +22,9 @@ from suite.modeling.modes import (
     Select,
     ThresholdState,
     checked_thresholds,
+    nan_tokens,
     placed_predictor,
+    refuse_nan,
     resolve_mode,
     threshold_selection,
     top_k_selection,
@@ -90,6 +92,7 @@ class _Layer:
         self._run = run
         self._down_norms = cache(mlp.down_norm2)
         self.reset()
+        self.nan_tokens = torch.zeros_like(self.kept)
 
     def reset(self) -> None:
         """Zero the counters; they live on the layer's device, so that counting never makes the host wait."""
@@ -142,9 +145,9 @@ class _Layer:
 
     def _score(self, activations: Activations) -> Tensor:
         score = self._method.score(activations)
-        wanted = activations.up.shape
-        if score.shape != wanted:
+        if score.shape != (wanted := activations.up.shape):
             raise InputError(f"method {self._method.name}: score has shape {tuple(score.shape)}, not {tuple(wanted)}")
+        self.nan_tokens += nan_tokens(score, activations)
         return score
 
 
@@ -295,6 +298,7 @@ def sparsified(
         for layer in layers:
             undo.callback(_replace_forward(layer.mlp.module, layer.forward))
         yield Attached(layers, thresholds, run)
+        refuse_nan(method, {layer.mlp.layer: layer.nan_tokens for layer in layers})
 
 
 def _replace_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[], None]:
@@ -367,8 +371,9 @@ def attach(
     Raises
     ------
     InputError
-        Model without gated MLPs or already attached, mode that the method has not, state missing or of another fit,
-        numba asked for where its kernels cannot run.
+        Model without gated MLPs or attached already; a mode, a state or the backend numba that is not possible here.
+    CellError
+        At the end of the block: a score was NaN although the activations were finite.
     """
     if backend not in BACKENDS:
         raise InputError(f"unknown backend {backend!r}{did_you_mean(str(backend), BACKENDS)}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from suite.errors import InputError
-from suite.methods.base import Method, Mode, kept_count, select_threshold, select_top_k
+from suite.errors import CellError, InputError
+from suite.methods.base import Activations, Method, Mode, kept_count, select_threshold, select_top_k
 from suite.modeling.gated_mlp import find_gated_mlps
 from suite.registry import did_you_mean
 
@@ -104,3 +104,22 @@ def top_k_selection(method: Method) -> Select:
         return select_top_k(score, kept_count(score.shape[-1], method.sparsity))
 
     return select
+
+
+def nan_tokens(score: Tensor, activations: Activations) -> Tensor:
+    """Number of tokens with a NaN score although their activations are finite, on the device: the host does not wait.
+
+    NaN from activations that are not finite is kept, so that it reaches the output; any other is the method's fault.
+    """
+    gate, act, up = (part.sum(-1, dtype=torch.float32) for part in (activations.gate, activations.act, activations.up))
+    return (score.isnan().any(-1) & torch.isfinite(gate + act + up)).sum()
+
+
+def refuse_nan(method: Method, n_tokens: Mapping[int, Tensor]) -> None:
+    """Refuse what was selected by scores that are NaN in a layer: its kept set means nothing."""
+    for layer, n_nan in n_tokens.items():
+        if count := int(n_nan):
+            raise CellError(
+                f"method {method.name}: scores of {count} tokens in layer {layer} are NaN although the activations are "
+                "finite; mend its score"
+            )

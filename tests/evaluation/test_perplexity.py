@@ -104,3 +104,17 @@ def test_a_text_of_short_lines_is_refused(tiny, tmp_path):
         Evaluator(tiny).run(
             resolve_task("decode_perplexity", options={"text": str(path)}), get_method("dense"), mode="none"
         )
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, True])
+def test_a_batch_size_is_a_whole_number(tiny, batch_size):
+    with pytest.raises(InputError, match=r"batch_size .*: must be a whole number"):
+        evaluate(tiny, ["decode_perplexity"], get_method("dense"), limit=2, batch_size=batch_size)
+
+
+def test_a_null_in_a_data_folder_is_refused_before_it_is_scored(tiny, tmp_path):
+    (tmp_path / "piqa").mkdir()
+    rows = [{"goal": goal, "sol1": "lift", "sol2": "wait", "label": 0} for goal in ("Open", None)]
+    (tmp_path / "piqa" / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match=r"validation\.jsonl line 2: key 'goal' is null"):
+        evaluate(tiny, ["piqa"], get_method("dense"), data_dir=tmp_path)

@@ -141,3 +141,29 @@ def test_a_truncated_gzip_is_refused(tmp_path):
 
 def test_every_known_task_is_named_once():
     assert len(known_tasks()) == len(set(known_tasks()))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"goal": None}, "key 'goal' is null"),
+        ({"sol2": ...}, "key 'sol2' is missing"),
+        ({"goal": ["a", {"b": None}]}, "key 'goal' is null, or holds null"),
+    ],
+)
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_hole_in_a_file_of_known_schema_names_line_and_key(tmp_path, row, message, at):
+    good = {"goal": "Open", "sol1": "lift", "sol2": "wait", "label": 0}
+    rows = [good, good]
+    rows[at - 1] = {key: value for key, value in (good | row).items() if value is not ...}
+    path = tmp_path / "piqa" / "validation.jsonl"
+    path.parent.mkdir()
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match=rf"validation\.jsonl line {at}: {message}"):
+        data_fingerprint(resolve_task("piqa", data_dir=tmp_path))
+
+
+@pytest.mark.parametrize("limit", [2.5, True, "3"])
+def test_a_limit_is_a_whole_number(limit):
+    with pytest.raises(InputError, match=r"limit .* of task piqa: must be a whole number"):
+        resolve_task("piqa", limit=limit)
