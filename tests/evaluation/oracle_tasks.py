@@ -147,7 +147,7 @@ NO_CONTEXT = [
 SPACES = [{"q": f"{word}  ", "choices": [" two", "two ", "\nnew"], "label": i % 3} for i, word in enumerate(WORDS[:5])]
 MERGED = [
     {"q": "the an", "choices": ["swering", "kle", "s 1"], "label": 0},
-    {"q": "the ans", "choices": ["wer ed", "wering", "k"], "label": 1},  # two tokens fewer than apart, one left
+    {"q": "one ans", "choices": ["wer ed", "wering", "k"], "label": 1},  # two tokens fewer than apart, one left
     {"q": "Please write down your an", "choices": ["swers it", "swered", "s"], "label": 2},
 ]
 SEVERAL = [{**row, "label": [i % 3, (i + 1) % 3][: 1 + i % 2]} for i, row in enumerate(ITEMS)]
