@@ -189,10 +189,6 @@ SHAPES: dict[str, Shape] = {
         ANSWERS,
         means=("exact_match",),
     ),
-    "beams": Shape(
-        answering("exact_match", "chrf", generation_kwargs={"until": ["\n"], "max_gen_toks": 5, "num_beams": 2}),
-        ANSWERS,
-    ),
     "bleu": Shape(answering("bleu", "chrf", "ter"), ANSWERS),
     "train_shots": Shape(choosing(*ACC, num_fewshot=2, fewshot_split="train"), ITEMS, train=SHOTS, means=ACC),
     "first_shots": Shape(
