@@ -1,8 +1,10 @@
+# ruff: noqa: RUF001 - letters that look alike are what the texts of UNICODE are about
 """Shapes of lm-eval tasks, each a few lines of YAML and a few documents, for the comparison with lm-eval itself."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,13 @@ def letters(doc, results):
 
 def ratio(items):
     return sum(hit for hit, _ in items) / max(1, sum(size for _, size in items))
+
+def alike(doc, results):
+    return {"alike": len(set(results[0])) / len(results[0]), "words": len(" ".join(results[0]).split())}
+
+class Reversed:
+    def apply(self, resps, docs):
+        return [[text[::-1] for text in row] for row in resps]
 """
 
 
@@ -63,8 +72,7 @@ def write(folder: Path, name: str, shape: Shape) -> None:
         config = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
         config |= ({"training_split": "train"} if shape.train else {}) | dict(shape.config)
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=1000)
-    for function in ("length", "largest", "upper", "letters", "ratio"):
-        text = text.replace(f"'!function functions.{function}'", f"!function functions.{function}")
+    text = re.sub(r"'(!function functions\.\w+)'", r"\1", text)
     (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
@@ -138,18 +146,21 @@ NO_CONTEXT = [
 ]
 SPACES = [{"q": f"{word}  ", "choices": [" two", "two ", "\nnew"], "label": i % 3} for i, word in enumerate(WORDS[:5])]
 MERGED = [
-    {"q": "Please write down your ans", "choices": ["wer", "kle", "tique"], "label": 0},
-    {"q": "the ans", "choices": ["wer", "wers", "w"], "label": 1},
-    {"q": "an", "choices": ["swer", "swers", "s"], "label": 2},
+    {"q": "the an", "choices": ["swering", "kle", "s 1"], "label": 0},
+    {"q": "one ans", "choices": ["wer ed", "wering", "k"], "label": 1},  # two tokens fewer than apart, one left
+    {"q": "Please write down your an", "choices": ["swers it", "swered", "s"], "label": 2},
 ]
 SEVERAL = [{**row, "label": [i % 3, (i + 1) % 3][: 1 + i % 2]} for i, row in enumerate(ITEMS)]
 SENTENCES = [
     {"s": f"the {word} was", "options": ["red", "old"], "label": i % 2, "end": " here"} for i, word in enumerate(WORDS)
 ]
-TARGETS = [{"q": f"Give {word}:", "a": [word, WORDS[i]]} for i, word in enumerate(WORDS[:5])]
+TARGETS = [{"q": f"Give {word}:", "a": [word, WORDS[-i]]} for i, word in enumerate(WORDS[:8])]
+# only these letters count, so that some answers of a random model are right
+SOME = [{"metric": "exact_match", "regexes_to_ignore": ["[^wkq]"]}]
 FIRST = [{"function": "take_first"}]
 DIGITS = {"function": "regex", "regex_pattern": "([a-z])"}
 ACC = ("acc", "acc_norm")
+OPEN = ("output_type", "doc_to_text", "doc_to_target")
 
 
 def _members() -> dict[str, Shape]:
@@ -178,10 +189,6 @@ SHAPES: dict[str, Shape] = {
         ANSWERS,
         means=("exact_match",),
     ),
-    "beams": Shape(
-        answering("exact_match", "chrf", generation_kwargs={"until": ["\n"], "max_gen_toks": 5, "num_beams": 2}),
-        ANSWERS,
-    ),
     "bleu": Shape(answering("bleu", "chrf", "ter"), ANSWERS),
     "train_shots": Shape(choosing(*ACC, num_fewshot=2, fewshot_split="train"), ITEMS, train=SHOTS, means=ACC),
     "first_shots": Shape(
@@ -202,7 +209,7 @@ SHAPES: dict[str, Shape] = {
     ),
     "scored_shots": Shape(choosing(*ACC, num_fewshot=2, fewshot_split="test"), ITEMS, means=ACC),
     "several_right": Shape(choosing(*ACC), SEVERAL, means=ACC),
-    "several_targets": Shape(answering("exact_match", multiple_target=True), TARGETS, means=("exact_match",)),
+    "several_targets": Shape(answering("exact_match", metric_list=SOME), TARGETS, means=("exact_match",)),
     "filters": Shape(
         answering(
             "exact_match",
@@ -261,6 +268,34 @@ SHAPES: dict[str, Shape] = {
             ]
         ),
         ANSWERS,
+    ),
+    "best_of": Shape(
+        answering(
+            repeats=3,
+            process_results="!function functions.alike",
+            filter_list=[{"name": "three", "filter": [{"function": "take_first_k", "k": 3}, *FIRST]}],
+            metric_list=[
+                {"metric": "alike", "aggregation": "mean", "higher_is_better": False},
+                {"metric": "words", "aggregation": "mean", "higher_is_better": True},
+            ],
+        ),
+        ANSWERS,
+        means=("alike", "words"),
+    ),
+    "default_options": Shape(
+        {k: answering()[k] for k in OPEN} | {"generation_kwargs": {"max_gen_toks": 8}, "fewshot_delimiter": "e"},
+        ANSWERS,
+    ),
+    "picked_answer": Shape(
+        answering(metric_list=SOME, doc_to_choice="{{[a, q]}}", doc_to_target=0, gen_prefix="It is"), ANSWERS
+    ),
+    "nested_groups": Shape(
+        {"aggregate_metric_list": metrics("acc")},
+        (),
+        members={"inner": Shape({"aggregate_metric_list": metrics("acc")}, (), members=_members())},
+    ),
+    "long_shots": Shape(
+        choosing(*ACC, num_fewshot=9, fewshot_split="train", target_delimiter="\n"), ITEMS, train=SHOTS, means=ACC
     ),
     "own_results": Shape(
         answering(
