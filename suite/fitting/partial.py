@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from suite.modeling.sources import write_atomically
+from suite.files import write_atomically
 
 
 class Finished:

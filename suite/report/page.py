@@ -14,6 +14,7 @@ import pandas as pd
 
 from suite.errors import InputError
 from suite.evaluation.tasks import DECODE_PERPLEXITY, PACK_TASKS
+from suite.files import refuse_links, write_atomically
 from suite.report import figures, style
 from suite.report.claims import NOT_SETTLED, UNTESTED, make_claims
 from suite.report.decode_check import decode_check_table
@@ -91,17 +92,17 @@ def write_report(folder: str | Path) -> Path:
     Raises
     ------
     InputError
-        No run folder, a newer schema, a broken file, no permission to write.
+        No run folder, a newer schema, a broken file, a link in it, no permission to write.
     """
-    material = Material(load_results(folder))
     folder = Path(folder)
+    refuse_links(folder)
+    material = Material(load_results(folder))
     texts, data = _texts(material)
     try:
         _remove_stale(folder, set(texts))
         for name, text in texts.items():
             path = folder / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            write_atomically(path, text.encode())
             if path.parent.name == "figures":
                 drawn = figures.draw(path.stem, data[path.stem])
                 if drawn is not None:

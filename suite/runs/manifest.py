@@ -13,6 +13,7 @@ from typing import Any
 from suite import __version__
 from suite.config import MatrixConfig
 from suite.errors import InputError
+from suite.files import refuse_links
 from suite.fitting.calibration import Calibration
 from suite.runs import provenance
 from suite.runs.runner import Matrix, ModelCell
@@ -115,6 +116,7 @@ def _cell(
 
 def seal(folder: Path) -> None:
     """Write the SHA-256 of every file of a run folder into its manifest: last, when all files are there."""
+    refuse_links(folder)
     manifest = read_manifest(folder)
     manifest["files"] = file_hashes(folder)
     write_atomically(folder / NAME, manifest_bytes(manifest))

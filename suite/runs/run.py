@@ -9,6 +9,7 @@ from pathlib import Path
 
 from suite.config import MatrixConfig
 from suite.errors import InputError
+from suite.files import refuse_links
 from suite.runs import provenance
 from suite.runs.analysis_cells import expand_analysis
 from suite.runs.cells import World, expand
@@ -108,6 +109,7 @@ def run(
         progress=options.progress,
     )
     folder = run_folder(config, matrix, options)
+    refuse_links(folder)
     try:
         runner.run()
     except KeyboardInterrupt:
@@ -159,6 +161,7 @@ def _write(
     manifest = build_manifest(run_id, config, matrix, records, world.device, scrub, options.argv, packages)
     with store.lock(f"run-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}"):
         files = assembly.files()
+        refuse_links(folder)
         if not is_same(folder, files, manifest):  # a finished run repeated: its report takes longer than all the rest
             _remove_stale_logs(folder, files)
             for name, data in files.items():
