@@ -215,10 +215,14 @@ def verify(
     data_dir: DataDir = None,
     include_path: IncludePath = None,
     model_dir: Annotated[str | None, typer.Option(help="Folder of the models that the run had as {model_dir}.")] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option("--allow-code", help="Let --recompute run Python that the run names: module:Class, own tasks."),
+    ] = False,
 ) -> None:
     """Check a run folder: hashes, keys, values against samples, tables and claims against CSVs."""
     folders = {"data_dir": data_dir, "include_path": include_path, "model_dir": model_dir}
-    raise typer.Exit(cli_actions.verify(folder, recompute, folders))
+    raise typer.Exit(cli_actions.verify(folder, recompute, folders, allow_code=allow_code))
 
 
 @app.command()

@@ -218,14 +218,19 @@ def compare(first: Path, second: Path) -> None:
         typer.echo(line)
 
 
-def verify(folder: Path, n_recompute: int, folders: dict[str, str | None]) -> int:
+def verify(folder: Path, n_recompute: int, folders: dict[str, str | None], *, allow_code: bool = False) -> int:
     """Print the problems of a run folder; 1 if there are any."""
+    from suite.files import links_in
     from suite.report.page import rebuild_problems
-    from suite.runs.verify import config_of, recompute, verify_files
+    from suite.runs.verify import config_of, problems_of, recompute, verify_files
 
-    problems = [*verify_files(folder), *rebuild_problems(folder)]
-    if n_recompute:
-        config = config_of(folder, folders)
+    problems = verify_files(folder)
+    if not any(links_in(folder)):
+        problems += [p for p in problems_of(lambda: rebuild_problems(folder)) if p not in problems]
+    if n_recompute and problems:
+        typer.echo("nothing is measured again while there are problems", err=True)
+    elif n_recompute:
+        config = config_of(folder, folders, allow_code=allow_code)
         problems += recompute(folder, config, _world(config), _executor(config), n_recompute, _say)
     for problem in problems:
         typer.echo(f"problem: {problem}", err=True)

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from suite import __version__
 from suite.cli import main
+from suite.runs.verify import config_of, recompute
 from tests.runs.fakes import FakeExecutor, FakeWorld
 
 ROOT = Path(__file__).parents[1]
@@ -131,8 +132,11 @@ def test_run_with_its_real_report_verifies_until_changed_by_hand(tmp_path, matri
     err = capsys.readouterr().err
     assert "accuracy.csv: its hash does not match" in err
     assert "REPORT.md: is not what the run's CSVs give" in err
-    assert main(["report", str(folder)]) == 0  # the report of the changed table is sealed
-    assert main(["verify", str(folder)]) == 0
+    assert main(["report", str(folder)]) == 0  # seals the changed table, and does not make it what was measured
+    assert main(["verify", str(folder)]) == 1
+    err = capsys.readouterr().err
+    assert "accuracy.csv: is not what the run wrote" in err
+    assert "method is 'rnadom', its cell's key says 'random'" in err
 
 
 def test_compare_says_which_keys_changed(tmp_path, matrix, executor, capsys):
@@ -167,8 +171,13 @@ def test_verify_measures_sampled_cells_again(tmp_path, matrix, executor, capsys)
         parts[column] = "0.321"
         changed.append(",".join(parts))
     path.write_text("".join(changed))
+    before = len(executor.ran)
     assert main(["verify", str(folder), "--recompute", "2"]) == 1
-    assert len(re.findall(r"was 0\.321, is", capsys.readouterr().err)) == 2
+    assert "nothing is measured again while there are problems" in capsys.readouterr().err
+    assert len(executor.ran) == before
+    found = recompute(folder, config_of(folder, {}), FakeWorld(), executor, 2, lambda line: None)
+    assert [problem for problem in found if "was 0.321, is" in problem] == found
+    assert len(found) == 2
 
 
 def test_check_counts_cached_and_missing(tmp_path, matrix, executor, capsys):

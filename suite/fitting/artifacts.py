@@ -16,8 +16,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from suite.errors import InputError
+from suite.files import write_atomically
 from suite.fitting.options import Predictor
-from suite.modeling.sources import write_atomically
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SUFFIX = ".safetensors"

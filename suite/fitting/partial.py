@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from suite.modeling.sources import write_atomically
+from suite.files import write_atomically
 
 
 class Finished:

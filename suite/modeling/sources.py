@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from suite.errors import InputError
+from suite.files import write_atomically
 from suite.modeling.gguf_header import read_gguf_header
 from suite.registry import did_you_mean
 from suite.settings import cache_dir, hub_cache_dir, hub_offline
@@ -221,17 +221,3 @@ def file_sha256(path: Path) -> str:
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
         write_atomically(entry, json.dumps(known | {"sha256": digest}).encode())
     return digest
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

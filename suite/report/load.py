@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +116,14 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
         return _typed(pd.DataFrame(columns=columns, dtype=str), path)
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    except (OSError, EOFError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    except (
+        OSError,
+        EOFError,
+        UnicodeDecodeError,
+        pd.errors.ParserError,
+        pd.errors.EmptyDataError,
+        zlib.error,
+    ) as error:
         raise InputError(f"{path} is no readable CSV: {' '.join(str(error).split())}") from error
     missing = [column for column in columns if column not in frame]
     if "status" in columns and not missing and (frame["status"] == "").any():

@@ -14,6 +14,7 @@ import pandas as pd
 
 from suite.errors import InputError
 from suite.evaluation.tasks import DECODE_PERPLEXITY, PACK_TASKS
+from suite.files import refuse_links, write_atomically
 from suite.report import figures, style
 from suite.report.claims import NOT_SETTLED, UNTESTED, make_claims
 from suite.report.decode_check import decode_check_table
@@ -91,17 +92,17 @@ def write_report(folder: str | Path) -> Path:
     Raises
     ------
     InputError
-        No run folder, a newer schema, a broken file, no permission to write.
+        No run folder, a newer schema, a broken file, a link in it, no permission to write.
     """
-    material = Material(load_results(folder))
     folder = Path(folder)
+    refuse_links(folder)
+    material = Material(load_results(folder))
     texts, data = _texts(material)
     try:
-        _remove_stale(folder, set(texts))
+        _remove_stale(folder, set(texts), material.results.manifest)
         for name, text in texts.items():
             path = folder / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            write_atomically(path, text.encode())
             if path.parent.name == "figures":
                 drawn = figures.draw(path.stem, data[path.stem])
                 if drawn is not None:
@@ -114,13 +115,14 @@ def write_report(folder: str | Path) -> Path:
 def rebuild_problems(folder: str | Path) -> list[str]:
     """Differences between the report in a run folder and the one that its CSVs give; none if it follows from them."""
     material = Material(load_results(folder))
-    problems = []
-    for name, text in _texts(material)[0].items():
+    texts = _texts(material)[0]
+    problems = _strangers(Path(folder), set(texts))
+    for name, text in texts.items():
         path = Path(folder) / name
         if not path.is_file():
             problems.append(f"{name}: is missing; write the report again")
             continue
-        found = path.read_text(encoding="utf-8")
+        found = path.read_text(encoding="utf-8", errors="replace")
         differs = _csv_difference(found, text) if name.endswith(".csv") else _text_difference(found, text)
         if differs:
             problems.append(f"{name}: is not what the run's CSVs give: {differs}")
@@ -151,17 +153,29 @@ def _csv(frame: pd.DataFrame) -> str:
     return frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
 
 
-def _remove_stale(folder: Path, names: set[str]) -> None:
-    """Remove tables and figures of an earlier report that this one no longer has."""
+def _remove_stale(folder: Path, names: set[str], manifest: Mapping[str, Any]) -> None:
+    """Remove tables and figures of an earlier report that this one no longer has: those that the manifest lists."""
+    listed = {*(manifest.get("files") or {}), *(manifest.get("unsealed") or [])}
     for path in [*folder.glob("tables/*.md"), *folder.glob("figures/*.*")]:
-        known = path.parent.name == "tables" or path.stem in figures.FIGURES
-        kept = {path.relative_to(folder).as_posix(), path.relative_to(folder).with_suffix(".csv").as_posix()}
-        if known and not kept & names:
+        name = path.relative_to(folder).as_posix()
+        known = path.stem in ({*INLINE_TABLES, "speed_rows"} if path.parent.name == "tables" else figures.FIGURES)
+        kept = {name, path.relative_to(folder).with_suffix(".csv").as_posix()}
+        if known and name in listed and not kept & names:
             path.unlink()
 
 
+def _strangers(folder: Path, names: set[str]) -> list[str]:
+    """Tables and figures in a run folder that are no part of its report."""
+    drawn = {str(Path(n).with_suffix(s)) for n in names if n.startswith("figures/") for s in (".png", ".svg")}
+    found = [path.relative_to(folder).as_posix() for path in [*folder.glob("tables/*"), *folder.glob("figures/*")]]
+    return [f"{name}: is no part of the report" for name in sorted(found) if name not in names | drawn]
+
+
 def _csv_difference(found: str, expected: str) -> str:
-    ours, theirs = (pd.read_csv(io.StringIO(t), dtype=str, keep_default_na=False) for t in (expected, found))
+    try:
+        ours, theirs = (pd.read_csv(io.StringIO(t), dtype=str, keep_default_na=False) for t in (expected, found))
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        return " ".join(str(error).split())
     if list(ours.columns) != list(theirs.columns) or len(ours) != len(theirs):
         return f"{len(theirs)} rows and {len(theirs.columns)} columns, expected {len(ours)} and {len(ours.columns)}"
     for column in ours:

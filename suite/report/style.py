@@ -15,6 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from suite.files import write_atomically
+
 # Okabe & Ito (2008): told apart with any colour vision deficiency; with the markers also in grey print.
 _RC: Any = {
     "font.family": "DejaVu Sans",
@@ -84,13 +86,15 @@ def save(figure: Figure, stem: Path) -> None:
     with styled():
         # the canvases' own printers draw once each; figure.savefig draws twice, and layout and text are what costs
         png: Any = FigureCanvasAgg(figure)
-        png.print_png(str(stem.with_suffix(".png")), metadata={"Software": None})
+        image = io.BytesIO()
+        png.print_png(image, metadata={"Software": None})
+        write_atomically(stem.with_suffix(".png"), image.getvalue())
         figure.set_layout_engine("none")  # laid out above
         buffer = io.StringIO()
         svg: Any = FigureCanvasSVG(figure)
         svg.print_svg(buffer, metadata={"Date": None, "Creator": None})
         lines = (line.rstrip() for line in buffer.getvalue().splitlines())
-        stem.with_suffix(".svg").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_atomically(stem.with_suffix(".svg"), ("\n".join(lines) + "\n").encode())
 
 
 def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], height: float, size: float = 7.0) -> None:

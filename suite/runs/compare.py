@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import io
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,20 +24,43 @@ _SPEED_ID = (
     "threads", "batch_size", "context_tokens", "clock", "cache",
 )  # fmt: skip
 _TOP = 10
+# Columns that every schema version has and readers here count on.
+_NEEDED = {
+    "accuracy.csv": (*_ACCURACY_ID, "cell_id", "status", "value", "stderr", "chance", "n_samples", "sparsity_realized"),
+    "speed.csv": (*_SPEED_ID, "cell_id", "status", "latency_us_median"),
+    "samples.csv.gz": ("cell_id", "metric", "doc_id", "value"),
+    "sparsity.csv": ("cell_id", "sparsity_realized"),
+}
 
 Row = dict[str, str]
 
 
 def read_rows(folder: Path, name: str) -> list[Row]:
-    """Rows of a CSV of a run folder as text; none if the file is not there."""
+    """Rows of a CSV of a run folder, compressed or not, as text; none if the file is not there.
+
+    Raises
+    ------
+    InputError
+        A file that is cut off, damaged, of another table, or with rows of another length.
+    """
     path = folder / name
     if not path.is_file():
         return []
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} is no readable CSV: {error}; run the matrix again to write it anew") from error
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise InputError(
+                f"{path} line {number}: not as many cells as columns; run the matrix again to write it anew"
+            )
+        lacking = [column for column in _NEEDED.get(name, ()) if column not in row]
+        if lacking:
+            raise InputError(f"{path} has no column {lacking[0]!r}: it is another table; run the matrix again")
+    return rows
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,15 @@ import datetime
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from suite import __version__
 from suite.config import MatrixConfig
 from suite.errors import InputError
+from suite.files import refuse_links
 from suite.fitting.calibration import Calibration
 from suite.runs import provenance
 from suite.runs.runner import Matrix, ModelCell
@@ -21,6 +23,11 @@ from suite.runs.store import Record, sha256_of, write_atomically
 from suite.schema import SCHEMA_VERSION
 
 NAME = "manifest.json"
+# What runs and reports write; whatever else lies in a run folder is the user's: never removed, and a problem to verify.
+_OWN = re.compile(
+    r"REPORT\.md|[a-z_]+\.csv|samples\.csv\.gz|logs/[0-9a-f]{16}\.txt|tables/\w+\.md|figures/\w+\.(csv|png|svg)",
+    re.ASCII,
+)
 
 
 def build_manifest(
@@ -115,8 +122,10 @@ def _cell(
 
 def seal(folder: Path) -> None:
     """Write the SHA-256 of every file of a run folder into its manifest: last, when all files are there."""
+    refuse_links(folder)
     manifest = read_manifest(folder)
-    manifest["files"] = file_hashes(folder)
+    manifest.pop("unsealed", None)
+    manifest["files"] = {name: digest for name, digest in file_hashes(folder).items() if _OWN.fullmatch(name)}
     write_atomically(folder / NAME, manifest_bytes(manifest))
 
 
@@ -132,16 +141,38 @@ def is_same(folder: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any
         "REPORT.md" in recorded
         and all(old.get(name) == manifest[name] for name in names)
         and all(recorded.get(name) == hashlib.sha256(data).hexdigest() for name, data in files.items())
-        and recorded == file_hashes(folder)
+        and recorded == {name: digest for name, digest in file_hashes(folder).items() if name in recorded}
     )
 
 
+def sealed_later(manifest: Mapping[str, Any], mine: Collection[str], files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Manifest of a folder that is being written: what it may hold, and the hashes of what was measured.
+
+    ``measured`` stays when a report is written again, so that a table that was changed in between is found.
+    """
+    measured = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    return {**manifest, "unsealed": sorted({*mine, *files}), "measured": measured}
+
+
+def owned(folder: Path) -> frozenset[str]:
+    """Files of a run folder that runs and reports have written, by relative path: those that its manifest lists.
+
+    Raises
+    ------
+    InputError
+        No run folder.
+    """
+    manifest = read_manifest(folder)
+    listed = {*(manifest.get("files") or {}), *(manifest.get("unsealed") or [])}
+    return frozenset(name for name in listed if _OWN.fullmatch(name))
+
+
 def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 by relative path of every file of a run folder but the manifest and hidden files."""
+    """SHA-256 by relative path of every file of a run folder but the manifest."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != NAME and not path.name.startswith(".")
+        if path.is_file() and path != folder / NAME
     }
 
 
@@ -171,9 +202,35 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     missing = [name for name in ("run_id", "config", "cells", "key_common") if name not in manifest]
     if manifest["schema_version"] <= SCHEMA_VERSION and missing:
         raise InputError(f"{path} is broken: it has no {missing[0]}; run the matrix again to write it anew")
+    _check_types(manifest, path)
     if manifest["schema_version"] > SCHEMA_VERSION:
         raise InputError(
             f"{path} has schema {manifest['schema_version']}, this version reads up to {SCHEMA_VERSION}: "
             "update countdown-suite"
         )
     return manifest
+
+
+_TABLES = ("config", "cells", "key_common", "files", "measured", "models")
+
+
+def _check_types(manifest: Mapping[str, Any], path: Path) -> None:
+    """Refuse a manifest with a text where a table belongs: nothing that reads it asks again."""
+    cells = manifest.get("cells")
+    cells = cells if isinstance(cells, Mapping) else {}
+    wrong = [name for name in _TABLES if name in manifest and not isinstance(manifest[name], (Mapping, type(None)))]
+    wrong += [f"cells.{n}" for n, cell in cells.items() if not isinstance(cell, Mapping)]
+    wrong += [
+        f"cells.{n}.{field}"
+        for n, cell in cells.items()
+        if isinstance(cell, Mapping)
+        for field, kind in (("kind", str), ("status", str), ("fields", Mapping))
+        if not isinstance(cell.get(field), kind)
+    ]
+    wrong += (
+        [f"key_common.{k}" for k, v in (manifest.get("key_common") or {}).items() if not isinstance(v, Mapping)]
+        if not wrong
+        else []
+    )
+    if wrong:
+        raise InputError(f"{path} is broken: {wrong[0]} is not of the type it must be; run the matrix again")

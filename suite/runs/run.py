@@ -9,10 +9,11 @@ from pathlib import Path
 
 from suite.config import MatrixConfig
 from suite.errors import InputError
+from suite.files import is_part, refuse_links
 from suite.runs import provenance
 from suite.runs.analysis_cells import expand_analysis
 from suite.runs.cells import World, expand
-from suite.runs.manifest import build_manifest, is_same, manifest_bytes
+from suite.runs.manifest import build_manifest, is_same, manifest_bytes, owned, sealed_later
 from suite.runs.runner import Executor, Matrix, Rerun, Runner, Say
 from suite.runs.speed_cells import expand_speed
 from suite.runs.store import CellStore, write_atomically
@@ -108,6 +109,7 @@ def run(
         progress=options.progress,
     )
     folder = run_folder(config, matrix, options)
+    _refuse_foreign(folder)
     try:
         runner.run()
     except KeyboardInterrupt:
@@ -124,9 +126,33 @@ def make_fits(config: MatrixConfig, world: World, executor: Executor, results: P
     return len(matrix.fits)
 
 
-def _remove_stale_logs(folder: Path, files: Mapping[str, bytes]) -> None:
-    for path in folder.glob("logs/*.txt"):
-        if path.relative_to(folder).as_posix() not in files:
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse to write into a folder with files that no run has made.
+
+    Raises
+    ------
+    InputError
+        It is neither new nor empty nor a run folder, or something in it leads outside.
+    """
+    if folder.is_file():
+        raise InputError(f"cannot write {folder}: it is a file; give a new folder with --out")
+    refuse_links(folder)
+    if not folder.is_dir() or all(map(is_part, folder.iterdir())):
+        return
+    try:
+        owned(folder)
+    except InputError as error:
+        raise InputError(
+            f"{folder} is not empty and no run folder ({error}): nothing is written there; give a new folder with --out"
+        ) from error
+
+
+def _remove_stale(folder: Path, mine: frozenset[str], files: Mapping[str, bytes]) -> None:
+    """Remove logs and CSVs of an earlier writing of the same run, and what a killed process left of one."""
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        stale = name in mine and name not in files and (name.startswith("logs/") or "/" not in name)
+        if is_part(path) or (stale and path.suffix in (".txt", ".csv")):
             path.unlink()
 
 
@@ -158,11 +184,14 @@ def _write(
     manifest = build_manifest(run_id, config, matrix, records, world.device, scrub, options.argv, packages)
     with store.lock(f"run-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}"):
         files = assembly.files()
+        _refuse_foreign(folder)
         if not is_same(folder, files, manifest):  # a finished run repeated: its report takes longer than all the rest
-            _remove_stale_logs(folder, files)
+            mine = owned(folder) if (folder / "manifest.json").exists() else frozenset()
+            # the manifest first: a folder with files in it and no manifest is somebody else's
+            write_atomically(folder / "manifest.json", manifest_bytes(sealed_later(manifest, mine, files)))
+            _remove_stale(folder, mine, files)
             for name, data in files.items():
                 write_atomically(folder / name, data)
-            write_atomically(folder / "manifest.json", manifest_bytes(manifest))
             report(folder)
     states = [record["status"] if record else "missing" for record in records.values()]
     return Finished(folder, *(states.count(state) for state in ("ok", "skipped", "failed", "missing")))

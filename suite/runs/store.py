@@ -14,7 +14,6 @@ import gzip
 import hashlib
 import json
 import math
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from suite import files
 from suite.errors import InputError
 from suite.schema import SCHEMA_VERSION
 
@@ -52,9 +52,7 @@ def sha256_of(value: Any) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all: temporary file, fsync, ``os.replace``, fsync of the folder.
-
-    The caller holds a lock for ``path``: the temporary file has a fixed name, so that a killed process leaves at most one.
+    """Write a file whole or not at all, as :func:`suite.files.write_atomically`, with errors that a user can act on.
 
     Raises
     ------
@@ -63,22 +61,10 @@ def write_atomically(path: Path, data: bytes) -> None:
     InputError
         No permission to write.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        files.write_atomically(path, data)
     except OSError as error:
         if error.errno in _FULL:
-            temporary.unlink(missing_ok=True)
             raise StoreFullError(
                 f"disk full while writing {path}: finished cells are kept; free space, repeat"
             ) from error

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import math
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from suite.config import MatrixConfig, build_config
 from suite.errors import InputError
 from suite.evaluation.results import WEIGHT
+from suite.files import links_in
 from suite.fitting.calibration import PYDOC
+from suite.runs.audit import RELATIVE, read_samples, table_problems
 from suite.runs.cells import ID_LENGTH, AccuracyCell, World, expand
 from suite.runs.compare import Row, changed, read_rows
 from suite.runs.manifest import file_hashes, key_fields, read_manifest
 from suite.runs.runner import Executor, Matrix, Runner, Say
 from suite.runs.store import CellStore, sha256_of
 from suite.statistics import statistic
-
-# A value is printed with 10 digits, and samples with all: their sums agree to what the printing cut off.
-_RELATIVE = 1e-8
 
 
 def verify_files(folder: Path) -> list[str]:
@@ -35,8 +32,22 @@ def verify_files(folder: Path) -> list[str]:
     InputError
         No run folder.
     """
+    links = sorted(links_in(folder)) if folder.is_dir() else []
+    if links:  # what they lead to is nobody's result, and is not read
+        return [f"{name}: is a link or no plain file" for name in links]
     manifest = read_manifest(folder)
-    return [*_hash_problems(folder, manifest), *_key_problems(manifest), *_value_problems(folder, manifest)]
+    problems = [*_hash_problems(folder, manifest), *_key_problems(manifest)]
+    if "measured" in manifest:  # folders of earlier versions do not say what was measured
+        return problems + problems_of(lambda: table_problems(folder, manifest))
+    return problems + problems_of(lambda: _value_problems(folder, manifest))
+
+
+def problems_of(step: Callable[[], list[str]]) -> list[str]:
+    """Problems that a step of the checks finds; a file that it cannot read is one."""
+    try:
+        return step()
+    except InputError as error:
+        return [str(error)]
 
 
 def _hash_problems(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
@@ -46,6 +57,10 @@ def _hash_problems(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     problems = [f"{name}: is missing" for name in recorded if name not in found]
     problems += [f"{name}: is not in the manifest" for name in found if name not in recorded]
     problems += [f"{n}: its hash does not match the manifest" for n in found if recorded.get(n, found[n]) != found[n]]
+    # a report that is written again seals what it finds: what was measured is held against what the run wrote
+    for name, digest in manifest.get("measured", {}).items():
+        if name in found and found[name] != digest:
+            problems.append(f"{name}: is not what the run wrote: it was changed since")
     return sorted(problems)
 
 
@@ -59,7 +74,7 @@ def _key_problems(manifest: Mapping[str, Any]) -> list[str]:
 
 def _value_problems(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Rows without a cell, and values that the samples do not give."""
-    samples = _read_samples(folder)
+    samples = read_samples(folder)
     problems = []
     for number, row in enumerate(read_rows(folder, "accuracy.csv"), 2):
         cell = manifest["cells"].get(row["cell_id"])
@@ -67,23 +82,11 @@ def _value_problems(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
             problems.append(f"accuracy.csv line {number}: cell {row['cell_id']} is not so in the manifest")
         elif row["status"] == "ok":
             value = _from_samples(row, samples)
-            if value is not None and not math.isclose(value, float(row["value"]), rel_tol=_RELATIVE, abs_tol=1e-12):
+            if value is not None and not math.isclose(value, float(row["value"]), rel_tol=RELATIVE, abs_tol=1e-12):
                 problems.append(
                     f"accuracy.csv line {number}: {row['metric']} is {row['value']}, its samples give {value:.10g}"
                 )
     return problems
-
-
-def _read_samples(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
-    """Value by document by (cell, metric)."""
-    path = folder / "samples.csv.gz"
-    if not path.is_file():
-        return {}
-    samples: dict[tuple[str, str], dict[str, float]] = {}
-    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            samples.setdefault((row["cell_id"], row["metric"]), {})[row["doc_id"]] = float(row["value"])
-    return samples
 
 
 def _from_samples(row: Row, samples: Mapping[tuple[str, str], Mapping[str, float]]) -> float | None:
@@ -95,15 +98,21 @@ def _from_samples(row: Row, samples: Mapping[tuple[str, str], Mapping[str, float
     return None
 
 
-def config_of(folder: Path, overrides: Mapping[str, Any]) -> MatrixConfig:
+def config_of(folder: Path, overrides: Mapping[str, Any], *, allow_code: bool = False) -> MatrixConfig:
     """Matrix that a run folder was made from; its placeholders ``{data_dir}``, ``{model_dir}`` ... must be overridden.
+
+    A manifest may come from anywhere: it names no folder of this machine, and Python only with ``allow_code``.
 
     Raises
     ------
     InputError
-        A placeholder is left.
+        A placeholder is left, a folder that is no placeholder, or Python that is not allowed.
     """
     data = dict(read_manifest(folder)["config"])
+    _refuse_folders(folder, data)
+    code = sorted(_third_party(data))
+    if code and not allow_code:
+        raise InputError(f"run {folder} runs Python of {code[0]}: read it, then give --allow-code")
     given = {name: str(value) for name, value in overrides.items() if value is not None}
     text = json.dumps(data)
     for name in ("data_dir", "include_path", "model_dir"):
@@ -112,6 +121,31 @@ def config_of(folder: Path, overrides: Mapping[str, Any]) -> MatrixConfig:
                 raise InputError(f"run {folder} was made with a {name}: give --{name.replace('_', '-')}")
             text = text.replace(f"{{{name}}}", json.dumps(given[name])[1:-1])
     return build_config(json.loads(text), str(folder))
+
+
+def _refuse_folders(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a matrix of a manifest that names files by anything but a placeholder, which the user fills."""
+    predictor, text = config.get("predictor") or {}, config.get("calibration") or {}
+    sources = [text.get("source"), *predictor.get("sources", [])]
+    sources += [one for block in config.get("accuracy", []) for one in block.get("fit_sources") or []]
+    named = {"data_dir": [config.get("data_dir")], "include_path": [config.get("include_path")]}
+    named |= {"model": [m.get("id") for m in config.get("models", [])]}
+    named |= {"text of a fit": [str(one).removeprefix("file:") for one in sources if str(one).startswith("file:")]}
+    for what, values in named.items():
+        for value in map(str, filter(None, values)):
+            parts = Path(value).parts
+            is_folder = what != "model" or value.startswith(("/", "~", ".")) or Path(value).exists()
+            if ".." in parts or (is_folder and parts[0] not in ("{data_dir}", "{include_path}", "{model_dir}")):
+                raise InputError(f"run {folder}: {what} {value!r} is a folder of its maker's: no placeholder, not read")
+
+
+def _third_party(config: Mapping[str, Any]) -> set[str]:
+    """What of a matrix runs Python that is not the suite's: methods ``module:Class``, and own tasks' ``!function``."""
+    blocks = [*config.get("accuracy", []), *config.get("speed", [])]
+    methods = [method for block in blocks for method in block.get("methods", [])]
+    names = [str(method.get("name") if isinstance(method, Mapping) else method) for method in methods]
+    own = {"the tasks of its include_path"} if config.get("include_path") else set()
+    return {f"method {name}" for name in names if ":" in name} | own
 
 
 def recompute(
@@ -151,7 +185,7 @@ def _differences(cell: AccuracyCell, old: Sequence[Row], new: Sequence[Mapping[s
     problems = []
     for row in old:
         value = values.get((row["metric"], row["filter"]))
-        if value is None or not math.isclose(value, float(row["value"]), rel_tol=_RELATIVE, abs_tol=1e-9):
+        if value is None or not math.isclose(value, float(row["value"]), rel_tol=RELATIVE, abs_tol=1e-9):
             problems.append(f"{cell.label} {row['metric']}: was {row['value']}, is {value}")
     return problems
 

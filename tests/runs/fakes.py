@@ -20,6 +20,7 @@ from suite.runs.cells import AccuracyCell, FitRequest
 from suite.runs.provenance import Device
 from suite.runs.runner import Outcome
 from suite.runs.store import sha256_of, write_atomically
+from suite.statistics import standard_error
 
 
 def matrix(**changes: Any) -> MatrixConfig:
@@ -113,9 +114,11 @@ class FakeExecutor:
             samples += [(str(i), "perplexity.weight", 3.0) for i in range(20)]
         mean = sum(v for _, m, v in samples if m == metric) / 20
         value = math.exp(mean / 3) if metric == "perplexity" else mean
+        weights = [3.0] * 20 if metric == "perplexity" else None
+        stderr = standard_error([v for _, m, v in samples if m == metric], weights, metric)
         row = {
             "metric": metric, "filter": "none", "higher_is_better": metric == "acc", "value": value,
-            "stderr": 0.1 / 3, "chance": 0.5, "n_samples": 20, "task_version": "1", "sparse_share": 1.0, "num_fewshot": 0,
+            "stderr": stderr, "chance": 0.5, "n_samples": 20, "task_version": "1", "sparse_share": 1.0, "num_fewshot": 0,
         }  # fmt: skip
         layers = [
             {"layer": i, "threshold": None, "sparsity_realized": cell.sparsity, "n_tokens": 7}
