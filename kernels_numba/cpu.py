@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from kernels_numba import cpu_kernels
+from kernels_numba.checks import check_apart, checked_threshold
 from kernels_numba.reference import ACTIVATIONS
 
 Array = TypeVar("Array", torch.Tensor, NDArray[Any])
@@ -29,15 +30,20 @@ _INTEGERS = (np.dtype(np.int32), np.dtype(np.int64))
 
 
 def _view(
-    name: str, value: AnyArray, shape: tuple[int | None, ...], dtypes: tuple[np.dtype[Any], ...] = _FLOAT32
+    name: str,
+    value: AnyArray,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[np.dtype[Any], ...] = _FLOAT32,
+    *,
+    strided: bool = False,
 ) -> NDArray[Any]:
-    """Numpy view of a C-contiguous CPU tensor or array, checked against a shape (None is any length).
+    """Numpy view of a C-contiguous (unless ``strided``) CPU tensor or array, checked against a shape (None is any length).
 
     Runs several times a token, so what is right passes with few comparisons (1 us instead of 10).
     """
     if isinstance(value, np.ndarray):
         array = value
-        found = array.dtype.name if array.dtype not in dtypes else ""
+        found = str(array.dtype) if array.dtype not in dtypes else ""
     elif isinstance(value, torch.Tensor):
         if value.device.type != "cpu":
             raise ValueError(f"{name} is on {value.device}: the CPU kernels need it on the cpu")
@@ -53,9 +59,25 @@ def _view(
     ):
         wanted = ", ".join("n" if w is None else str(w) for w in shape)
         raise ValueError(f"{name} has shape {array.shape}: expected ({wanted})")
-    if not array.flags.c_contiguous:
-        raise ValueError(f"{name} is not contiguous: call contiguous() on it once, before binding")
+    if not (strided or array.flags.c_contiguous):
+        layout = "column-major" if array.flags.f_contiguous else f"strided {array.strides}"
+        raise ValueError(
+            f"{name} is {layout}, not contiguous: call contiguous() on it (numpy: np.ascontiguousarray) once, before binding"
+        )
     return array
+
+
+def _result(out: AnyArray, shape: tuple[int, ...], source: NDArray[Any], **weights: NDArray[Any]) -> NDArray[Any]:
+    """View of ``out``, which may be the input itself but must not overlap it otherwise, nor any weight."""
+    target = _view("out", out, shape)
+    if not target.flags.writeable:
+        raise ValueError("out is read-only: pass an array that can be written, or none")
+    if np.may_share_memory(target, source):  # rare, and addresses cost a microsecond
+        check_apart((target.ctypes.data, target.nbytes), (source.ctypes.data, source.nbytes), "the input")
+    for name, weight in weights.items():
+        if np.may_share_memory(target, weight):
+            raise ValueError(f"out overlaps {name}: it would overwrite the weights; pass memory of its own")
+    return target
 
 
 _TORCH_DTYPES = {_FLOAT32: (torch.float32,), _INTEGERS: (torch.int32, torch.int64)}
@@ -65,7 +87,7 @@ def _threads(threads: int | None) -> int:
     limit = numba.config.NUMBA_NUM_THREADS
     if threads is None:
         return limit
-    if not isinstance(threads, int) or not 1 <= threads <= limit:
+    if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= limit:
         raise ValueError(f"threads={threads!r}: must be 1 to {limit} (NUMBA_NUM_THREADS)")
     return threads
 
@@ -75,7 +97,7 @@ def transpose_down(w_down: Array) -> Array:
 
     Made through numpy, which asks for huge pages where torch does not.
     """
-    source = _view("w_down", w_down, (None, None))
+    source = _view("w_down", w_down, (None, None), strided=True)
     copy = np.empty(source.shape[::-1], dtype=np.float32)
     torch.from_numpy(copy).copy_(torch.from_numpy(source).t())  # on torch's threads
     return torch.from_numpy(copy) if isinstance(w_down, torch.Tensor) else copy
@@ -117,7 +139,9 @@ class _Layer:
         source = _view("x", x, shape)
         if out is None:
             out = torch.empty(shape) if isinstance(x, torch.Tensor) else np.empty(shape, dtype=np.float32)
-        target = _view("out", out, shape)
+            target = _view("out", out, shape)
+        else:
+            target = _result(out, shape, source, w_gate=self.w_gate, w_up=self.w_up, w_down_t=self.w_down_t)
         if len(shape) == 1:
             return (source,), (target,), out
         return list(source.reshape(-1, self.d_model)), list(target.reshape(-1, self.d_model)), out
@@ -149,7 +173,7 @@ class ThresholdLayer(_Layer):
     Raises
     ------
     ValueError
-        Wrong dtype, device, shape, contiguity or name, or a NaN threshold.
+        Wrong dtype, device, shape, contiguity or name, or a threshold that is NaN or no number.
     """
 
     def __init__(
@@ -179,10 +203,8 @@ class ThresholdLayer(_Layer):
 
     @threshold.setter
     def threshold(self, value: float) -> None:
-        threshold = np.float32(value)
-        if np.isnan(threshold):
-            raise ValueError("threshold is NaN: fit it, or pass -inf to keep all neurons")
-        self._threshold = threshold
+        with np.errstate(over="ignore"):  # beyond fp32 is inf, as every score beyond it
+            self._threshold = np.float32(checked_threshold(value))
 
     @property
     def active(self) -> NDArray[np.int32]:
@@ -243,7 +265,7 @@ class GivenLayer(_Layer):
         Raises
         ------
         ValueError
-            As the constructor, more than one token, more than d_ff neurons or an index out of range.
+            As the constructor, more than one token, an index out of range or one given twice.
         """
         rows, targets, result = self._rows(x, out)
         if len(rows) != 1:
@@ -257,12 +279,15 @@ class GivenLayer(_Layer):
         return result  # type: ignore[return-value]
 
 
-def _indices(active: AnyArray, d_ff: int) -> NDArray[Any]:
-    indices = _view("active", active, (None,), _INTEGERS)
+def _indices(active: AnyArray, d_ff: int, name: str = "active") -> NDArray[Any]:
+    indices = _view(name, active, (None,), _INTEGERS)
     if len(indices) > d_ff:
-        raise ValueError(f"active has {len(indices)} entries: at most d_ff={d_ff}, each neuron once")
+        raise ValueError(f"{name} has {len(indices)} entries: at most d_ff={d_ff}, each neuron once")
     if cpu_kernels.out_of_range(indices, d_ff):
-        raise ValueError(f"active has indices from {indices.min()} to {indices.max()}: must be in [0, {d_ff})")
+        raise ValueError(f"{name} has indices from {indices.min()} to {indices.max()}: must be in [0, {d_ff})")
+    twice = cpu_kernels.repeated(indices, d_ff)
+    if twice >= 0:
+        raise ValueError(f"{name} holds {twice} more than once: each neuron once, else it would count twice")
     return indices
 
 
@@ -296,18 +321,18 @@ def sparse_down_proj(
     Raises
     ------
     ValueError
-        Wrong dtype, device, shape or contiguity, count or index out of range.
+        Wrong dtype, device, shape or contiguity, count or index out of range, an index given twice.
     """
     weights = _view("w_down_t", w_down_t, (None, None))
     v = _view("values", values, (None,))
     listed = _view("indices", indices, (None,), _INTEGERS)
-    if not 0 <= count <= min(len(v), len(listed)):
-        raise ValueError(f"count={count}: must be 0 to {min(len(v), len(listed))}, the entries of values and indices")
-    used = _indices(listed[:count], len(weights))
+    if not isinstance(count, int | np.integer) or isinstance(count, bool) or not 0 <= count <= min(len(v), len(listed)):
+        raise ValueError(f"count={count!r}: must be 0 to {min(len(v), len(listed))}, the entries of values and indices")
+    used = _indices(listed[:count], len(weights), "indices")
     d_model = weights.shape[1]
     if out is None:
         out = torch.empty(d_model) if isinstance(values, torch.Tensor) else np.empty(d_model, dtype=np.float32)
-    target = _view("out", out, (d_model,))
+    target = _result(out, (d_model,), v, w_down_t=weights)
     n_threads = _threads(threads)
     numba.set_num_threads(n_threads)
     cpu_kernels.down_proj(v[:count], used, weights, target, np.empty((n_threads, d_model), dtype=np.float32))

@@ -205,6 +205,22 @@ def out_of_range(indices, limit):  # type: ignore[no-untyped-def]
     return wrong > 0
 
 
+@njit(cache=True)
+def repeated(indices, limit):  # type: ignore[no-untyped-def]
+    """An index in [0, limit) that is listed more than once, -1 if none is; an ascending list needs no memory."""
+    unordered = 0
+    for i in range(1, indices.size):
+        unordered += indices[i - 1] >= indices[i]
+    if unordered == 0:
+        return -1
+    seen = np.zeros(limit, dtype=np.uint8)
+    for i in range(indices.size):
+        if seen[indices[i]]:
+            return indices[i]
+        seen[indices[i]] = 1
+    return -1
+
+
 _RUN = 16384  # elements a stream reads at a time
 
 

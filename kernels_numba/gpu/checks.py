@@ -54,10 +54,14 @@ def check_list(name: str, value: Tensor, device: torch.device, *, one: bool = Fa
 
 
 def check_range(indices: Tensor, count: Tensor, d_ff: int) -> None:
-    """Raise ValueError if the count or an index it covers is out of range; waits for the device."""
+    """Raise ValueError if the count or an index it covers is out of range or given twice; waits for the device."""
     n = int(count.item())
     if not 0 <= n <= min(len(indices), d_ff):
         raise ValueError(f"count={n}: must be 0 to {min(len(indices), d_ff)}")
     used = indices[:n]
     if n and (int(used.min()) < 0 or int(used.max()) >= d_ff):
         raise ValueError(f"indices run from {int(used.min())} to {int(used.max())}: must be in [0, {d_ff})")
+    ordered = used.sort().values
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        raise ValueError(f"indices hold {int(twice[0])} more than once: each neuron once, else it would count twice")

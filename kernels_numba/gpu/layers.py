@@ -16,7 +16,6 @@ Batch 2 to 8: rows are read for the union of the tokens' active sets, and each t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kernels_numba.checks import check_apart, checked_threshold
 from kernels_numba.gpu.checks import NAMES, check_list, check_range, check_weight
 from kernels_numba.gpu.checks import unavailable as unavailable  # also this module's: callers ask before they bind
 from kernels_numba.gpu.compiled import Launch, Loaded, load_kernel
@@ -187,8 +187,10 @@ class Layer:
             out = torch.empty_like(x)
         else:
             self._tokens("out", out, tuple(x.shape))
+            check_apart(extent(out), extent(x), "x")
         if residual is not None:
             self._tokens("residual", residual, tuple(x.shape))
+            check_apart(extent(out), extent(residual), "residual")
         self._go(n_tokens, x.data_ptr(), out, residual, arguments)
         return out
 
@@ -210,6 +212,11 @@ class Layer:
                 self._record.append((loaded, launch.values()))
 
 
+def extent(value: Tensor) -> tuple[int, int]:
+    """Address and size in bytes of a contiguous tensor."""
+    return value.data_ptr(), value.numel() * value.element_size()
+
+
 class _ChoosingLayer(Layer):
     """A layer that finds its active neurons itself."""
 
@@ -224,9 +231,7 @@ class _ChoosingLayer(Layer):
 
     @threshold.setter
     def threshold(self, value: float) -> None:
-        if math.isnan(value):
-            raise ValueError("threshold is NaN: fit it, or pass -inf to keep all neurons")
-        self._threshold = float(value)
+        self._threshold = checked_threshold(value)
         self._addresses["threshold"] = self._threshold
         for _, launch, _ in self._launches.values():
             launch.set("threshold", self._threshold)
@@ -255,7 +260,7 @@ class ThresholdLayer(_ChoosingLayer):
     Raises
     ------
     ValueError
-        Wrong dtype, device, shape, contiguity or name, sizes no multiple of 8, NaN threshold.
+        Wrong dtype, device, shape, contiguity or name, sizes no multiple of 8, a threshold that is NaN or no number.
     RuntimeError
         The kernels cannot run on this machine.
     """

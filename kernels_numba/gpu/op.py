@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels_numba.checks import check_apart
 from kernels_numba.gpu.checks import NAMES, check_list, check_range
-from kernels_numba.gpu.layers import Layer
+from kernels_numba.gpu.layers import Layer, extent
 from kernels_numba.gpu.plan import Kind
 
 
@@ -46,6 +47,8 @@ class DownProjection(Layer):
         n_tokens = self._tokens("out", out, shape)
         if residual is not None:
             self._tokens("residual", residual, shape)
+            check_apart(extent(out), extent(residual), "residual")
+        check_apart(extent(out), extent(values), "values")
         lists = {"indices": indices.data_ptr(), "count": count.data_ptr(), "value_stride": values.shape[-1]}
         for begin in range(0, n_tokens, self._most):
             part = slice(begin, begin + self._most)
@@ -85,7 +88,7 @@ def sparse_down_proj(
     Raises
     ------
     ValueError
-        Wrong dtype, device, shape or contiguity; with ``checked`` also count or index out of range.
+        Wrong dtype, device, shape or contiguity; with ``checked`` also a count or an index out of range, or an index given twice.
     """
     key = (w_down_t.data_ptr(), tuple(w_down_t.shape), w_down_t.dtype, checked)
     if key not in _BOUND:

@@ -150,6 +150,11 @@ def why_not_numba(model: nn.Module, method: Method, mode: Mode, state: object) -
         return f"its kernels on {device.type} are for {known}"
     if any(mlp.has_bias() for mlp in mlps):
         return "its kernels add no bias"
+    for mlp in mlps:
+        if not all(weight.is_contiguous() for weight in mlp.weights()[:2]):  # W_down is transposed by a copy anyway
+            return (
+                f"its kernels read rows, and gate or up of {mlp.module_name} is not contiguous: call contiguous() on it"
+            )
     if not isinstance(state, PredictorState) and not _is_magnitude(method):
         return f"its kernels do not compute the score of {method.name}"
     return _why_not_cuda(mlps[0], len(mlps), device) if device.type == "cuda" else ""

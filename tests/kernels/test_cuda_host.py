@@ -82,6 +82,8 @@ def threshold(**changes):
         ({"w_down_t": matrix(60, 128)}, "d_ff=60: the CUDA kernels need a positive multiple of 8; pad"),
         ({"w_down_t": matrix()[0]}, "w_down_t must be a matrix"),
         ({"threshold": math.nan}, "threshold is NaN: fit it"),
+        ({"threshold": "0.5"}, "threshold='0.5' is a str: pass a float"),
+        ({"threshold": True}, "threshold=True is a bool"),
         ({"first": "down"}, "first='down': must be 'up'"),
         ({"activation": "relu"}, "activation 'relu': the CUDA kernels know silu and gelu_tanh"),
         ({"w_gate": None}, "w_gate is a NoneType: pass a torch tensor"),
@@ -107,6 +109,18 @@ def test_bad_tokens_are_refused_before_any_launch(x, message):
     with pytest.raises(ValueError, match=message):
         threshold()(x)
     assert not FakeLaunch.made
+
+
+def test_an_output_that_overlaps_what_is_read_is_refused():
+    layer, x = threshold(), matrix(4, 128)
+    with pytest.raises(ValueError, match="out overlaps x from another address on"):
+        layer(x[:3], x[1:])
+    with pytest.raises(ValueError, match="out overlaps residual"):
+        layer(matrix(3, 128), x[1:], residual=x[:3])
+    with pytest.raises(ValueError, match="out overlaps values"):
+        op.sparse_down_proj(x[:2], torch.arange(128).int(), torch.ones(1).int(), matrix(), x[1:3])
+    assert not any(launch.launched for launch in FakeLaunch.made)
+    assert layer(x, x, residual=x) is x
 
 
 def test_threshold_set_later_is_checked_and_reaches_launches_made_before():
@@ -165,6 +179,8 @@ def test_lists_are_checked():
     x = matrix(1, 128)
     with pytest.raises(ValueError, match=r"indices run from 0 to 64: must be in \[0, 64\)"):
         given(x, indices, count)
+    with pytest.raises(ValueError, match="indices hold 9 more than once"):
+        given(x, torch.tensor([9, 63, 9], dtype=torch.int32), count + 1)
     with pytest.raises(ValueError, match="indices must be an int32 tensor"):
         given(x, indices.long(), count)
     with pytest.raises(ValueError, match="count has shape"):
