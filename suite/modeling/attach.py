@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from suite.errors import InputError
 from suite.methods.base import Activations, Method, Mode
 from suite.modeling.decode import DecodeKernels, Fallback, decode_kernels, why_not_numba
+from suite.modeling.decode_probe import why_not_equal
 from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
 from suite.modeling.modes import (
     PredictorState,
@@ -388,6 +389,10 @@ def attach(
             raise InputError(f"backend numba cannot run here: {refused}; use backend masked")
         if not refused and thresholds is not None:
             kernels = decode_kernels(model, method, thresholds, predictor, deterministic=deterministic)
+            refused = why_not_equal(model, method, thresholds, predictor, kernels)
+            if refused and backend == "numba":
+                raise InputError(f"backend numba cannot run here: {refused}; use backend masked")
+            kernels = None if refused else kernels
     with sparsified(
         model, method, select, scope=scope, thresholds=thresholds, kernels=kernels, predictor=predictor
     ) as attached:
