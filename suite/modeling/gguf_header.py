@@ -50,8 +50,8 @@ def read_gguf_header(path: Path) -> GGUFHeader:
             if data[:4] != b"GGUF":
                 raise InputError(f"model file {path} is no GGUF file: it does not begin with 'GGUF'")
             try:
-                header = _Reader(data).header()
-            except (struct.error, IndexError, UnicodeDecodeError, MemoryError, OverflowError) as error:
+                header = _Reader(data, path).header()
+            except (struct.error, IndexError, UnicodeDecodeError, MemoryError, OverflowError, RecursionError) as error:
                 raise InputError(
                     f"model file {path} is truncated or damaged in its header: download it again"
                 ) from error
@@ -63,8 +63,9 @@ def read_gguf_header(path: Path) -> GGUFHeader:
 
 
 class _Reader:
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
         self._data = data
+        self._path = path
         self._at = 4
 
     def header(self) -> GGUFHeader:
@@ -77,7 +78,9 @@ class _Reader:
             key = self._string()
             metadata[key] = self._value(self._scalar("I"))
         end = max((self._tensor_end() for _ in range(n_tensors)), default=0)
-        alignment = int(metadata.get("general.alignment", _DEFAULT_ALIGNMENT))
+        alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise InputError(f"model file {self._path}: general.alignment is {alignment!r}: download it again")
         start = math.ceil(self._at / alignment) * alignment
         architecture = str(metadata.get("general.architecture", ""))
         adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", False))

@@ -1,0 +1,89 @@
+"""What is refused before a model is loaded: folders, configurations and headers that cannot be."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from suite.config import build_config, models_of
+from suite.errors import InputError
+from suite.modeling.gguf_header import read_gguf_header
+from suite.modeling.loading import resolve_model
+from suite.settings import cache_dir, hub_cache_dir, results_dir
+from tests.test_bad_input import GOOD
+
+
+def index_of(*shards):
+    return json.dumps({"weight_map": {str(i): shard for i, shard in enumerate(shards)}})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "match"),
+    [
+        ("model.safetensors.index.json", index_of("../outside.safetensors"), "no \\*.safetensors in its folder"),
+        ("model.safetensors.index.json", index_of("sub/a.safetensors"), "'sub/a.safetensors'"),
+        ("model.safetensors.index.json", index_of("/a.safetensors"), "'/a.safetensors'"),
+        ("config.json", "[" * 100_000 + "]" * 100_000, "config.json cannot be read"),
+        ("config.json", '{"num_hidden_layers": 10000000}', "num_hidden_layers is 10000000, at most 10000"),
+        ("config.json", '{"text_config": {"num_hidden_layers": 10000000}}', "num_hidden_layers is 10000000"),
+    ],
+)
+def test_folders_that_cannot_be(tmp_path, name, text, match):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / name).write_text(text)
+    with pytest.raises(InputError, match=match) as refused:
+        resolve_model(str(folder))
+    assert "\n" not in str(refused.value)
+
+
+def text(value):
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (struct.pack("<II", 4, 0), "general.alignment is 0"),
+        (struct.pack("<I", 8) + text("many"), "general.alignment is 'many'"),
+        (struct.pack("<IIQ", 9, 4, 0), "general.alignment is None"),
+        (struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 10_000, "truncated or damaged"),
+    ],
+)
+def test_headers_that_cannot_be(tmp_path, value, match):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text("general.alignment") + value)
+    with pytest.raises(InputError, match=match):
+        read_gguf_header(path)
+
+
+def test_a_path_may_hold_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("lr=1e-3").mkdir()
+    config = build_config(GOOD, "test")
+    found = models_of(config, ["models/lr=1e-3/final", "lr=1e-3", "models/lr=1e-3/final=bfloat16", "embedded=float16"])
+    assert [(model.id, model.dtype) for model in found] == [
+        ("models/lr=1e-3/final", "float32"),
+        ("lr=1e-3", "float32"),
+        ("models/lr=1e-3/final", "bfloat16"),
+        ("embedded", "float16"),
+    ]
+    with pytest.raises(InputError, match="'fp32'"):
+        models_of(config, ["embedded=fp32"])
+
+
+def test_no_home_folder_is_needed_where_variables_name_the_folders(tmp_path, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    for name in ("COUNTDOWN_CACHE", "COUNTDOWN_RESULTS", "HF_HUB_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    assert cache_dir() == tmp_path / "COUNTDOWN_CACHE"
+    assert results_dir() == tmp_path / "COUNTDOWN_RESULTS"
+    assert hub_cache_dir() == tmp_path / "HF_HUB_CACHE"
+    monkeypatch.delenv("COUNTDOWN_CACHE")
+    with pytest.raises(InputError, match="no home folder: set COUNTDOWN_CACHE"):
+        cache_dir()
