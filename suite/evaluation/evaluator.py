@@ -15,7 +15,7 @@ from suite.evaluation.lm_eval import BuiltTask, SuiteLM, sample_indices, samples
 from suite.evaluation.perplexity import BuiltText
 from suite.evaluation.plan import Scope
 from suite.evaluation.results import Metric, TaskResult
-from suite.evaluation.tasks import TaskSpec, data_fingerprint, resolve_task
+from suite.evaluation.tasks import TaskSpec, resolve_task
 from suite.methods.base import Method, Mode
 from suite.modeling.attach import LayerSparsity, ThresholdState, attach
 from suite.modeling.loading import LoadedModel
@@ -169,7 +169,6 @@ def evaluate(
     results: dict[str, Any] = {}
     for name in tasks:
         spec = resolve_task(name, data_dir=data_dir, include_path=include_path, limit=limit)
-        data_fingerprint(spec)  # reads every row: a broken one is refused by its line, as by the command line
         with torch.inference_mode():
             results[name], _ = evaluator.run(spec, method, mode=mode, state=state, scope=scope)
     return results
