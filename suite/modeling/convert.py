@@ -43,6 +43,8 @@ def converted_folder(gguf: Path, progress: Progress | None = None) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
+            for killed in folder.parent.glob(f".{folder.name}.*.part"):  # nobody else writes one while we hold the lock
+                shutil.rmtree(killed, ignore_errors=True)
             if is_intact(folder, sha256):
                 return folder
             if progress is not None:
@@ -67,7 +69,6 @@ def is_intact(folder: Path, source_sha256: str) -> bool:
 
 def _convert(gguf: Path, sha256: str, folder: Path) -> None:
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
     try:
         model, tokenizer = _load_gguf(gguf)
         check_tokenizer(tokenizer, gguf, adds_bos=read_gguf_header(gguf).adds_bos)

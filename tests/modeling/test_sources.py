@@ -9,8 +9,10 @@ import pytest
 from suite.config import build_config, models_of
 from suite.errors import InputError
 from suite.modeling.gguf_header import read_gguf_header
-from suite.modeling.loading import resolve_model
+from suite.modeling.loading import prepare_model, resolve_model
+from suite.modeling.sources import file_sha256
 from suite.settings import cache_dir, hub_cache_dir, results_dir
+from tests.modeling.test_loading import gguf
 from tests.test_bad_input import GOOD
 
 
@@ -87,3 +89,18 @@ def test_no_home_folder_is_needed_where_variables_name_the_folders(tmp_path, mon
     monkeypatch.delenv("COUNTDOWN_CACHE")
     with pytest.raises(InputError, match="no home folder: set COUNTDOWN_CACHE"):
         cache_dir()
+
+
+def test_what_a_killed_conversion_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("COUNTDOWN_CACHE", str(tmp_path))
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf())
+    models = tmp_path / "models"
+    killed, other = models / f".{file_sha256(path)}.999999.part", models / f".{'0' * 64}.999999.part"
+    for folder in (killed, other):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(InputError, match="transformers cannot read it"):  # whole, but no model
+        prepare_model(str(path))
+    assert not killed.exists()
+    assert other.exists()  # it may be another process's, under another lock
