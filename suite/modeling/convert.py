@@ -38,6 +38,10 @@ def converted_folder(gguf: Path, progress: Progress | None = None) -> Path:
     InputError
         transformers cannot read the file, or the cache folder cannot be written.
     """
+    if dropped := read_gguf_header(gguf).dropped:
+        raise InputError(
+            f"model file {gguf}: transformers does not read its {', '.join(dropped)}: use the hub's folder"
+        )
     sha256 = file_sha256(gguf)
     folder = cache_dir() / "models" / sha256
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from suite.errors import InputError
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _DEFAULT_ALIGNMENT = 32
+_GEMMA2_CAPS = {
+    "gemma2.attn_logit_softcapping": 50.0,
+    "gemma2.final_logit_softcapping": 30.0,
+}  # as transformers has them
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class GGUFHeader:
     keys: frozenset[str]
     size_bytes: int
     adds_bos: bool  # texts begin with the token <bos>: tokenizer.ggml.add_bos_token
+    dropped: tuple[str, ...] = ()  # what changes the model's output and transformers does not read
 
     @property
     def has_tokenizer(self) -> bool:
@@ -62,10 +68,23 @@ def read_gguf_header(path: Path) -> GGUFHeader:
     return header
 
 
+def _dropped(architecture: str, metadata: Mapping[str, Any], tensors: Sequence[str]) -> tuple[str, ...]:
+    """Keys and tensors without which the model computes something else."""
+    found = [name for name in tensors if name.startswith(("rope_freqs.", "rope_factors_"))]
+    for key, value in metadata.items():
+        name = key.removeprefix(f"{architecture}.")
+        scaled = name == "rope.scaling.type" and value != "none"
+        capped = name.endswith("logit_softcapping") and value and value != _GEMMA2_CAPS.get(key)
+        if scaled or capped or name == "rope.scale_linear":
+            found.append(key)
+    return tuple(found)
+
+
 class _Reader:
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self._data = data
         self._path = path
+        self._tensors: list[str] = []
         self._at = 4
 
     def header(self) -> GGUFHeader:
@@ -84,7 +103,8 @@ class _Reader:
         start = math.ceil(self._at / alignment) * alignment
         architecture = str(metadata.get("general.architecture", ""))
         adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", False))
-        return GGUFHeader(architecture, frozenset(metadata), start + end, adds_bos)
+        dropped = _dropped(architecture, metadata, self._tensors)
+        return GGUFHeader(architecture, frozenset(metadata), start + end, adds_bos, dropped)
 
     def _scalar(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self._data, self._at)
@@ -121,7 +141,7 @@ class _Reader:
         """Last byte of a tensor, counted from the start of the data."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # late: 0.4 s
 
-        self._string()
+        self._tensors.append(self._string())
         shape = [self._scalar("Q") for _ in range(self._scalar("I"))]
         kind, offset = self._scalar("I"), self._scalar("Q")
         if kind not in iter(GGMLQuantizationType):

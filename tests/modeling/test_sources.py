@@ -104,3 +104,29 @@ def test_what_a_killed_conversion_left_is_removed_and_nothing_else(tmp_path, mon
         prepare_model(str(path))
     assert not killed.exists()
     assert other.exists()  # it may be another process's, under another lock
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "value", "tensor", "refused"),
+    [
+        ("llama", "rope.scaling.type", "linear", "weight", "llama.rope.scaling.type"),
+        ("llama", "rope.scaling.type", "none", "weight", ""),
+        ("llama", "rope.freq_base", 1e4, "rope_freqs.weight", "rope_freqs.weight"),
+        ("phi3", "rope.freq_base", 1e4, "rope_factors_long.weight", "rope_factors_long.weight"),
+        ("gemma2", "final_logit_softcapping", 20.0, "weight", "gemma2.final_logit_softcapping"),
+        ("gemma2", "final_logit_softcapping", 30.0, "weight", ""),  # what transformers takes anyway
+        ("gemma3", "final_logit_softcapping", 30.0, "weight", "gemma3.final_logit_softcapping"),
+    ],
+)
+def test_what_transformers_drops_of_a_gguf_file_is_refused_by_name(
+    tmp_path, monkeypatch, architecture, key, value, tensor, refused
+):
+    monkeypatch.setenv("COUNTDOWN_CACHE", str(tmp_path))
+    path = tmp_path / "model.gguf"
+    kind = struct.pack("<I", 8) + text(value) if isinstance(value, str) else struct.pack("<If", 6, value)
+    content = b"GGUF" + struct.pack("<IQQ", 3, 1, 3) + text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 0)
+    content += text("general.architecture") + struct.pack("<I", 8) + text(architecture)
+    content += text(f"{architecture}.{key}") + kind + text(tensor) + struct.pack("<IQIQ", 1, 4, 0, 0)
+    path.write_bytes(content + b"\0" * 64)
+    with pytest.raises(InputError, match=f"does not read its {refused}:" if refused else "transformers cannot read it"):
+        prepare_model(str(path))
