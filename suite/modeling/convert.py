@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from suite.errors import InputError
+from suite.modeling.complete import check_complete, no_report
 from suite.modeling.gguf_header import read_gguf_header
 from suite.modeling.sources import file_sha256
 from suite.settings import cache_dir
@@ -101,9 +102,13 @@ def _load_gguf(gguf: Path) -> tuple[PreTrainedModel, Any]:
     source = {"gguf_file": gguf.name, "trust_remote_code": False, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+        with no_report():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **source
+            )
     except (ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise InputError(f"model file {gguf}: transformers cannot read it: {first_line(error)}") from error
+    check_complete(str(gguf), info)
     return model.eval(), tokenizer
 
 

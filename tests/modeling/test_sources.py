@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 
 import pytest
+import transformers
 
 from suite.config import build_config, models_of
 from suite.errors import InputError
@@ -12,6 +13,7 @@ from suite.modeling.gguf_header import read_gguf_header
 from suite.modeling.loading import prepare_model, resolve_model
 from suite.modeling.sources import file_sha256
 from suite.settings import cache_dir, hub_cache_dir, results_dir
+from tests.conftest import tiny_model
 from tests.modeling.test_loading import gguf
 from tests.test_bad_input import GOOD
 
@@ -129,4 +131,18 @@ def test_what_transformers_drops_of_a_gguf_file_is_refused_by_name(
     content += text(f"{architecture}.{key}") + kind + text(tensor) + struct.pack("<IQIQ", 1, 4, 0, 0)
     path.write_bytes(content + b"\0" * 64)
     with pytest.raises(InputError, match=f"does not read its {refused}:" if refused else "transformers cannot read it"):
+        prepare_model(str(path))
+
+
+def test_a_gguf_file_with_a_missing_tensor_is_refused_by_its_name(tmp_path, monkeypatch):
+    """transformers fills it with random numbers and only says so in its loading info."""
+    monkeypatch.setenv("COUNTDOWN_CACHE", str(tmp_path))
+    info = {"missing_keys": {"model.norm.weight"}, "unexpected_keys": set(), "mismatched_keys": set()}
+    model = tiny_model("llama")
+    load = transformers.AutoModelForCausalLM
+    monkeypatch.setattr(load, "from_pretrained", lambda *_, **o: (model, info) if "output_loading_info" in o else model)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: None)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf())
+    with pytest.raises(InputError, match=r"missing: model\.norm\.weight"):
         prepare_model(str(path))
