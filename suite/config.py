@@ -383,8 +383,11 @@ def models_of(config: MatrixConfig, specs: list[str] | None) -> list[ModelConfig
     if not specs:
         return config.models
     dtype = config.models[0].dtype if config.models else "float32"
-    parts = [spec.rpartition("=") for spec in specs]
-    data = [{"id": name, "dtype": given} if equals else {"id": given, "dtype": dtype} for name, equals, given in parts]
+    data = []
+    for spec in specs:
+        name, equals, given = spec.rpartition("=")
+        is_path = "/" in given or Path(spec).expanduser().exists()  # models/lr=1e-3/final
+        data.append({"id": name, "dtype": given} if equals and not is_path else {"id": spec, "dtype": dtype})
     return build_config({**config.model_dump(), "models": data}, "command line").models
 
 

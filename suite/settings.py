@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+from suite.errors import InputError
 
 _YES = {"1", "on", "yes", "true"}
 
 
-def _folder(variable: str, default: Path) -> Path:
+def _folder(variable: str, default: Callable[[], Path]) -> Path:
+    """Folder that a variable names; the default is asked for only without one: not every user has a home."""
     value = os.environ.get(variable, "")
-    return Path(value).expanduser().absolute() if value else default
+    try:
+        return Path(value).expanduser().absolute() if value else default()
+    except RuntimeError as error:
+        raise InputError(f"this user has no home folder: set {variable} to a full path") from error
 
 
 def cache_dir() -> Path:
@@ -18,18 +25,21 @@ def cache_dir() -> Path:
 
     Not created here.
     """
-    return _folder("COUNTDOWN_CACHE", Path.home() / ".cache" / "countdown-suite")
+    return _folder("COUNTDOWN_CACHE", lambda: Path.home() / ".cache" / "countdown-suite")
 
 
 def results_dir() -> Path:
     """Folder of cells, fits and runs: ``COUNTDOWN_RESULTS``, else ``results`` where one stands; not made here."""
-    return _folder("COUNTDOWN_RESULTS", Path.cwd() / "results")
+    return _folder("COUNTDOWN_RESULTS", lambda: Path.cwd() / "results")
 
 
 def hub_cache_dir() -> Path:
     """Hugging Face's cache of downloads, by its own rule: ``HF_HUB_CACHE``, else ``HF_HOME/hub``."""
-    xdg = _folder("XDG_CACHE_HOME", Path.home() / ".cache")
-    return _folder("HF_HUB_CACHE", _folder("HF_HOME", xdg / "huggingface") / "hub")
+
+    def hf_home() -> Path:
+        return _folder("XDG_CACHE_HOME", lambda: Path.home() / ".cache") / "huggingface"
+
+    return _folder("HF_HUB_CACHE", lambda: _folder("HF_HOME", hf_home) / "hub")
 
 
 def hub_offline() -> bool:

@@ -25,6 +25,12 @@ def can_share_contexts(model: Any) -> bool:
     return kinds <= _LAYERS and not shared and set(_rotary_types(getattr(config, "rope_parameters", None))) <= _ROTARY
 
 
+def depends_on_batch(model: Any) -> bool:
+    """Whether a document's scores may depend on the longer documents beside it: angles follow the width of the batch."""
+    config = model.config.get_text_config(decoder=True)
+    return not set(_rotary_types(getattr(config, "rope_parameters", None))) <= _ROTARY
+
+
 def _rotary_types(parameters: Any) -> Iterator[str]:
     """Values of ``rope_type``: one for the model, or one for each kind of attention layer."""
     if isinstance(parameters, Mapping):

@@ -16,7 +16,7 @@ from torch.nn.functional import linear, log_softmax
 from transformers.cache_utils import Cache
 
 from suite.errors import CellError
-from suite.evaluation.contexts import DenseContexts, bytes_per_token, can_share_contexts
+from suite.evaluation.contexts import DenseContexts, bytes_per_token, can_share_contexts, depends_on_batch
 from suite.evaluation.plan import Plan, Request, Scope, Segment, batches, make_segments
 from suite.modeling.attach import Attached
 
@@ -90,14 +90,15 @@ class Scorer:
     Parameters
     ----------
     model : transformers causal LM
-    batch_size : most sequences in a batch; continuations of shared contexts fill a batch with as many positions
+    batch_size : most sequences in a batch; continuations of shared contexts fill a batch with as many positions;
+        1 for a model whose forward pass depends on the batch
     pad_token : any token id; padding is on the right, where a causal model never looks
     share_contexts : compute the dense contexts of scopes ``scored`` and ``paper`` once, where the architecture allows
     """
 
     def __init__(self, model: Any, *, batch_size: int, pad_token: int = 0, share_contexts: bool = True) -> None:
         self.model = model
-        self.batch_size = batch_size
+        self.batch_size = 1 if depends_on_batch(model) else batch_size
         self.pad_token = pad_token
         self.device = next(model.parameters()).device
         self.shares = share_contexts and can_share_contexts(model)

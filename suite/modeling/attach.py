@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from suite.errors import InputError
 from suite.methods.base import Activations, Method, Mode
 from suite.modeling.decode import DecodeKernels, Fallback, decode_kernels, why_not_numba
+from suite.modeling.decode_probe import why_not_equal
 from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
+from suite.modeling.generating import with_right_prefill, without_compile
 from suite.modeling.modes import (
     PredictorState,
     Select,
@@ -294,7 +296,9 @@ def sparsified(
     with ExitStack() as undo:
         undo.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
         undo.callback(model.register_forward_hook(end, always_call=True).remove)
-        undo.callback(_without_compile(model))
+        undo.callback(without_compile(model))
+        if scope != "all":
+            undo.callback(with_right_prefill(model, scope))
         for layer in layers:
             undo.callback(_replace_forward(layer.mlp.module, layer.forward))
         yield Attached(layers, thresholds, run)
@@ -312,20 +316,6 @@ def _replace_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> 
         del module.__dict__["forward"]
         if before is not None:
             module.__dict__["forward"] = before
-
-    return undo
-
-
-def _without_compile(model: nn.Module) -> Callable[[], None]:
-    """Keep `generate` from compiling the attached passes (it does with a static cache on a GPU); returns the undoing."""
-    config = getattr(model, "generation_config", None)
-    if config is None:
-        return lambda: None
-    before = config.disable_compile
-    config.disable_compile = True
-
-    def undo() -> None:
-        config.disable_compile = before
 
     return undo
 
@@ -393,6 +383,10 @@ def attach(
             raise InputError(f"backend numba cannot run here: {refused}; use backend masked")
         if not refused and thresholds is not None:
             kernels = decode_kernels(model, method, thresholds, predictor, deterministic=deterministic)
+            refused = why_not_equal(model, method, thresholds, predictor, kernels)
+            if refused and backend == "numba":
+                raise InputError(f"backend numba cannot run here: {refused}; use backend masked")
+            kernels = None if refused else kernels
     with sparsified(
         model, method, select, scope=scope, thresholds=thresholds, kernels=kernels, predictor=predictor
     ) as attached:

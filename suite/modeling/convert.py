@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from suite.errors import InputError
+from suite.modeling.complete import check_complete, no_report
 from suite.modeling.gguf_header import read_gguf_header
 from suite.modeling.sources import file_sha256
 from suite.settings import cache_dir
@@ -38,11 +39,17 @@ def converted_folder(gguf: Path, progress: Progress | None = None) -> Path:
     InputError
         transformers cannot read the file, or the cache folder cannot be written.
     """
+    if dropped := read_gguf_header(gguf).dropped:
+        raise InputError(
+            f"model file {gguf}: transformers does not read its {', '.join(dropped)}: use the hub's folder"
+        )
     sha256 = file_sha256(gguf)
     folder = cache_dir() / "models" / sha256
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
+            for killed in folder.parent.glob(f".{folder.name}.*.part"):  # nobody else writes one while we hold the lock
+                shutil.rmtree(killed, ignore_errors=True)
             if is_intact(folder, sha256):
                 return folder
             if progress is not None:
@@ -67,7 +74,6 @@ def is_intact(folder: Path, source_sha256: str) -> bool:
 
 def _convert(gguf: Path, sha256: str, folder: Path) -> None:
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
     try:
         model, tokenizer = _load_gguf(gguf)
         check_tokenizer(tokenizer, gguf, adds_bos=read_gguf_header(gguf).adds_bos)
@@ -96,9 +102,13 @@ def _load_gguf(gguf: Path) -> tuple[PreTrainedModel, Any]:
     source = {"gguf_file": gguf.name, "trust_remote_code": False, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+        with no_report():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **source
+            )
     except (ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise InputError(f"model file {gguf}: transformers cannot read it: {first_line(error)}") from error
+    check_complete(str(gguf), info)
     return model.eval(), tokenizer
 
 

@@ -148,6 +148,8 @@ def why_not_numba(model: nn.Module, method: Method, mode: Mode, state: object) -
     if not dtypes <= set(_DTYPES[device.type]):
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[device.type])
         return f"its kernels on {device.type} are for {known}"
+    if reason := next(filter(None, (mlp.why_not_plain() for mlp in mlps)), ""):
+        return f"its kernels compute from the weights alone, and {reason}"
     if any(mlp.has_bias() for mlp in mlps):
         return "its kernels add no bias"
     for mlp in mlps:

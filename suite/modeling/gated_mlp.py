@@ -63,15 +63,40 @@ class GatedMLP:
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """``W_gate``, ``W_up`` (d_ff, d_model) and ``W_down`` (d_model, d_ff): the parameters, or views where fused."""
-        down = self.module.get_parameter("down_proj.weight")
+        down = self._weight("down_proj")
         if self.fused:
-            gate, up = self.module.get_parameter("gate_up_proj.weight").chunk(2, dim=0)
+            gate, up = self._weight("gate_up_proj").chunk(2, dim=0)
             return gate, up, down
-        return self.module.get_parameter("gate_proj.weight"), self.module.get_parameter("up_proj.weight"), down
+        return self._weight("gate_proj"), self._weight("up_proj"), down
+
+    def _weight(self, name: str) -> Tensor:
+        """As an attribute: a parametrised weight is no parameter."""
+        weight: Tensor = self.module.get_submodule(name).weight  # type: ignore[assignment]
+        return weight
 
     def has_bias(self) -> bool:
         """Whether any of the projections adds a bias."""
         return any(name.endswith(".bias") for name, _ in self.module.named_parameters())
+
+    def why_not_plain(self) -> str:
+        """What this MLP computes besides its weights' formula (adapters, hooks, quantised layers); empty if nothing.
+
+        Kernels see the weights alone, so they may stand in for nothing else.
+        """
+        if not type(self.module).__module__.startswith("transformers.models."):
+            return f"{self.module_name} is a {type(self.module).__name__}, no MLP of transformers"
+        if "forward" in self.module.__dict__:
+            return f"the forward pass of {self.module_name} is replaced"
+        act = "activation_fn" if self.fused else "act_fn"
+        for name, part in self.module.named_children():
+            place = f"{self.module_name}.{name}"
+            if name != act and name.endswith("_proj") and type(part) is not nn.Linear:
+                return f"{place} is a {type(part).__name__}, no Linear"
+            if "forward" in part.__dict__:
+                return f"the forward pass of {place} is replaced"
+            if part._forward_hooks or part._forward_pre_hooks:
+                return f"{place} has a forward hook"
+        return ""
 
     def down_norm2(self) -> Tensor:
         """Squared L2 norms of the columns of ``W_down``, shape (d_ff,), fp32."""

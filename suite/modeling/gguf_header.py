@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from suite.errors import InputError
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _DEFAULT_ALIGNMENT = 32
+_GEMMA2_CAPS = {
+    "gemma2.attn_logit_softcapping": 50.0,
+    "gemma2.final_logit_softcapping": 30.0,
+}  # as transformers has them
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class GGUFHeader:
     keys: frozenset[str]
     size_bytes: int
     adds_bos: bool  # texts begin with the token <bos>: tokenizer.ggml.add_bos_token
+    dropped: tuple[str, ...] = ()  # what changes the model's output and transformers does not read
 
     @property
     def has_tokenizer(self) -> bool:
@@ -50,8 +56,8 @@ def read_gguf_header(path: Path) -> GGUFHeader:
             if data[:4] != b"GGUF":
                 raise InputError(f"model file {path} is no GGUF file: it does not begin with 'GGUF'")
             try:
-                header = _Reader(data).header()
-            except (struct.error, IndexError, UnicodeDecodeError, MemoryError, OverflowError) as error:
+                header = _Reader(data, path).header()
+            except (struct.error, IndexError, UnicodeDecodeError, MemoryError, OverflowError, RecursionError) as error:
                 raise InputError(
                     f"model file {path} is truncated or damaged in its header: download it again"
                 ) from error
@@ -62,9 +68,23 @@ def read_gguf_header(path: Path) -> GGUFHeader:
     return header
 
 
+def _dropped(architecture: str, metadata: Mapping[str, Any], tensors: Sequence[str]) -> tuple[str, ...]:
+    """Keys and tensors without which the model computes something else."""
+    found = [name for name in tensors if name.startswith(("rope_freqs.", "rope_factors_"))]
+    for key, value in metadata.items():
+        name = key.removeprefix(f"{architecture}.")
+        scaled = name == "rope.scaling.type" and value != "none"
+        capped = name.endswith("logit_softcapping") and value and value != _GEMMA2_CAPS.get(key)
+        if scaled or capped or name == "rope.scale_linear":
+            found.append(key)
+    return tuple(found)
+
+
 class _Reader:
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
         self._data = data
+        self._path = path
+        self._tensors: list[str] = []
         self._at = 4
 
     def header(self) -> GGUFHeader:
@@ -77,11 +97,14 @@ class _Reader:
             key = self._string()
             metadata[key] = self._value(self._scalar("I"))
         end = max((self._tensor_end() for _ in range(n_tensors)), default=0)
-        alignment = int(metadata.get("general.alignment", _DEFAULT_ALIGNMENT))
+        alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise InputError(f"model file {self._path}: general.alignment is {alignment!r}: download it again")
         start = math.ceil(self._at / alignment) * alignment
         architecture = str(metadata.get("general.architecture", ""))
         adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", False))
-        return GGUFHeader(architecture, frozenset(metadata), start + end, adds_bos)
+        dropped = _dropped(architecture, metadata, self._tensors)
+        return GGUFHeader(architecture, frozenset(metadata), start + end, adds_bos, dropped)
 
     def _scalar(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self._data, self._at)
@@ -118,7 +141,7 @@ class _Reader:
         """Last byte of a tensor, counted from the start of the data."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # late: 0.4 s
 
-        self._string()
+        self._tensors.append(self._string())
         shape = [self._scalar("Q") for _ in range(self._scalar("I"))]
         kind, offset = self._scalar("I"), self._scalar("Q")
         if kind not in iter(GGMLQuantizationType):

@@ -28,6 +28,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 _INDEX = "model.safetensors.index.json"
 # files beside the weights that decide what the model computes
 _DECIDING = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt")
+_MOST_LAYERS = 10_000
 _HUB_ID = re.compile(r"^[\w.-]+(?:/[\w.-]+)?(?:@[\w./-]+)?$")
 
 
@@ -135,9 +136,13 @@ def _hub_snapshot(model_id: str, revision: str) -> Path | None:
 
 def _shards(index: Path) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"model index {index} is damaged: {error}") from error
+    if outside:  # it would be loaded, and no fingerprint would hold it
+        raise InputError(f"model index {index}: {outside[0]!r} is no *.safetensors in its folder: move it there")
+    return names
 
 
 def _check_folder(folder: Path) -> list[Path]:
@@ -150,10 +155,12 @@ def _check_folder(folder: Path) -> list[Path]:
     """
     config = folder / "config.json"
     try:
-        json.loads(config.read_text(encoding="utf-8"))
+        _check_depth(config, json.loads(config.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise InputError(f"model folder {folder} has no config.json") from error
-    except (ValueError, OSError) as error:
+    except InputError:
+        raise
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"model config {config} cannot be read: {error}") from error
     if (folder / _INDEX).exists():
         weights = [folder / shard for shard in _shards(folder / _INDEX)]
@@ -166,6 +173,16 @@ def _check_folder(folder: Path) -> list[Path]:
     for path in weights:
         _check_safetensors(path)
     return weights
+
+
+def _check_depth(place: Path, config: object) -> None:
+    """Refuse a number of layers that would fill the memory before anything else is found wrong."""
+    if not isinstance(config, dict):
+        return
+    for part in (config, config.get("text_config")):
+        layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if isinstance(layers, int) and layers > _MOST_LAYERS:
+            raise InputError(f"model config {place}: num_hidden_layers is {layers}, at most {_MOST_LAYERS} are taken")
 
 
 def _check_safetensors(path: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 
 from suite.errors import InputError
 from suite.methods.base import kept_count, select_top_k
@@ -157,6 +158,21 @@ def test_generation_counts_decode_steps_and_no_padding(model, ids, scope, cache)
         assert counted(attached) == [steps + {"paper": 0, "scored": 2, "all": 12 + 7}[scope]] * 2
         alone = model.generate(ids[:1, 5:], attention_mask=mask[:1, 5:], **options)[:, 7:]
     assert torch.equal(together[:1], alone)
+
+
+@pytest.mark.parametrize("options", [{"prefill_chunk_size": 4}, {"use_cache": False}])
+def test_generation_that_hides_its_prefill_is_refused(llama, ids, options):
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
+    for scope in ("paper", "scored"):
+        with attach(llama, HALF, scope=scope), pytest.raises(InputError, match=next(iter(options))) as refused:
+            llama.generate(ids, **settings, **options)
+        assert "\n" not in str(refused.value)
+        config = transformers.GenerationConfig(**options)
+        with attach(llama, HALF, scope=scope), pytest.raises(InputError, match=next(iter(options))):
+            llama.generate(ids, config, **settings)
+    with attach(llama, HALF), torch.inference_mode():  # all tokens are in scope, whatever the passes are
+        llama.generate(ids, **settings, **options)
+    assert "generate" not in llama.__dict__
 
 
 def test_finished_rows_are_not_counted(llama):

@@ -1,0 +1,59 @@
+"""One step of the kernels against the model's own modules, before they stand in for them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from suite.methods.base import Activations, Method, select_threshold
+from suite.modeling.decode import DecodeKernels
+from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
+from suite.modeling.modes import PredictorState
+
+
+@torch.no_grad()
+def why_not_equal(
+    model: nn.Module, method: Method, thresholds: Tensor, predictor: PredictorState | None, kernels: DecodeKernels
+) -> str:
+    """First layer whose kernel does not compute what the masked backend does on a random token; empty if none.
+
+    The types of the modules are known by then (`GatedMLP.why_not_plain`); this finds what types do not show.
+    """
+    for mlp in find_gated_mlps(model):
+        weight = mlp.weights()[2]
+        generator = torch.Generator().manual_seed(mlp.layer)
+        x = torch.randn(1, 1, mlp.d_model, generator=generator).to(weight.device, weight.dtype)
+        if not _equal(mlp, method, float(thresholds[mlp.layer]), predictor, kernels, x):
+            return f"its kernel does not compute what {mlp.module_name} does"
+    return ""
+
+
+def _equal(
+    mlp: GatedMLP,
+    method: Method,
+    threshold: float,
+    predictor: PredictorState | None,
+    kernels: DecodeKernels,
+    x: Tensor,
+) -> bool:
+    """Whether the kernel keeps the neurons above the threshold, and gives their output, each up to rounding."""
+    found = kernels.run(mlp.layer, x).float()
+    used = torch.zeros(mlp.d_ff, dtype=torch.bool, device=x.device)
+    used[kernels.active(mlp.layer)] = True
+    gate, up = (part.flatten(0, -2) for part in mlp.gate_up(x))
+    act = mlp.act(gate)
+    if predictor is None:
+        key = torch.zeros(1, dtype=torch.int64, device=x.device)
+        score = method.score(Activations(gate, act, up, mlp.down_norm2, mlp.layer, key, key))
+    else:
+        score = predictor.logits(mlp.layer, x.flatten(0, -2))
+    score = score[0].float()
+    # 16 roundings of the weights' dtype, and sums in fp32 whose errors grow like the root of their length
+    tolerance = 16 * torch.finfo(x.dtype).eps + 4 * math.sqrt(mlp.d_model + mlp.d_ff) * torch.finfo(torch.float32).eps
+    clear = (score - threshold).abs() > tolerance * score.abs().max()
+    if bool((clear & (used != select_threshold(score, threshold))).any()):
+        return False
+    expected = mlp.down((act * up * used).view(1, 1, -1)).float()
+    return bool((found - expected).norm() <= tolerance * expected.norm())
