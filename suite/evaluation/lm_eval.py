@@ -120,10 +120,14 @@ class SuiteLM(HFLM):
         return [totals[self.documents[request.doc_id]] for request in requests]
 
     def _windows(self, request: Instance) -> Iterator[Request]:
-        """Disjoint windows of a whole document."""
+        """Disjoint windows of a whole document, in which the BOS token is context and never a target.
+
+        HFLM differs where the tokenizer adds a BOS: it scores it in the first window, after another BOS.
+        """
         offset = 0
+        tokens = self.tok_encode(request.args[0])
         for window in lm_eval_utils.get_rolling_token_windows(
-            token_list=self.tok_encode(request.args[0]),
+            token_list=tokens[1:] if tokens[:1] == [self.prefix_token_id] else tokens,
             prefix_token=self.prefix_token_id,
             max_seq_len=self.window,
             context_len=1,

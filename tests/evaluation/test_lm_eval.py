@@ -1,5 +1,6 @@
 """The wiring to lm-eval: equal to lm-eval's own Hugging Face model, and its tasks under every scope."""
 
+import copy
 import dataclasses
 import json
 
@@ -7,16 +8,17 @@ import lm_eval
 import numpy as np
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from suite import evaluate, get_method
 from suite.errors import CellError, InputError
 from suite.evaluation.engine import Scorer
 from suite.evaluation.evaluator import Evaluator
-from suite.evaluation.lm_eval import sample_indices
+from suite.evaluation.lm_eval import SuiteLM, sample_indices
 from suite.evaluation.tasks import PACK_DIR, resolve_task
 from suite.statistics import statistic
 
@@ -263,3 +265,25 @@ def test_an_empty_choice_without_context_is_named_too(tiny, tmp_path):
     folder = choices_task(tmp_path, rows, target_delimiter="")
     with pytest.raises(CellError, match="document 1: choice 1 '' has no token"):
         evaluate(tiny, ["own"], DENSE, include_path=folder)
+
+
+def test_bos_is_context_and_never_a_target_of_rolling_windows(tiny, tmp_path):
+    """lm-eval scores it in the first window, where the tokenizer adds one."""
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<end> $A", special_tokens=[("<end>", tokenizer.bos_token_id)]
+    )
+    with_bos = dataclasses.replace(tiny, tokenizer=tokenizer)
+    text = " ".join(f"abc{number}" for number in range(20))  # one window: theirs begins BOS BOS, ours BOS
+    lm = SuiteLM(with_bos, 2)
+    lm.bind(None, "all", [0], {})
+    (ours,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0, ("own", 0, 1))])
+    targets = [target for request in lm.plans["loglikelihood_rolling"].requests for target in request.targets]
+    assert targets == tokenizer.encode(text, add_special_tokens=False)
+    theirs = HFLM(pretrained=tiny.model, tokenizer=tokenizer, batch_size=2)
+    (total,) = theirs.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0, ("own", 0, 1))])
+    with torch.inference_mode():
+        ids = torch.tensor([[0, *targets]])
+        by_hand = tiny.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
+    assert ours == pytest.approx(float(by_hand), rel=1e-5)
+    assert abs(ours - total) > 0.1
