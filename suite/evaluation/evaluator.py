@@ -32,13 +32,13 @@ class Evaluator:
     ----------
     loaded : model and tokenizer
     batch_size : most sequences in a batch
-    seed : shuffles the documents that a limit picks, and few-shot examples
+    seed : shuffles the documents that a limit picks, and few-shot examples; of what a task samples
     """
 
     def __init__(self, loaded: LoadedModel, *, batch_size: int = 16, seed: int = 0) -> None:
         self.loaded = loaded
         self.seed = seed
-        self.lm = SuiteLM(loaded, batch_size)
+        self.lm = SuiteLM(loaded, batch_size, seed)
         self._built: dict[str, BuiltTask | BuiltText] = {}
 
     def run(

@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,8 @@ class SuiteLM(HFLM):
     ``bind`` sets what the next requests run with; ``scored`` and ``sparse`` count positions since then.
     """
 
-    def __init__(self, loaded: LoadedModel, batch_size: int) -> None:
+    def __init__(self, loaded: LoadedModel, batch_size: int, seed: int = 0) -> None:
+        self.seed = seed  # of what a task samples
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
         self.scorer = Scorer(loaded.model, batch_size=batch_size)
         self._encoded: dict[tuple[str, bool | None], list[int]] = {}
@@ -137,11 +138,21 @@ class SuiteLM(HFLM):
             offset += len(continuation)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Greedy generation; the scope rules of ``attach`` decide which positions are sparse."""
+        """Generation; the scope rules of ``attach`` decide which positions are sparse.
+
+        What is sampled is sampled alone, with a seed of its own: neither the batch nor what ran before changes it.
+        """
         groups: dict[str, list[int]] = defaultdict(list)
-        for i, request in enumerate(requests):
-            groups[repr(request.args[1])].append(i)
+        repeats: dict[int, int] = defaultdict(int)
         texts: dict[int, str] = {}
+        for i, request in enumerate(requests):
+            if not normalize_gen_kwargs(request.args[1], self.max_gen_toks).get("do_sample"):
+                groups[repr(request.args[1])].append(i)
+                continue
+            document = self.documents[request.doc_id]
+            with _seeded(self.seed, document, request.idx, repeats[id(request)]):
+                (texts[i],) = self._generate([request])
+            repeats[id(request)] += 1
         for group in groups.values():
             group.sort(key=lambda i: (-len(self.tok_encode(requests[i].args[0])), requests[i].args[0]))
             for start in range(0, len(group), self.batch_size):
@@ -160,6 +171,7 @@ class SuiteLM(HFLM):
             )
         ids, mask = self.tok_batch_encode([r.args[0] for r in requests], left_truncate_len=self.max_length - n_new)
         documents = torch.tensor([self.documents[r.doc_id] for r in requests])
+        self._check_options(options)
         named = contextlib.nullcontext() if self.attached is None else self.attached.documents(documents)
         with named, torch.inference_mode():
             output = self._model_generate(
@@ -174,6 +186,13 @@ class SuiteLM(HFLM):
         decoded = (self.tok_decode(answer) for answer in answers)
         return [postprocess_generated_text(generation=text, stop=until, think_end_token=None) for text in decoded]
 
+    @staticmethod
+    def _check_options(options: Mapping[str, Any]) -> None:
+        """Refuse what makes several rows of a prompt: realised sparsity and documents are counted by row."""
+        for option in ("num_beams", "num_return_sequences"):
+            if options.get(option, 1) != 1:
+                raise CellError(f"generation_kwargs {option} {options[option]}: must be 1; beams are not supported")
+
     def _count_generated(self, answers: list[list[int]]) -> None:
         """Count generated tokens; with scope ``paper`` the first of each comes from the dense prefill."""
         for answer in answers:
@@ -182,6 +201,14 @@ class SuiteLM(HFLM):
                 n_tokens -= 1
             self.scored += n_tokens
             self.sparse += 0 if self.attached is None else n_tokens - (self.scope == "paper")
+
+
+@contextlib.contextmanager
+def _seeded(*parts: int) -> Iterator[None]:
+    """Random numbers of torch decided by ``parts`` alone; those of the caller go on as if nothing had been drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1)[0]))
+        yield
 
 
 def _without_target(place: tuple[int, int], context: str, continuation: str) -> CellError:

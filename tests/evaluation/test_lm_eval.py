@@ -287,3 +287,47 @@ def test_bos_is_context_and_never_a_target_of_rolling_windows(tiny, tmp_path):
         by_hand = tiny.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
     assert ours == pytest.approx(float(by_hand), rel=1e-5)
     assert abs(ours - total) > 0.1
+
+
+def generating_task(folder, kwargs, rows=5, **settings):
+    """An own task that generates after ``rows`` questions; returns its folder."""
+    return choices_task(
+        folder,
+        [{"q": f"{number} + {number} =", "a": str(2 * number)} for number in range(rows)],
+        output_type="generate_until",
+        doc_to_choice=None,
+        doc_to_target="{{a}}",
+        generation_kwargs={"until": ["zz"], "max_gen_toks": 6} | kwargs,
+        metric_list=[{"metric": "exact_match"}],
+        **settings,
+    )
+
+
+def test_sampled_answers_follow_from_the_seed_alone(tiny, tmp_path):
+    spec = resolve_task(
+        "own", include_path=generating_task(tmp_path, {"do_sample": True, "temperature": 1.0}, repeats=2)
+    )
+
+    def answers(seed, batch_size, before=0):
+        torch.rand(before)
+        evaluator = Evaluator(tiny, batch_size=batch_size, seed=seed)
+        evaluator.run(spec, DENSE, mode="none")
+        return [instance.resps for instance in evaluator._build(spec).task.instances]
+
+    first = answers(0, 4)
+    assert answers(0, 4, before=3) == answers(0, 1) == first
+    assert answers(1, 4) != first
+    assert all(one != two for one, two in first)  # repeats of a document are draws of their own
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    one = torch.rand(1)
+    answers(0, 4)
+    assert torch.equal(torch.cat([one, torch.rand(1)]), expected)  # the caller's stream goes on
+
+
+@pytest.mark.parametrize("option", ["num_beams", "num_return_sequences"])
+def test_beams_are_refused_by_name(tiny, tmp_path, option):
+    folder = generating_task(tmp_path, {option: 2})
+    with pytest.raises(CellError, match=f"{option} 2: must be 1"):
+        evaluate(tiny, ["own"], DENSE, include_path=folder)
