@@ -122,7 +122,9 @@ def _result(
         )
         samples += samples_of(f"{name},{filter_name}" if several else name, rows)
     n_samples = max(len(rows) for rows in values.values())
-    return TaskResult(task.name, built.version, built.num_fewshot, n_samples, sparse_share, metrics, samples)
+    return TaskResult(
+        task.name, built.version, built.num_fewshot, n_samples, sparse_share, metrics, samples, built.fewshot_split
+    )
 
 
 def evaluate(

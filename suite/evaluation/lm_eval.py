@@ -23,6 +23,7 @@ from suite.errors import CellError, InputError
 from suite.evaluation.engine import Score, Scorer
 from suite.evaluation.plan import Plan, Request, Scope
 from suite.evaluation.results import WEIGHT
+from suite.evaluation.shots import Shots, split_of
 from suite.evaluation.tasks import LOCAL_TASKS, PACK_DIR, TaskSpec, lm_eval_tasks_dir
 from suite.modeling.attach import Attached
 from suite.modeling.loading import LoadedModel
@@ -256,6 +257,8 @@ def build_task(spec: TaskSpec, seed: int) -> Task:
     if spec.num_fewshot is not None:
         task.set_config("num_fewshot", spec.num_fewshot)
     task.set_fewshot_seed(seed)
+    if task.config.num_fewshot and hasattr(task, "sampler"):
+        Shots(task)
     return task
 
 
@@ -289,6 +292,7 @@ class BuiltTask:
         self.plans: dict[str, Plan] = {}
         self.version = str(self.task.VERSION)
         self.num_fewshot = int(self.task.config.num_fewshot or 0)
+        self.fewshot_split = split_of(self.task) if self.num_fewshot else None
 
     def run(self, lm: SuiteLM) -> dict[tuple[str, str], list[tuple[str, float, float | None]]]:
         """Answer all requests; per (metric, filter) the documents' (doc_id, value, weight).

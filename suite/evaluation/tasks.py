@@ -41,12 +41,13 @@ LOCAL_TASKS: dict[str, LocalTask] = {
     "winogrande": _splits("winogrande", "winogrande", "train", "validation"),
     "piqa": _splits("piqa", "piqa", "train", "validation"),
     "openbookqa": _splits("openbookqa", "openbookqa", "train", "validation", "test"),
-    "hellaswag": _splits("hellaswag", "hellaswag", "validation"),
+    "hellaswag": _splits("hellaswag", "hellaswag", "train", "validation"),
     "truthfulqa_mc1": _splits("truthfulqa_mc1", "truthfulqa", "validation"),
     "lambada_openai": _splits("lambada_openai", "lambada", "test"),
     "wikitext": _splits("wikitext", "wikitext", "validation", "test"),
     "gsm8k_cot": _splits("gsm8k", "gsm8k", "train", "test"),
 }
+OWN_EXAMPLES = ("gsm8k_cot",)  # local tasks whose few-shot examples stand in their YAML
 # Texts of decode_perplexity in a data folder: task name -> file, field. The scored split, never the calibration one.
 LOCAL_TEXTS: dict[str, tuple[str, str]] = {
     f"{DECODE_PERPLEXITY}_wikitext": ("wikitext/test.jsonl", "page"),

@@ -20,6 +20,7 @@ from suite.evaluation.engine import Scorer
 from suite.evaluation.evaluator import Evaluator
 from suite.evaluation.lm_eval import SuiteLM, sample_indices
 from suite.evaluation.tasks import PACK_DIR, resolve_task
+from suite.runs.estimate import _shots
 from suite.statistics import statistic
 
 DENSE = get_method("dense")
@@ -331,3 +332,45 @@ def test_beams_are_refused_by_name(tiny, tmp_path, option):
     folder = generating_task(tmp_path, {option: 2})
     with pytest.raises(CellError, match=f"{option} 2: must be 1"):
         evaluate(tiny, ["own"], DENSE, include_path=folder)
+
+
+def arc_folder(folder, n_test, n_train=0):
+    """A data folder with n documents of arc_easy."""
+    (folder / "arc_easy").mkdir()
+    for split, n in (("test", n_test), ("train", n_train)):
+        rows = [
+            {"question": f"{split} {i}?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+            for i in range(n)
+        ]
+        if rows:
+            (folder / "arc_easy" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize(("n_train", "split"), [(0, "test (scored)"), (5, "train")])
+def test_examples_are_never_the_document_and_their_split_is_said(tiny, tmp_path, n_train, split):
+    spec = resolve_task("arc_easy", data_dir=arc_folder(tmp_path, 6, n_train), num_fewshot=3)
+    evaluator = Evaluator(tiny, batch_size=4)
+    result, _ = evaluator.run(spec, DENSE, mode="none")
+    assert result.fewshot_split == split
+    prompts = {instance.args[0] for instance in evaluator._build(spec).task.instances}
+    assert len(prompts) == 6
+    for prompt in prompts:
+        questions = [line for line in prompt.splitlines() if line.startswith("Question")]
+        assert len(set(questions)) == 4
+        assert all(split.split()[0] in question for question in questions[:-1])
+
+
+def test_more_examples_than_documents_is_one_line(tiny, tmp_path):
+    spec = resolve_task("arc_easy", data_dir=arc_folder(tmp_path, 3), num_fewshot=3)
+    with pytest.raises(InputError, match=r"num_fewshot 3 is more than the 2 examples of split test"):
+        Evaluator(tiny).run(spec, DENSE, mode="none")
+
+
+@pytest.mark.parametrize(
+    ("n_train", "line"), [(0, "from test (scored; the document itself is left out)"), (2, "from train")]
+)
+def test_check_says_where_examples_come_from(tmp_path, n_train, line):
+    spec = resolve_task("arc_easy", data_dir=arc_folder(tmp_path, 3, n_train), num_fewshot=1)
+    assert _shots(spec) == f", 1 examples {line}"
+    assert _shots(dataclasses.replace(spec, num_fewshot=None)) == ""
