@@ -250,9 +250,7 @@ def build_task(spec: TaskSpec, seed: int) -> Task:
             loaded = manager.load([{"group": "suite", "task": [override]}] if len(override) > 1 else [spec.name])
         except (OSError, ValueError, KeyError, RuntimeError, ConnectionError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(
-                f"task {spec.name} cannot be loaded ({spec.source}): {reason}; offline? give --data-dir"
-            ) from error
+            raise InputError(f"task {spec.name} cannot be loaded ({spec.source}): {reason}{_remedy(spec)}") from error
     task: Task = loaded["tasks"][spec.name]
     if spec.num_fewshot is not None:
         task.set_config("num_fewshot", spec.num_fewshot)
@@ -260,6 +258,13 @@ def build_task(spec: TaskSpec, seed: int) -> Task:
     if task.config.num_fewshot and hasattr(task, "sampler"):
         Shots(task)
     return task
+
+
+def _remedy(spec: TaskSpec) -> str:
+    """What helps where the data of the hub cannot be had; nothing for files of the user's own."""
+    if spec.source != "hub":
+        return ""
+    return "; offline? give --data-dir" if spec.name in LOCAL_TASKS else "; offline? fill the hub's cache while online"
 
 
 def sample_indices(n_documents: int, limit: int | None, seed: int) -> list[int]:

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,13 +227,11 @@ def _tolerant_loader() -> type:
 
 def _builtin(name: str) -> bool:
     """Whether a YAML below lm-eval's task folder defines ``name`` (a text search: 40 ms against TaskManager's 10 s)."""
-    wanted = {f"task: {name}", f'task: "{name}"', f"task: '{name}'"}
-    for path in lm_eval_tasks_dir().rglob("*.yaml"):
-        if wanted.intersection(
-            line.rstrip() for line in path.read_text(encoding="utf-8", errors="ignore").splitlines()
-        ):
-            return True
-    return False
+    quoted = re.escape(name)
+    wanted = re.compile(rf"""^(task|"task"|'task'):\s*({quoted}|"{quoted}"|'{quoted}')\s*(#.*)?$""", re.MULTILINE)
+    return any(
+        wanted.search(path.read_text(encoding="utf-8", errors="ignore")) for path in lm_eval_tasks_dir().rglob("*.yaml")
+    )
 
 
 def read_documents(path: Path, text_field: str = "text") -> list[dict[str, Any]]:

@@ -374,3 +374,10 @@ def test_check_says_where_examples_come_from(tmp_path, n_train, line):
     spec = resolve_task("arc_easy", data_dir=arc_folder(tmp_path, 3, n_train), num_fewshot=1)
     assert _shots(spec) == f", 1 examples {line}"
     assert _shots(dataclasses.replace(spec, num_fewshot=None)) == ""
+
+
+def test_a_data_folder_is_offered_only_where_it_helps(tiny, tmp_path):
+    broken = choices_task(tmp_path, [{"q": "a", "choices": ["b"], "gold": 0}], test_split="nowhere")
+    with pytest.raises(InputError, match="own cannot be loaded") as error:
+        evaluate(tiny, ["own"], DENSE, include_path=broken)
+    assert "offline" not in str(error.value)

@@ -141,3 +141,7 @@ def test_a_truncated_gzip_is_refused(tmp_path):
 
 def test_every_known_task_is_named_once():
     assert len(known_tasks()) == len(set(known_tasks()))
+
+
+def test_names_in_quotes_are_found_among_the_tasks_of_lm_eval():
+    assert resolve_task("mmlu_abstract_algebra").source == "hub"
