@@ -33,6 +33,9 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)
 setattr(lm_eval_utils.env, "from_string", functools.cache(lm_eval_utils.env.from_string))  # noqa: B010
 
 
+_BROKEN_DOCUMENT = (ValueError, LookupError, TypeError, AssertionError)  # what lm-eval's templates raise
+
+
 class SuiteLM(HFLM):
     """lm-eval's Hugging Face model with its tokenisation and truncation, scored through ``Scorer`` in a sparse scope.
 
@@ -249,8 +252,9 @@ def build_task(spec: TaskSpec, seed: int) -> Task:
         try:
             loaded = manager.load([{"group": "suite", "task": [override]}] if len(override) > 1 else [spec.name])
         except (OSError, ValueError, KeyError, RuntimeError, ConnectionError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"task {spec.name} cannot be loaded ({spec.source}): {reason}{_remedy(spec)}") from error
+            raise InputError(
+                f"task {spec.name} cannot be loaded ({spec.source}): {_reason(error)}{_remedy(spec)}"
+            ) from error
     task: Task = loaded["tasks"][spec.name]
     if spec.num_fewshot is not None:
         task.set_config("num_fewshot", spec.num_fewshot)
@@ -258,6 +262,10 @@ def build_task(spec: TaskSpec, seed: int) -> Task:
     if task.config.num_fewshot and hasattr(task, "sampler"):
         Shots(task)
     return task
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _remedy(spec: TaskSpec) -> str:
@@ -292,12 +300,25 @@ class BuiltTask:
         limit = spec.limit or n_documents
         in_order = spec.source == "pack"
         self.documents = [*range(n_documents)][:limit] if in_order else sample_indices(n_documents, limit, seed)
-        with quiet():
-            self.task.build_all_requests(samples=self.documents)
+        try:
+            with quiet():
+                self.task.build_all_requests(samples=self.documents)
+        except _BROKEN_DOCUMENT as error:
+            raise InputError(f"task {spec.name}{self._broken_document()}: {_reason(error)}; mend its data") from error
         self.plans: dict[str, Plan] = {}
         self.version = str(self.task.VERSION)
         self.num_fewshot = int(self.task.config.num_fewshot or 0)
         self.fewshot_split = split_of(self.task) if self.num_fewshot else None
+
+    def _broken_document(self) -> str:
+        """Which document has no prompt or answer, where one has none."""
+        for index in self.documents:
+            document = self.task.eval_docs[index]
+            try:
+                self.task.doc_to_text(document), self.task.doc_to_target(document)
+            except _BROKEN_DOCUMENT:
+                return f" document {index}"
+        return ""
 
     def run(self, lm: SuiteLM) -> dict[tuple[str, str], list[tuple[str, float, float | None]]]:
         """Answer all requests; per (metric, filter) the documents' (doc_id, value, weight).

@@ -381,3 +381,12 @@ def test_a_data_folder_is_offered_only_where_it_helps(tiny, tmp_path):
     with pytest.raises(InputError, match="own cannot be loaded") as error:
         evaluate(tiny, ["own"], DENSE, include_path=broken)
     assert "offline" not in str(error.value)
+
+
+def test_a_wrong_answer_key_is_one_line_with_its_document(tiny, tmp_path):
+    path = arc_folder(tmp_path, 4) / "arc_easy" / "test.jsonl"
+    rows = path.read_text().splitlines()
+    rows[2] = rows[2].replace('"answerKey": "A"', '"answerKey": "E"')
+    path.write_text("\n".join(rows))
+    with pytest.raises(InputError, match="arc_easy document 2: 'E' is not in list"):
+        evaluate(tiny, ["arc_easy"], DENSE, data_dir=tmp_path)
