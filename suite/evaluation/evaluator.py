@@ -32,7 +32,7 @@ class Evaluator:
     ----------
     loaded : model and tokenizer
     batch_size : most sequences in a batch
-    seed : shuffles the documents that a limit picks, and few-shot examples
+    seed : shuffles the documents that a limit picks, and few-shot examples; of what a task samples
 
     Raises
     ------
@@ -45,7 +45,7 @@ class Evaluator:
             raise InputError(f"batch_size {batch_size!r}: must be a whole number of sequences, at least 1")
         self.loaded = loaded
         self.seed = seed
-        self.lm = SuiteLM(loaded, batch_size)
+        self.lm = SuiteLM(loaded, batch_size, seed)
         self._built: dict[str, BuiltTask | BuiltText] = {}
 
     def run(
@@ -129,7 +129,9 @@ def _result(
         )
         samples += samples_of(f"{name},{filter_name}" if several else name, rows)
     n_samples = max(len(rows) for rows in values.values())
-    return TaskResult(task.name, built.version, built.num_fewshot, n_samples, sparse_share, metrics, samples)
+    return TaskResult(
+        task.name, built.version, built.num_fewshot, n_samples, sparse_share, metrics, samples, built.fewshot_split
+    )
 
 
 def evaluate(

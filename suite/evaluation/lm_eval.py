@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from suite.errors import CellError, InputError
 from suite.evaluation.engine import Score, Scorer
 from suite.evaluation.plan import Plan, Request, Scope
 from suite.evaluation.results import WEIGHT
+from suite.evaluation.shots import Shots, split_of
 from suite.evaluation.tasks import LOCAL_TASKS, PACK_DIR, TaskSpec, lm_eval_tasks_dir
 from suite.modeling.attach import Attached
 from suite.modeling.loading import LoadedModel
@@ -32,13 +33,17 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)
 setattr(lm_eval_utils.env, "from_string", functools.cache(lm_eval_utils.env.from_string))  # noqa: B010
 
 
+_BROKEN_DOCUMENT = (ValueError, LookupError, TypeError, AssertionError)  # what lm-eval's templates raise
+
+
 class SuiteLM(HFLM):
     """lm-eval's Hugging Face model with its tokenisation and truncation, scored through ``Scorer`` in a sparse scope.
 
     ``bind`` sets what the next requests run with; ``scored`` and ``sparse`` count positions since then.
     """
 
-    def __init__(self, loaded: LoadedModel, batch_size: int) -> None:
+    def __init__(self, loaded: LoadedModel, batch_size: int, seed: int = 0) -> None:
+        self.seed = seed  # of what a task samples
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
         self.scorer = Scorer(loaded.model, batch_size=batch_size)
         self._encoded: dict[tuple[str, bool | None], list[int]] = {}
@@ -120,10 +125,14 @@ class SuiteLM(HFLM):
         return [totals[self.documents[request.doc_id]] for request in requests]
 
     def _windows(self, request: Instance) -> Iterator[Request]:
-        """Disjoint windows of a whole document."""
+        """Disjoint windows of a whole document, in which the BOS token is context and never a target.
+
+        HFLM differs where the tokenizer adds a BOS: it scores it in the first window, after another BOS.
+        """
         offset = 0
+        tokens = self.tok_encode(request.args[0])
         for window in lm_eval_utils.get_rolling_token_windows(
-            token_list=self.tok_encode(request.args[0]),
+            token_list=tokens[1:] if tokens[:1] == [self.prefix_token_id] else tokens,
             prefix_token=self.prefix_token_id,
             max_seq_len=self.window,
             context_len=1,
@@ -133,11 +142,21 @@ class SuiteLM(HFLM):
             offset += len(continuation)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Greedy generation; the scope rules of ``attach`` decide which positions are sparse."""
+        """Generation; the scope rules of ``attach`` decide which positions are sparse.
+
+        What is sampled is sampled alone, with a seed of its own: neither the batch nor what ran before changes it.
+        """
         groups: dict[str, list[int]] = defaultdict(list)
-        for i, request in enumerate(requests):
-            groups[repr(request.args[1])].append(i)
+        repeats: dict[int, int] = defaultdict(int)
         texts: dict[int, str] = {}
+        for i, request in enumerate(requests):
+            if not normalize_gen_kwargs(request.args[1], self.max_gen_toks).get("do_sample"):
+                groups[repr(request.args[1])].append(i)
+                continue
+            document = self.documents[request.doc_id]
+            with _seeded(self.seed, document, request.idx, repeats[id(request)]):
+                (texts[i],) = self._generate([request])
+            repeats[id(request)] += 1
         for group in groups.values():
             group.sort(key=lambda i: (-len(self.tok_encode(requests[i].args[0])), requests[i].args[0]))
             for start in range(0, len(group), self.batch_size):
@@ -156,6 +175,7 @@ class SuiteLM(HFLM):
             )
         ids, mask = self.tok_batch_encode([r.args[0] for r in requests], left_truncate_len=self.max_length - n_new)
         documents = torch.tensor([self.documents[r.doc_id] for r in requests])
+        self._check_options(options)
         named = contextlib.nullcontext() if self.attached is None else self.attached.documents(documents)
         with named, torch.inference_mode():
             output = self._model_generate(
@@ -170,6 +190,13 @@ class SuiteLM(HFLM):
         decoded = (self.tok_decode(answer) for answer in answers)
         return [postprocess_generated_text(generation=text, stop=until, think_end_token=None) for text in decoded]
 
+    @staticmethod
+    def _check_options(options: Mapping[str, Any]) -> None:
+        """Refuse what makes several rows of a prompt: realised sparsity and documents are counted by row."""
+        for option in ("num_beams", "num_return_sequences"):
+            if options.get(option, 1) != 1:
+                raise CellError(f"generation_kwargs {option} {options[option]}: must be 1; beams are not supported")
+
     def _count_generated(self, answers: list[list[int]]) -> None:
         """Count generated tokens; with scope ``paper`` the first of each comes from the dense prefill."""
         for answer in answers:
@@ -178,6 +205,14 @@ class SuiteLM(HFLM):
                 n_tokens -= 1
             self.scored += n_tokens
             self.sparse += 0 if self.attached is None else n_tokens - (self.scope == "paper")
+
+
+@contextlib.contextmanager
+def _seeded(*parts: int) -> Iterator[None]:
+    """Random numbers of torch decided by ``parts`` alone; those of the caller go on as if nothing had been drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1)[0]))
+        yield
 
 
 def _without_target(place: tuple[int, int], context: str, continuation: str) -> CellError:
@@ -217,15 +252,27 @@ def build_task(spec: TaskSpec, seed: int) -> Task:
         try:
             loaded = manager.load([{"group": "suite", "task": [override]}] if len(override) > 1 else [spec.name])
         except (OSError, ValueError, KeyError, RuntimeError, ConnectionError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
-                f"task {spec.name} cannot be loaded ({spec.source}): {reason}; offline? give --data-dir"
+                f"task {spec.name} cannot be loaded ({spec.source}): {_reason(error)}{_remedy(spec)}"
             ) from error
     task: Task = loaded["tasks"][spec.name]
     if spec.num_fewshot is not None:
         task.set_config("num_fewshot", spec.num_fewshot)
     task.set_fewshot_seed(seed)
+    if task.config.num_fewshot and hasattr(task, "sampler"):
+        Shots(task)
     return task
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _remedy(spec: TaskSpec) -> str:
+    """What helps where the data of the hub cannot be had; nothing for files of the user's own."""
+    if spec.source != "hub":
+        return ""
+    return "; offline? give --data-dir" if spec.name in LOCAL_TASKS else "; offline? fill the hub's cache while online"
 
 
 def sample_indices(n_documents: int, limit: int | None, seed: int) -> list[int]:
@@ -253,11 +300,25 @@ class BuiltTask:
         limit = spec.limit or n_documents
         in_order = spec.source == "pack"
         self.documents = [*range(n_documents)][:limit] if in_order else sample_indices(n_documents, limit, seed)
-        with quiet():
-            self.task.build_all_requests(samples=self.documents)
+        try:
+            with quiet():
+                self.task.build_all_requests(samples=self.documents)
+        except _BROKEN_DOCUMENT as error:
+            raise InputError(f"task {spec.name}{self._broken_document()}: {_reason(error)}; mend its data") from error
         self.plans: dict[str, Plan] = {}
         self.version = str(self.task.VERSION)
         self.num_fewshot = int(self.task.config.num_fewshot or 0)
+        self.fewshot_split = split_of(self.task) if self.num_fewshot else None
+
+    def _broken_document(self) -> str:
+        """Which document has no prompt or answer, where one has none."""
+        for index in self.documents:
+            document = self.task.eval_docs[index]
+            try:
+                self.task.doc_to_text(document), self.task.doc_to_target(document)
+            except _BROKEN_DOCUMENT:
+                return f" document {index}"
+        return ""
 
     def run(self, lm: SuiteLM) -> dict[tuple[str, str], list[tuple[str, float, float | None]]]:
         """Answer all requests; per (metric, filter) the documents' (doc_id, value, weight).

@@ -48,6 +48,7 @@ class BuiltText:
 
     version = VERSION
     num_fewshot = 0
+    fewshot_split = None
 
     def __init__(
         self,

@@ -28,7 +28,8 @@ class TaskResult:
 
     ``samples`` are (doc_id, metric, value); doc_id is the index of the document in its split, behind
     ``<template>/`` for generated items, which are resampled by template. ``sparse_share`` is the share of scored
-    positions whose logits came from a sparse position, None where nothing was scored.
+    positions whose logits came from a sparse position, None where nothing was scored; ``fewshot_split`` the split that
+    few-shot examples come from, None without examples.
     """
 
     task: str
@@ -38,3 +39,4 @@ class TaskResult:
     sparse_share: float | None
     metrics: list[Metric]
     samples: list[tuple[str, str, float]] = field(repr=False)
+    fewshot_split: str | None = None

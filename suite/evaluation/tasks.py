@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,12 +41,13 @@ LOCAL_TASKS: dict[str, LocalTask] = {
     "winogrande": _splits("winogrande", "winogrande", "train", "validation"),
     "piqa": _splits("piqa", "piqa", "train", "validation"),
     "openbookqa": _splits("openbookqa", "openbookqa", "train", "validation", "test"),
-    "hellaswag": _splits("hellaswag", "hellaswag", "validation"),
+    "hellaswag": _splits("hellaswag", "hellaswag", "train", "validation"),
     "truthfulqa_mc1": _splits("truthfulqa_mc1", "truthfulqa", "validation"),
     "lambada_openai": _splits("lambada_openai", "lambada", "test"),
     "wikitext": _splits("wikitext", "wikitext", "validation", "test"),
     "gsm8k_cot": _splits("gsm8k", "gsm8k", "train", "test"),
 }
+OWN_EXAMPLES = ("gsm8k_cot",)  # local tasks whose few-shot examples stand in their YAML
 # Texts of decode_perplexity in a data folder: task name -> file, field. The scored split, never the calibration one.
 LOCAL_TEXTS: dict[str, tuple[str, str]] = {
     f"{DECODE_PERPLEXITY}_wikitext": ("wikitext/test.jsonl", "page"),
@@ -228,13 +230,11 @@ def _tolerant_loader() -> type:
 
 def _builtin(name: str) -> bool:
     """Whether a YAML below lm-eval's task folder defines ``name`` (a text search: 40 ms against TaskManager's 10 s)."""
-    wanted = {f"task: {name}", f'task: "{name}"', f"task: '{name}'"}
-    for path in lm_eval_tasks_dir().rglob("*.yaml"):
-        if wanted.intersection(
-            line.rstrip() for line in path.read_text(encoding="utf-8", errors="ignore").splitlines()
-        ):
-            return True
-    return False
+    quoted = re.escape(name)
+    wanted = re.compile(rf"""^(task|"task"|'task'):\s*({quoted}|"{quoted}"|'{quoted}')\s*(#.*)?$""", re.MULTILINE)
+    return any(
+        wanted.search(path.read_text(encoding="utf-8", errors="ignore")) for path in lm_eval_tasks_dir().rglob("*.yaml")
+    )
 
 
 def data_fingerprint(spec: TaskSpec) -> str:

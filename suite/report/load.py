@@ -125,6 +125,8 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
         zlib.error,
     ) as error:
         raise InputError(f"{path} is no readable CSV: {' '.join(str(error).split())}") from error
+    for column in schema.ADDED.intersection(columns).difference(frame.columns):
+        frame[column] = ""
     missing = [column for column in columns if column not in frame]
     if "status" in columns and not missing and (frame["status"] == "").any():
         row = int((frame["status"] == "").to_numpy().argmax())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import psutil
 
 from suite import settings
+from suite.evaluation.tasks import OWN_EXAMPLES
 from suite.runs.analysis_cells import AnalysisCell
 from suite.runs.cells import AccuracyCell, FitRequest
 from suite.runs.provenance import Device
@@ -215,13 +216,24 @@ def describe(found: Estimate, matrix: Matrix, world: Models) -> Sequence[str]:
         lines.append(f"model     {ref.name} ({ref.kind}): {state}")
     for task in _tasks(matrix):
         limit = "all documents" if task.limit is None else f"{task.limit} documents"
-        lines.append(f"task      {task.name}: {limit}, data from {task.source}")
+        lines.append(f"task      {task.name}: {limit}, data from {task.source}{_shots(task)}")
     lines.append(
         f"estimate  about {duration(found.seconds)}, {found.memory_bytes / 2**30:.1f} GiB of memory, "
         f"{found.download_bytes / 2**30:.1f} GiB to download"
     )
     lines += [f"missing   {line}" for line in (*found.missing, *found.blocking)]
     return lines
+
+
+def _shots(task: TaskSpec) -> str:
+    """Where few-shot examples come from, as far as the files tell; the rows say it for every task."""
+    if not task.num_fewshot:
+        return ""
+    split = next((name for name in ("train", "validation", "test") if name in task.files), None)
+    if task.source != "data_dir" or split is None or task.name in OWN_EXAMPLES:
+        return f", {task.num_fewshot} examples from where the task's YAML says (column fewshot_split)"
+    scored = " (scored; the document itself is left out)" if split == list(task.files)[-1] else ""
+    return f", {task.num_fewshot} examples from {split}{scored}"
 
 
 def _tasks(matrix: Matrix) -> list[TaskSpec]:

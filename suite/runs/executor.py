@@ -202,6 +202,7 @@ def _rows(result: TaskResult) -> list[dict[str, Any]]:
         {
             "task_version": result.task_version,
             "num_fewshot": result.num_fewshot,
+            "fewshot_split": result.fewshot_split,
             "n_samples": result.n_samples,
             "sparse_share": result.sparse_share,
             "metric": metric.name,

@@ -1,5 +1,6 @@
 """The wiring to lm-eval: equal to lm-eval's own Hugging Face model, and its tasks under every scope."""
 
+import copy
 import dataclasses
 import json
 
@@ -7,17 +8,19 @@ import lm_eval
 import numpy as np
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from suite import evaluate, get_method
 from suite.errors import CellError, InputError
 from suite.evaluation.engine import Scorer
 from suite.evaluation.evaluator import Evaluator
-from suite.evaluation.lm_eval import sample_indices
+from suite.evaluation.lm_eval import SuiteLM, sample_indices
 from suite.evaluation.tasks import PACK_DIR, resolve_task
+from suite.runs.estimate import _shots
 from suite.statistics import statistic
 
 DENSE = get_method("dense")
@@ -263,3 +266,127 @@ def test_an_empty_choice_without_context_is_named_too(tiny, tmp_path):
     folder = choices_task(tmp_path, rows, target_delimiter="")
     with pytest.raises(CellError, match="document 1: choice 1 '' has no token"):
         evaluate(tiny, ["own"], DENSE, include_path=folder)
+
+
+def test_bos_is_context_and_never_a_target_of_rolling_windows(tiny, tmp_path):
+    """lm-eval scores it in the first window, where the tokenizer adds one."""
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<end> $A", special_tokens=[("<end>", tokenizer.bos_token_id)]
+    )
+    with_bos = dataclasses.replace(tiny, tokenizer=tokenizer)
+    text = " ".join(f"abc{number}" for number in range(20))  # one window: theirs begins BOS BOS, ours BOS
+    lm = SuiteLM(with_bos, 2)
+    lm.bind(None, "all", [0], {})
+    (ours,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0, ("own", 0, 1))])
+    targets = [target for request in lm.plans["loglikelihood_rolling"].requests for target in request.targets]
+    assert targets == tokenizer.encode(text, add_special_tokens=False)
+    theirs = HFLM(pretrained=tiny.model, tokenizer=tokenizer, batch_size=2)
+    (total,) = theirs.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0, ("own", 0, 1))])
+    with torch.inference_mode():
+        ids = torch.tensor([[0, *targets]])
+        by_hand = tiny.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
+    assert ours == pytest.approx(float(by_hand), rel=1e-5)
+    assert abs(ours - total) > 0.1
+
+
+def generating_task(folder, kwargs, rows=5, **settings):
+    """An own task that generates after ``rows`` questions; returns its folder."""
+    return choices_task(
+        folder,
+        [{"q": f"{number} + {number} =", "a": str(2 * number)} for number in range(rows)],
+        output_type="generate_until",
+        doc_to_choice=None,
+        doc_to_target="{{a}}",
+        generation_kwargs={"until": ["zz"], "max_gen_toks": 6} | kwargs,
+        metric_list=[{"metric": "exact_match"}],
+        **settings,
+    )
+
+
+def test_sampled_answers_follow_from_the_seed_alone(tiny, tmp_path):
+    spec = resolve_task(
+        "own", include_path=generating_task(tmp_path, {"do_sample": True, "temperature": 1.0}, repeats=2)
+    )
+
+    def answers(seed, batch_size, before=0):
+        torch.rand(before)
+        evaluator = Evaluator(tiny, batch_size=batch_size, seed=seed)
+        evaluator.run(spec, DENSE, mode="none")
+        return [instance.resps for instance in evaluator._build(spec).task.instances]
+
+    first = answers(0, 4)
+    assert answers(0, 4, before=3) == answers(0, 1) == first
+    assert answers(1, 4) != first
+    assert all(one != two for one, two in first)  # repeats of a document are draws of their own
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    one = torch.rand(1)
+    answers(0, 4)
+    assert torch.equal(torch.cat([one, torch.rand(1)]), expected)  # the caller's stream goes on
+
+
+@pytest.mark.parametrize("option", ["num_beams", "num_return_sequences"])
+def test_beams_are_refused_by_name(tiny, tmp_path, option):
+    folder = generating_task(tmp_path, {option: 2})
+    with pytest.raises(CellError, match=f"{option} 2: must be 1"):
+        evaluate(tiny, ["own"], DENSE, include_path=folder)
+
+
+def arc_folder(folder, n_test, n_train=0):
+    """A data folder with n documents of arc_easy."""
+    (folder / "arc_easy").mkdir()
+    for split, n in (("test", n_test), ("train", n_train)):
+        rows = [
+            {"question": f"{split} {i}?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+            for i in range(n)
+        ]
+        if rows:
+            (folder / "arc_easy" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize(("n_train", "split"), [(0, "test (scored)"), (5, "train")])
+def test_examples_are_never_the_document_and_their_split_is_said(tiny, tmp_path, n_train, split):
+    spec = resolve_task("arc_easy", data_dir=arc_folder(tmp_path, 6, n_train), num_fewshot=3)
+    evaluator = Evaluator(tiny, batch_size=4)
+    result, _ = evaluator.run(spec, DENSE, mode="none")
+    assert result.fewshot_split == split
+    prompts = {instance.args[0] for instance in evaluator._build(spec).task.instances}
+    assert len(prompts) == 6
+    for prompt in prompts:
+        questions = [line for line in prompt.splitlines() if line.startswith("Question")]
+        assert len(set(questions)) == 4
+        assert all(split.split()[0] in question for question in questions[:-1])
+
+
+def test_more_examples_than_documents_is_one_line(tiny, tmp_path):
+    spec = resolve_task("arc_easy", data_dir=arc_folder(tmp_path, 3), num_fewshot=3)
+    with pytest.raises(InputError, match=r"num_fewshot 3 is more than the 2 examples of split test"):
+        Evaluator(tiny).run(spec, DENSE, mode="none")
+
+
+@pytest.mark.parametrize(
+    ("n_train", "line"), [(0, "from test (scored; the document itself is left out)"), (2, "from train")]
+)
+def test_check_says_where_examples_come_from(tmp_path, n_train, line):
+    spec = resolve_task("arc_easy", data_dir=arc_folder(tmp_path, 3, n_train), num_fewshot=1)
+    assert _shots(spec) == f", 1 examples {line}"
+    assert _shots(dataclasses.replace(spec, num_fewshot=None)) == ""
+
+
+def test_a_data_folder_is_offered_only_where_it_helps(tiny, tmp_path):
+    broken = choices_task(tmp_path, [{"q": "a", "choices": ["b"], "gold": 0}], test_split="nowhere")
+    with pytest.raises(InputError, match="own cannot be loaded") as error:
+        evaluate(tiny, ["own"], DENSE, include_path=broken)
+    assert "offline" not in str(error.value)
+
+
+def test_a_wrong_answer_key_is_one_line_with_its_document(tiny, tmp_path):
+    path = arc_folder(tmp_path, 4) / "arc_easy" / "test.jsonl"
+    rows = path.read_text().splitlines()
+    rows[2] = rows[2].replace('"answerKey": "A"', '"answerKey": "E"')
+    path.write_text("\n".join(rows))
+    with pytest.raises(InputError, match="arc_easy document 2: 'E' is not in list"):
+        evaluate(tiny, ["arc_easy"], DENSE, data_dir=tmp_path)

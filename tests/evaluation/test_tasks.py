@@ -167,3 +167,7 @@ def test_a_hole_in_a_file_of_known_schema_names_line_and_key(tmp_path, row, mess
 def test_a_limit_is_a_whole_number(limit):
     with pytest.raises(InputError, match=r"limit .* of task piqa: must be a whole number"):
         resolve_task("piqa", limit=limit)
+
+
+def test_names_in_quotes_are_found_among_the_tasks_of_lm_eval():
+    assert resolve_task("mmlu_abstract_algebra").source == "hub"
