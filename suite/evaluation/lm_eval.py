@@ -34,6 +34,7 @@ setattr(lm_eval_utils.env, "from_string", functools.cache(lm_eval_utils.env.from
 
 
 _BROKEN_DOCUMENT = (ValueError, LookupError, TypeError, AssertionError)  # what lm-eval's templates raise
+_BROKEN_TASK = (*_BROKEN_DOCUMENT, OSError, RuntimeError, AttributeError, ImportError)  # at load, from a task's YAML
 
 
 class SuiteLM(HFLM):
@@ -99,6 +100,12 @@ class SuiteLM(HFLM):
         for (document, choice), (texts, context, continuation) in zip(self._order, requests, strict=True):
             if not continuation:
                 raise _without_target((document, choice), *texts)
+            if not context:
+                raise CellError(
+                    f"document {document}: choice {choice} {texts[1][:40]!r} follows the context {texts[0][-40:]!r}, "
+                    "which has no token of its own: the tokenizer adds no BOS, and the blanks go to the choice; give "
+                    "the task a doc_to_text that is empty or has words"
+                )
             if len(continuation) > self.max_length:
                 raise CellError(
                     f"continuation of document {document} has {len(continuation)} tokens, over {self.max_length}"
@@ -251,7 +258,7 @@ def build_task(spec: TaskSpec, seed: int) -> Task:
     with quiet():
         try:
             loaded = manager.load([{"group": "suite", "task": [override]}] if len(override) > 1 else [spec.name])
-        except (OSError, ValueError, KeyError, RuntimeError, ConnectionError) as error:
+        except _BROKEN_TASK as error:
             raise InputError(
                 f"task {spec.name} cannot be loaded ({spec.source}): {_reason(error)}{_remedy(spec)}"
             ) from error
@@ -303,6 +310,8 @@ class BuiltTask:
         try:
             with quiet():
                 self.task.build_all_requests(samples=self.documents)
+        except InputError:  # a ValueError that says it all
+            raise
         except _BROKEN_DOCUMENT as error:
             raise InputError(f"task {spec.name}{self._broken_document()}: {_reason(error)}; mend its data") from error
         self.plans: dict[str, Plan] = {}
@@ -347,7 +356,8 @@ class BuiltTask:
         return values
 
     def _label(self, doc_id: int, document: Any) -> str:
-        template = document.get("template") if isinstance(document, dict) else None
+        ours = self.spec.source == "pack"  # a column of that name in other data is no template of generated items
+        template = document.get("template") if ours else None
         index = str(self.documents[doc_id])
         return f"{template}/{index}" if template else index
 
