@@ -24,7 +24,7 @@ from suite.evaluation.engine import Score, Scorer
 from suite.evaluation.plan import Plan, Request, Scope
 from suite.evaluation.results import WEIGHT
 from suite.evaluation.shots import Shots, split_of
-from suite.evaluation.tasks import LOCAL_TASKS, PACK_DIR, TaskSpec, lm_eval_tasks_dir
+from suite.evaluation.tasks import LOCAL_TASKS, PACK_DIR, TaskSpec, builtin_file, lm_eval_tasks_dir
 from suite.modeling.attach import Attached
 from suite.modeling.loading import LoadedModel
 
@@ -247,6 +247,8 @@ def build_task(spec: TaskSpec, seed: int) -> Task:
         include = spec.files["yaml"].parent
     elif spec.name in LOCAL_TASKS:
         include = lm_eval_tasks_dir() / LOCAL_TASKS[spec.name].lm_eval_folder
+    elif (file := builtin_file(spec.name)) is not None:
+        include = file.parent
     if spec.source == "data_dir":
         files = {split: str(path) for split, path in spec.files.items()}
         override |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}

@@ -22,10 +22,9 @@ from tests.evaluation.oracle_tasks import SHAPES, WORDS, Shape, write
 
 SEED = 3  # of the few-shot examples
 DENSE = get_method("dense")
-# known differences: metrics that are not means, directions of a task's own metrics, groups
+# known differences: metrics that are not means, directions of a task's own metrics
 NOT_YET = set(
-    "f1_mcc f1_one_label brier bleu unicode_answers lower_is_better own_aggregation best_of own_results group "
-    "group_unweighted nested_groups".split()
+    "f1_mcc f1_one_label brier bleu unicode_answers lower_is_better own_aggregation best_of own_results".split()
 )
 
 
