@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from suite.errors import CellError, InputError
+from suite.evaluation.groups import aggregate, expand_name
 from suite.evaluation.lm_eval import BuiltTask, SuiteLM, sample_indices, samples_of
 from suite.evaluation.metrics import Items, Sample
 from suite.evaluation.perplexity import BuiltText
@@ -178,7 +179,7 @@ def evaluate(
     loaded : LoadedModel
         From ``load_model``.
     tasks : names
-        ``pack_*``, ``decode_perplexity``, or any lm-eval task.
+        ``pack_*``, ``decode_perplexity``, or any task, group, tag or pattern (``mmlu_*``) of lm-eval.
     method : Method
         From ``get_method``.
     mode : ``none``, ``ideal`` or ``practical``; by default practical where ``state`` is given, else ideal.
@@ -189,7 +190,7 @@ def evaluate(
 
     Returns
     -------
-    dict of task name to TaskResult
+    dict of task name to TaskResult; of a group each of its tasks, and under its own name what it averages
 
     Examples
     --------
@@ -200,8 +201,21 @@ def evaluate(
     evaluator = Evaluator(loaded, batch_size=batch_size, seed=seed)
     results: dict[str, Any] = {}
     for name in tasks:
-        spec = resolve_task(name, data_dir=data_dir, include_path=include_path, limit=limit)
-        data_fingerprint(spec)  # reads every row: a broken one is refused by its line, as by the command line
-        with torch.inference_mode():
-            results[name], _ = evaluator.run(spec, method, mode=mode, state=state, scope=scope)
+        expansion = expand_name(name, include_path)
+        for leaf in expansion.tasks:
+            if leaf.name in results:
+                continue
+            spec = resolve_task(
+                leaf.name,
+                data_dir=data_dir,
+                include_path=include_path,
+                num_fewshot=leaf.num_fewshot,
+                limit=limit,
+            )
+            data_fingerprint(spec)  # reads every row: a broken one is refused by its line, as by the command line
+            with torch.inference_mode():
+                results[leaf.name], _ = evaluator.run(spec, method, mode=mode, state=state, scope=scope)
+        for group in expansion.groups:
+            if (averages := aggregate(group, results)) is not None:
+                results[group.name] = averages
     return results

@@ -25,7 +25,7 @@ from suite.evaluation.metrics import Items, Sample, collect
 from suite.evaluation.plan import Plan, Request, Scope
 from suite.evaluation.results import WEIGHT
 from suite.evaluation.shots import Shots, split_of
-from suite.evaluation.tasks import LOCAL_TASKS, PACK_DIR, TaskSpec, lm_eval_tasks_dir
+from suite.evaluation.tasks import LOCAL_TASKS, PACK_DIR, TaskSpec, builtin_file, lm_eval_tasks_dir
 from suite.modeling.attach import Attached
 from suite.modeling.loading import LoadedModel
 
@@ -34,7 +34,18 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)
 setattr(lm_eval_utils.env, "from_string", functools.cache(lm_eval_utils.env.from_string))  # noqa: B010
 
 
+def _no_null(value: Any) -> Any:
+    """What a template writes; a null of the data would stand in the prompt as the word None."""
+    if value is None:
+        raise ValueError("a field of its prompt or answer is null")
+    return value
+
+
+lm_eval_utils.env.finalize = _no_null
+
+
 _BROKEN_DOCUMENT = (ValueError, LookupError, TypeError, AssertionError)  # what lm-eval's templates raise
+_BROKEN_TASK = (*_BROKEN_DOCUMENT, OSError, RuntimeError, AttributeError, ImportError)  # at load, from a task's YAML
 
 
 class SuiteLM(HFLM):
@@ -100,6 +111,12 @@ class SuiteLM(HFLM):
         for (document, choice), (texts, context, continuation) in zip(self._order, requests, strict=True):
             if not continuation:
                 raise _without_target((document, choice), *texts)
+            if not context:
+                raise CellError(
+                    f"document {document}: choice {choice} {texts[1][:40]!r} follows the context {texts[0][-40:]!r}, "
+                    "which has no token of its own: the tokenizer adds no BOS, and the blanks go to the choice; give "
+                    "the task a doc_to_text that is empty or has words"
+                )
             if len(continuation) > self.max_length:
                 raise CellError(
                     f"continuation of document {document} has {len(continuation)} tokens, over {self.max_length}"
@@ -241,6 +258,8 @@ def build_task(spec: TaskSpec, seed: int) -> Task:
         include = spec.files["yaml"].parent
     elif spec.name in LOCAL_TASKS:
         include = lm_eval_tasks_dir() / LOCAL_TASKS[spec.name].lm_eval_folder
+    elif (file := builtin_file(spec.name)) is not None:
+        include = file.parent
     if spec.source == "data_dir":
         files = {split: str(path) for split, path in spec.files.items()}
         override |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
@@ -252,7 +271,7 @@ def build_task(spec: TaskSpec, seed: int) -> Task:
     with quiet():
         try:
             loaded = manager.load([{"group": "suite", "task": [override]}] if len(override) > 1 else [spec.name])
-        except (OSError, ValueError, KeyError, RuntimeError, ConnectionError) as error:
+        except _BROKEN_TASK as error:
             raise InputError(
                 f"task {spec.name} cannot be loaded ({spec.source}): {_reason(error)}{_remedy(spec)}"
             ) from error
@@ -304,6 +323,8 @@ class BuiltTask:
         try:
             with quiet():
                 self.task.build_all_requests(samples=self.documents)
+        except InputError:  # a ValueError that says it all
+            raise
         except _BROKEN_DOCUMENT as error:
             raise InputError(f"task {spec.name}{self._broken_document()}: {_reason(error)}; mend its data") from error
         self.plans: dict[str, Plan] = {}
@@ -352,7 +373,8 @@ class BuiltTask:
         return None if found is None else bool(found)
 
     def _label(self, doc_id: int, document: Any) -> str:
-        template = document.get("template") if isinstance(document, dict) else None
+        ours = self.spec.source == "pack"  # a column of that name in other data is no template of generated items
+        template = document.get("template") if ours else None
         index = str(self.documents[doc_id])
         return f"{template}/{index}" if template else index
 
