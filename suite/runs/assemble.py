@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from suite import schema
+from suite.errors import InputError
 from suite.evaluation.results import WEIGHT
 from suite.registry import method_class
 from suite.runs.cells import AccuracyCell
@@ -19,6 +20,7 @@ from suite.statistics import paired_delta, paired_delta_of_resampled, resampling
 
 Row = dict[str, Any]
 _ANALYSIS_FILES = {"cif_caf.csv": schema.CIF_CAF, "activations.csv": schema.ACTIVATIONS}
+_OF_THE_KEY = ("device_name", "driver_version")  # measured rows have them too, the driver of a CPU as ""
 _NOT_RUN = {"status": "missing", "reason": "not run yet: run the same command again"}
 
 
@@ -258,7 +260,7 @@ class Assembly:
             if record is None:
                 rows.append(fields | _NOT_RUN)
                 continue
-            measured = record["rows"][0] if record["rows"] else {}
+            measured = _measured(cell.label, fields, record["rows"][0] if record["rows"] else {})
             status = {"status": record["status"], "reason": self._scrub.text(record["reason"])}
             rows.append(fields | measured | common | status)
         return rows
@@ -272,6 +274,26 @@ class Assembly:
             parts = measured.get(name) or []
             found += [{"cell_id": cell.id, **part} for part in ([parts] if isinstance(parts, dict) else parts)]
         return found
+
+
+def _measured(label: str, fields: Row, row: Row) -> Row:
+    """What a timing adds to the fields of its cell: all but the device, whose driver the key alone knows on a CPU.
+
+    None on either side is no answer: a GPU row has no threads, and a predictor's rank may be known only once it is made.
+
+    Raises
+    ------
+    InputError
+        The row says of the case something else than its key.
+    """
+    row = {name: value for name, value in row.items() if name not in _OF_THE_KEY}
+    for name in fields.keys() & row.keys():
+        if fields[name] is not None and row[name] is not None and fields[name] != row[name]:
+            raise InputError(
+                f"stored cell of {label}: {name} {row[name]!r} was measured, its key says {fields[name]!r}; "
+                "run it again with --rerun all"
+            )
+    return row
 
 
 def _realized(cell: AccuracyCell, record: Record) -> float | None:
@@ -296,7 +318,7 @@ def _sorted(rows: list[Row], columns: Sequence[str]) -> list[Row]:
     names = [
         *("model", "dtype", "task", "level", "model_shape", "batch_size", "threads", "scope", "method", "mode"),
         *("sparsity_target", "estimator", "calibration", "backend", "variant", "clock", "seed", "filter", "metric"),
-        *("num_fewshot", "limit", "cell_id"),
+        *("context_tokens", "predictor", "rank", "cache", "num_fewshot", "limit", "cell_id"),
     ]
     present = [name for name in names if name in columns]
 

@@ -231,6 +231,9 @@ def _check_params(method: MethodConfig, place: str) -> None:
         canonical(method.params)
     except (TypeError, ValueError) as error:
         raise InputError(f"{place}: params of method {method.name!r}: {error}; use numbers, texts, lists") from error
+    seed = method.params.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(f"{place}: seed {seed!r} of method {method.name!r}: must be a whole number, 0 or more")
 
 
 def _cell(
