@@ -53,6 +53,9 @@ class Models(Protocol):
     def model(self, spec: str) -> ModelRef:
         """Resolve a model without loading it."""
 
+    def model_name(self, spec: str) -> str:
+        """Name of a model in the tables."""
+
     def speed_device(self, kind: str) -> Device | None:
         """Device that speed cases of a kind run on."""
 
@@ -216,7 +219,7 @@ def describe(found: Estimate, matrix: Matrix, world: Models) -> Sequence[str]:
     for spec in dict.fromkeys(cell.model for cell in matrix.of_models):
         ref = world.model(spec)
         state = "ready" if ref.available and ref.path is not None else "not on disk"
-        lines.append(f"model     {ref.name} ({ref.kind}): {state}")
+        lines.append(f"model     {world.model_name(spec)} ({ref.kind}): {state}")
     for task in _tasks(matrix):
         limit = "all documents" if task.limit is None else f"{task.limit} documents"
         lines.append(f"task      {task.name}: {limit}, data from {task.source}{_shots(task)}")

@@ -63,7 +63,7 @@ def build_manifest(
         "packages": dict(packages),
         "device": {"type": device.type, "name": device.name, "driver": device.driver},
         "seeds": config.seeds,
-        "models": {c.model_name: {"weights": c.key_fields["weights"], "dtype": c.dtype} for c in matrix.of_models},
+        "models": _models(matrix, scrub),
         "data": {c.task.name: c.key_fields["task"]["data"] for c in matrix.of_models},
         "fits": _fits(matrix, records),
         "in_domain": {scrub.text(s): Calibration(s).in_domain for s in _sources(matrix)},
@@ -89,6 +89,16 @@ def key_fields(manifest: Mapping[str, Any], cell_id: str) -> dict[str, Any]:
     """Key fields of a cell as they were hashed."""
     cell = manifest["cells"][cell_id]
     return {**manifest["key_common"][cell["kind"]], **cell["fields"]}
+
+
+def _models(matrix: Matrix, scrub: provenance.Scrubber) -> dict[str, dict[str, Any]]:
+    """What stands behind each name of the tables: the model as it was named, its weights, the types it was loaded in."""
+    found: dict[str, dict[str, Any]] = {}
+    for cell in matrix.of_models:
+        new = {"id": scrub.text(cell.model), "weights": cell.key_fields["weights"], "dtypes": []}
+        one = found.setdefault(cell.model_name, new)
+        one["dtypes"] = sorted({*one["dtypes"], cell.dtype})
+    return found
 
 
 def _sources(matrix: Matrix) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +148,15 @@ def _refuse_foreign(folder: Path) -> None:
         ) from error
 
 
+def _model_folders(config: MatrixConfig) -> list[tuple[str, Path]]:
+    """The folder that holds all models that are given by absolute paths, as ``model_dir``; numbered where none does."""
+    parents = sorted({Path(model.id).parent for model in config.models if Path(model.id).is_absolute()})
+    shared = {Path(os.path.commonpath(parents))} if parents else set()
+    if shared and shared != {Path(parents[0].anchor)}:
+        return [("model_dir", folder) for folder in shared]
+    return [(f"model_dir_{number}", folder) for number, folder in enumerate(parents, 1)]
+
+
 def _remove_stale(folder: Path, mine: frozenset[str], files: Mapping[str, bytes]) -> None:
     """Remove logs and CSVs of an earlier writing of the same run, and what a killed process left of one."""
     for path in folder.rglob("*"):
@@ -173,7 +183,7 @@ def _write(
             ("results_dir", options.results),
             ("data_dir", config.data_dir),
             ("include_path", config.include_path),
-            *(("model_dir", Path(model.id).parent) for model in config.models if Path(model.id).is_absolute()),
+            *_model_folders(config),
         ]
     )
     run_id = folder.resolve().name

@@ -12,6 +12,7 @@ from suite.evaluation.tasks import data_fingerprint, resolve_task
 from suite.registry import METHODS
 from suite.runs import provenance
 from suite.runs.cells import FitRequest
+from suite.speed.model_shapes import has_weights
 
 if TYPE_CHECKING:
     from suite.evaluation.tasks import TaskSpec
@@ -38,6 +39,7 @@ class LocalWorld:
         self.device = provenance.device(config.device)
         self.model = cache(self._model)
         self.weights = cache(self._weights)
+        self._names = cache(self._distinct_names)
         self.calibration = cache(self._calibration)
         self.calibration_fingerprint = cache(lambda source, tokens: self.calibration(source, tokens).fingerprint())
         self._data: dict[str, str] = {}
@@ -78,8 +80,14 @@ class LocalWorld:
         return provenance.cpu() if kind == "cpu" else provenance.gpu()
 
     def model_name(self, spec: str) -> str:
-        """Short name of a model for the tables."""
-        return self.model(spec).name
+        """Short name of a model for the tables, which no other model of the matrix has."""
+        return self._names()[spec]
+
+    def _distinct_names(self) -> dict[str, str]:
+        from suite.modeling.names import distinct_names
+
+        timed = [shape for block in self.config.speed for shape in block.shapes if has_weights(shape)]
+        return distinct_names([self.model(spec) for spec in [*(m.id for m in self.config.models), *timed]])
 
     def task(self, task: TaskConfig) -> TaskSpec:
         """Find a task's data; a source that was asked for must be where it is found."""
