@@ -19,9 +19,8 @@ import sys
 
 # OpenMP reads its variables when it is loaded: by torch at import, by numba at its first parallel call.
 _LOADS_OPENMP = {"torch": "torch", "numba.np.ufunc.omppool": "numba"}
-OPENMP_TOO_LATE: tuple[
-    str, ...
-] = ()  #: libraries whose OpenMP was loaded before the policy was set, so that it still spins
+# Libraries that had loaded it before the policy was set here: it still spins.
+OPENMP_TOO_LATE: tuple[str, ...] = ()
 
 if "OMP_WAIT_POLICY" not in os.environ:
     OPENMP_TOO_LATE = tuple(name for module, name in _LOADS_OPENMP.items() if module in sys.modules)
