@@ -41,6 +41,9 @@ class World(Protocol):
     def speed_device(self, kind: str) -> Device | None:
         """Device that speed cases of a kind, cpu or cuda, run on; None if there is none."""
 
+    def openmp_waiting(self) -> str:
+        """How the threads of a CPU wait for work, which decides times of microseconds."""
+
     def model_name(self, spec: str) -> str:
         """Short name of a model for the tables."""
 
