@@ -146,3 +146,20 @@ def test_a_gguf_file_with_a_missing_tensor_is_refused_by_its_name(tmp_path, monk
     path.write_bytes(gguf())
     with pytest.raises(InputError, match=r"missing: model\.norm\.weight"):
         prepare_model(str(path))
+
+
+@pytest.mark.parametrize(("said", "refused"), [(1, True), (2, False), (3, True), (None, True), (10**7, True)])
+def test_layers_of_a_gguf_file_are_as_many_as_it_says(tmp_path, said, refused):
+    """Tensors of layers beyond the count are dropped by transformers without a word."""
+    path = tmp_path / "model.gguf"
+    count = b"" if said is None else text("llama.block_count") + struct.pack("<II", 4, said)
+    names = ("blk.0.ffn_up.weight", "blk.1.ffn_up.weight")
+    tensors = b"".join(text(name) + struct.pack("<IQIQ", 1, 4, 0, 0) for name in names)
+    content = b"GGUF" + struct.pack("<IQQ", 3, len(names), 1 + bool(count))
+    content += text("general.architecture") + struct.pack("<I", 8) + text("llama") + count + tensors
+    path.write_bytes(content + b"\0" * 64)
+    if refused:
+        with pytest.raises(InputError, match=f"block_count is {said}, its tensors are of 2 layers"):
+            read_gguf_header(path)
+    else:
+        read_gguf_header(path)
