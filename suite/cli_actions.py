@@ -76,6 +76,7 @@ def show_info() -> None:
         **provenance.versions(),
         "cpu": f"{cpu.name}, {cpu.memory_bytes / 2**30:.0f} GiB of memory",
         "gpu": f"{gpu.name}, driver {gpu.driver}, {gpu.memory_bytes / 2**30:.0f} GiB" if gpu else "none",
+        "OMP_WAIT_POLICY": settings.openmp_waiting(),
         "results": str(settings.results_dir()),
         "cache": str(settings.cache_dir()),
         "hub cache": str(settings.hub_cache_dir()) + (" (offline)" if settings.hub_offline() else ""),

@@ -19,3 +19,12 @@ def named(place: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{place}: {error}") from error
+
+
+def shown(value: object, most: int = 80, *, quotes: bool = True) -> str:
+    """Value for a message: as Python writes it (a text without ``quotes`` as it is), cut where it is long."""
+    try:
+        text = repr(value) if quotes else str(value)
+    except ValueError:  # Python refuses to write a whole number of 5000 digits
+        text = f"a {type(value).__name__} too long to show"
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"

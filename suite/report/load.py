@@ -23,7 +23,7 @@ _NUMBERS = frozenset(
     "peak_memory_mib extra_memory_mib max_rel_error threshold n_tokens recall precision overlap_at_k mass_kept "
     "mass_kept_ideal train_tokens loss fit_s ci_low ci_high sparsity cif_alive cif_dead caf_alive caf_dead "
     "mean q05 q25 q50 q75 q95 q99 mass_kept_at_50 mass_kept_at_70 mass_kept_at_80 mass_kept_at_90 "
-    "us_median us_q05 us_q95 n_steps max_error bound kl_median kl_q95 kl_max top1_agreement".split()
+    "n_choices n_gold us_median us_q05 us_q95 n_steps max_error bound kl_median kl_q95 kl_max top1_agreement".split()
 )
 # Whole numbers that name a setting: text, but "2.0" as a spreadsheet writes it is the same as "2".
 _WHOLE = frozenset("rank num_fewshot limit batch_size seed threads context_tokens layer".split())
@@ -72,9 +72,10 @@ def load_results(folder: str | Path) -> Results:
     if not folder.is_dir():
         raise InputError(f"run folder {folder}: no such folder; `countdown-suite ls runs` shows the runs there are")
     manifest = _read_manifest(folder / "manifest.json")
+    old = int(manifest.get("schema_version", 1)) < 2
     frames = {
-        "accuracy": _read(folder / "accuracy.csv", schema.ACCURACY),
-        "samples": _read(folder / SAMPLES_FILE, schema.SAMPLES),
+        "accuracy": _read(folder / "accuracy.csv", schema.ACCURACY, old=old),
+        "samples": _read(folder / SAMPLES_FILE, schema.SAMPLES, old=old),
         "speed": _read(folder / "speed.csv", schema.SPEED),
         "sparsity": _read(folder / "sparsity.csv", schema.SPARSITY),
         "predictor": _read(folder / "predictor.csv", schema.PREDICTOR),
@@ -111,7 +112,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read(path: Path, columns: list[str]) -> pd.DataFrame:
+def _read(path: Path, columns: list[str], *, old: bool = False) -> pd.DataFrame:
     if not path.is_file():
         return _typed(pd.DataFrame(columns=columns, dtype=str), path)
     try:
@@ -125,8 +126,8 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
         zlib.error,
     ) as error:
         raise InputError(f"{path} is no readable CSV: {' '.join(str(error).split())}") from error
-    for column in schema.ADDED.intersection(columns).difference(frame.columns):
-        frame[column] = ""
+    if old:
+        frame = frame.assign(**{column: "" for column in columns if column in schema.SINCE_2 and column not in frame})
     missing = [column for column in columns if column not in frame]
     if "status" in columns and not missing and (frame["status"] == "").any():
         row = int((frame["status"] == "").to_numpy().argmax())

@@ -41,6 +41,9 @@ class World(Protocol):
     def speed_device(self, kind: str) -> Device | None:
         """Device that speed cases of a kind, cpu or cuda, run on; None if there is none."""
 
+    def openmp_waiting(self) -> str:
+        """How the threads of a CPU wait for work, which decides times of microseconds."""
+
     def model_name(self, spec: str) -> str:
         """Short name of a model for the tables."""
 
@@ -231,6 +234,9 @@ def _check_params(method: MethodConfig, place: str) -> None:
         canonical(method.params)
     except (TypeError, ValueError) as error:
         raise InputError(f"{place}: params of method {method.name!r}: {error}; use numbers, texts, lists") from error
+    seed = method.params.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(f"{place}: seed {seed!r} of method {method.name!r}: must be a whole number, 0 or more")
 
 
 def _cell(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import psutil
 
 from suite import settings
-from suite.evaluation.tasks import OWN_EXAMPLES
+from suite.evaluation.tasks import LOCAL_TASKS, OWN_EXAMPLES
 from suite.runs.analysis_cells import AnalysisCell
 from suite.runs.cells import AccuracyCell, FitRequest
 from suite.runs.provenance import Device
@@ -117,8 +117,11 @@ def _elsewhere(todo: Sequence[AccuracyCell], matrix: Matrix, world: Models) -> l
     lines = []
     tasks = list(dict.fromkeys(cell.task.name for cell in todo if cell.task.source == "hub"))
     if tasks and settings.hub_offline():
+        local = [task for task in tasks if task in LOCAL_TASKS]
+        remedy = f"give --data-dir (for {', '.join(local)}), " if local else ""
         lines.append(
-            f"data: {', '.join(tasks)} come from the hub, which is offline: give --data-dir, unless they are in its cache"
+            f"data: {', '.join(tasks)} come from the hub, which is offline: {remedy}fill its cache while online, "
+            "unless they are in it"
         )
     n_gpu = sum(cell.case.device == "cuda" for cell in matrix.speed)
     if n_gpu and world.speed_device("cuda") is None:

@@ -145,7 +145,7 @@ class LocalSession:
         predictor = _predictor_rows(state)
         shared = {name: predictor[0][name] for name in ("rank", "predictor_share")} if predictor else {}
         rows = [row | shared for row in _rows(result)]
-        return Outcome(rows, [_layer(layer) for layer in layers], list(result.samples), predictor)
+        return Outcome(rows, [_layer(layer) for layer in layers], list(result.samples), predictor, result.choices)
 
     def analyse(self, cell: AnalysisCell) -> Outcome:
         """Analyse the model of one cell."""
@@ -211,6 +211,9 @@ def _rows(result: TaskResult) -> list[dict[str, Any]]:
             "value": metric.value,
             "stderr": metric.stderr,
             "chance": metric.chance,
+            "aggregation": metric.aggregation,
+            "resampled": metric.resampled,
+            "reason": metric.reason,
         }
         for metric in result.metrics
     ]

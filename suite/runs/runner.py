@@ -30,13 +30,15 @@ ModelCell = AccuracyCell | AnalysisCell  # what needs a loaded model
 class Outcome:
     """What one accuracy cell yields: partial CSV rows, one per metric; sparsity per layer; samples per document.
 
+    ``choices`` are the number of choices and of right ones by document of a multiple choice task.
     ``predictor`` describes the predictor that was used: partial rows of predictor.csv, one per layer.
     """
 
     rows: list[dict[str, Any]]
     sparsity: list[dict[str, Any]] = field(default_factory=list)
-    samples: list[tuple[str, str, float]] = field(default_factory=list)
+    samples: list[tuple[str, str, float | str]] = field(default_factory=list)
     predictor: list[dict[str, Any]] = field(default_factory=list)
+    choices: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Session(Protocol):
@@ -279,6 +281,7 @@ class Runner:
                 sparsity=outcome.sparsity,
                 samples=outcome.samples,
                 predictor=outcome.predictor,
+                choices=outcome.choices,
                 fit_sha256=fit_sha256,
                 elapsed_s=time.perf_counter() - start,
             )
@@ -366,7 +369,7 @@ def _later(waiting: list[ModelCell]) -> Iterator[tuple[ModelCell, bool]]:
 
 
 def _record(cell: ModelCell | TimedCell, status: str, *, elapsed_s: float, **values: Any) -> Record:
-    empty: Record = {"reason": "", "rows": [], "sparsity": [], "samples": [], "predictor": []}
+    empty: Record = {"reason": "", "rows": [], "sparsity": [], "samples": [], "predictor": [], "choices": {}}
     empty |= {"fit_sha256": None, "log": ""}
     return {
         **empty,

@@ -74,7 +74,7 @@ def _key_problems(manifest: Mapping[str, Any]) -> list[str]:
 
 def _value_problems(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Rows without a cell, and values that the samples do not give."""
-    samples = read_samples(folder)
+    samples = read_samples(folder).values
     problems = []
     for number, row in enumerate(read_rows(folder, "accuracy.csv"), 2):
         cell = manifest["cells"].get(row["cell_id"])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
+from suite import settings
 from suite.code import ANALYSIS, ENTRIES, code_hash, strings_of
 from suite.config import MatrixConfig, TaskConfig
 from suite.errors import InputError
@@ -79,6 +80,10 @@ class LocalWorld:
     def speed_device(self, kind: str) -> provenance.Device | None:
         """Device that speed cases of a kind run on, whatever the device of the accuracy cells; None if there is none."""
         return provenance.cpu() if kind == "cpu" else provenance.gpu()
+
+    def openmp_waiting(self) -> str:
+        """How this process's threads wait for work."""
+        return settings.openmp_waiting()
 
     def model_name(self, spec: str) -> str:
         """Short name of a model for the tables, which no other model of the matrix has."""
@@ -171,6 +176,11 @@ class StoredWorld(LocalWorld):
         if fields.get("device") != kind:
             return super().speed_device(kind)
         return provenance.Device(fields["device"], fields["device_name"], fields["driver_version"])
+
+    def openmp_waiting(self) -> str:
+        """How the threads waited that the newest speed cell was timed with, if it is of a CPU."""
+        newest = self._newest_of("speed")
+        return str(newest["key_fields"].get("openmp_waiting", "")) if newest else super().openmp_waiting()
 
     def _newest_of(self, kind: str) -> Record | None:
         records = [record for (one, _), record in self._newest.items() if one == kind]

@@ -235,8 +235,10 @@ SHAPES: dict[str, Shape] = {
     "last_word": Shape(continuing("acc", "perplexity"), ANSWERS, means=("acc",)),
     "long_last_word": Shape(continuing("acc", "perplexity"), LONG, means=("acc",)),
     "rolling": Shape(whole("word_perplexity", "byte_perplexity", "bits_per_byte"), TEXTS),
-    "group": Shape({"aggregate_metric_list": metrics("acc", "acc_norm", weight_by_size=True)}, (), members=_members()),
-    "group_unweighted": Shape({"aggregate_metric_list": metrics("acc", weight_by_size=False)}, (), members=_members()),
+    "group": Shape({"aggregate_metric_list": metrics(*ACC, weight_by_size=True)}, (), means=ACC, members=_members()),
+    "group_unweighted": Shape(
+        {"aggregate_metric_list": metrics("acc", weight_by_size=False)}, (), means=("acc",), members=_members()
+    ),
     "merged": Shape(choosing(*ACC, target_delimiter=""), MERGED, means=ACC),
     "contexts": Shape(
         {
@@ -292,6 +294,7 @@ SHAPES: dict[str, Shape] = {
     "nested_groups": Shape(
         {"aggregate_metric_list": metrics("acc")},
         (),
+        means=("acc",),
         members={"inner": Shape({"aggregate_metric_list": metrics("acc")}, (), members=_members())},
     ),
     "long_shots": Shape(

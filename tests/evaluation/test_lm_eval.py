@@ -22,6 +22,7 @@ from suite.evaluation.lm_eval import SuiteLM, sample_indices
 from suite.evaluation.tasks import PACK_DIR, resolve_task
 from suite.runs.estimate import _shots
 from suite.statistics import statistic
+from tests.evaluation.conftest import choices_task
 
 DENSE = get_method("dense")
 
@@ -220,24 +221,6 @@ def test_limit_takes_the_first_of_a_seeded_shuffle():
     ten, twenty = sample_indices(100, 10, 3), sample_indices(100, 20, 3)
     assert set(ten) < set(twenty)
     assert ten == sorted(ten) != sample_indices(100, 10, 4)
-
-
-def choices_task(folder, rows, **settings):
-    """An own multiple-choice task over ``rows`` of q, choices and gold; returns its folder."""
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {
-        "task": "own",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": f"{folder}/rows.jsonl"}},
-        "output_type": "multiple_choice",
-        "test_split": "test",
-        "doc_to_text": "{{q}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "gold",
-        "metric_list": [{"metric": "acc"}],
-    }
-    (folder / "own.yaml").write_text(json.dumps(config | settings))
-    return folder
 
 
 @pytest.fixture

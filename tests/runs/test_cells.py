@@ -175,3 +175,19 @@ def test_a_method_that_is_added_leaves_the_cells_of_the_others_as_they_are(monke
     assert world.code("accuracy", "mine") not in before.values()
     own = {target.partition(":")[0] for target in METHODS.values()}
     assert not own & (reached(ENTRIES["accuracy"]) | reached(ENTRIES["speed"]))
+
+
+def test_how_threads_wait_is_in_the_keys_of_times_on_a_cpu_only():
+    from suite.config import load_config
+    from suite.runs.speed_cells import expand_speed
+
+    class Spinning(FakeWorld):
+        def openmp_waiting(self):
+            return "active"
+
+    by_name = {world: expand_speed(load_config("small"), world()) for world in (FakeWorld, Spinning)}
+    kinds = set()
+    for passive, active in zip(*by_name.values(), strict=True):
+        kinds.add(passive.case.device)
+        assert (passive.key != active.key) == (passive.case.device == "cpu")
+    assert "cpu" in kinds
