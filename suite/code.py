@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from grimp import ImportGraph
 
 _HOUSE = ("suite", "kernels_numba", "baselines")
-# Names every method, and a cell depends on its own: hashed without that table, whose modules are not followed.
-_REGISTRY, _TABLE = "suite.registry", "METHODS"
+# Names every method, where a cell depends on its own, or everything public: hashed without that, which is not followed.
+_TABLES = {"suite.registry": ("METHODS",), "suite": ("__version__", "_PUBLIC")}
 # Serves every kind of cell: hashed, but what it imports is followed from the entry of the kind.
 _EXECUTOR = "suite.runs.executor"
 ANALYSIS = "suite.analysis.coefficients"
@@ -46,7 +46,7 @@ def reached(entries: tuple[str, ...]) -> frozenset[str]:
     """Modules that the entries import, themselves included: of the suite, its kernels and baselines, or of an entry's package.
 
     Imports inside functions count, those for type checkers only do not; a string that names a module counts as its import.
-    A package's ``__init__`` counts where something is imported from it.
+    The packages around a module count, as their ``__init__`` runs before it.
     """
     found: set[str] = set()
     todo = list(entries)
@@ -60,14 +60,15 @@ def reached(entries: tuple[str, ...]) -> frozenset[str]:
 
 @cache
 def _imports(module: str) -> frozenset[str]:
-    if module == _EXECUTOR:
+    package, *_ = module.split(".")
+    if package not in _HOUSE and not _is_package(package):
         return frozenset()
-    package = module.partition(".")[0]
-    if package not in _HOUSE:
-        return frozenset(_graph(package).find_modules_directly_imported_by(module) if _is_package(package) else ())
-    graph = _graph(*_HOUSE)
-    named = _QUOTED.findall(source_of(module).decode()) if module != _REGISTRY else []
-    return frozenset({*graph.find_modules_directly_imported_by(module), *(graph.modules & set(named))})
+    around = {module.rpartition(".")[0]} - {""}
+    if module == _EXECUTOR:
+        return frozenset(around)
+    graph = _graph(*_HOUSE) if package in _HOUSE else _graph(package)
+    named = set() if module in _TABLES else set(_QUOTED.findall(source_of(module).decode()))
+    return frozenset({*around, *graph.find_modules_directly_imported_by(module), *(graph.modules & named)})
 
 
 @cache
@@ -96,8 +97,7 @@ def source_of(module: str) -> bytes:
     InputError
         The module has no file.
     """
-    source = _file(module).read_bytes()
-    return without(source, _TABLE) if module == _REGISTRY else source
+    return _without(_file(module).read_bytes(), _TABLES.get(module, ()))
 
 
 def _file(module: str) -> Path:
@@ -116,13 +116,14 @@ def _file(module: str) -> Path:
     )
 
 
-def without(source: bytes, name: str) -> bytes:
-    """Python source without the lines that assign a module's variable."""
+def _without(source: bytes, names: tuple[str, ...]) -> bytes:
+    """Python source without the lines that assign these variables of the module."""
     lines = source.splitlines(keepends=True)
-    for node in ast.parse(source).body:
+    for node in ast.parse(source).body if names else []:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            lines[node.lineno - 1 : node.end_lineno] = [b""] * len(lines[node.lineno - 1 : node.end_lineno])
+        if any(isinstance(target, ast.Name) and target.id in names for target in targets):
+            first, last = node.lineno - 1, node.end_lineno or node.lineno
+            lines[first:last] = [b""] * (last - first)
     return b"".join(lines)
 
 

@@ -53,6 +53,10 @@ EDITS = {
     ("suite/methods/new.py", "", "import suite.methods.base"): set(),
     ("suite/registry.py", *NEW_LINE): set(),
     ("suite/registry.py", "def get_method", "def get_method_"): CELLS | {REPORT},
+    ("suite/__init__.py", '__version__ = "', '__version__ = "9'): set(),
+    ("suite/__init__.py", "import kernels_numba ", "import kernels_numba  "): CELLS | {REPORT},
+    ("kernels_numba/__init__.py", "", "#\n"): CELLS | {REPORT},  # sets how threads wait
+    ("own/__init__.py", "", "import os\n"): {OWN},
     ("suite/speed/cpu.py", "", "#\n"): {SPEED},  # imported by its name, a string
     ("kernels_numba/gpu/attention.py", "", "#\n"): {SPEED},
     ("suite/runs/executor.py", "", "#\n"): CELLS,
