@@ -10,7 +10,7 @@ import transformers
 from suite.config import build_config, models_of
 from suite.errors import InputError
 from suite.modeling.gguf_header import read_gguf_header
-from suite.modeling.loading import prepare_model, resolve_model
+from suite.modeling.loading import prepare_model, resolve_model, weights_fingerprint
 from suite.modeling.sources import file_sha256
 from suite.settings import cache_dir, hub_cache_dir, results_dir
 from tests.conftest import tiny_model
@@ -146,3 +146,17 @@ def test_a_gguf_file_with_a_missing_tensor_is_refused_by_its_name(tmp_path, monk
     path.write_bytes(gguf())
     with pytest.raises(InputError, match=r"missing: model\.norm\.weight"):
         prepare_model(str(path))
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json", "added_tokens.json", "merges.txt"])
+def test_files_beside_the_weights_that_decide_what_it_computes_are_in_its_fingerprint(tmp_path, name):
+    folder = tmp_path / "model"
+    tiny_model("llama").save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    bare = weights_fingerprint(resolve_model(str(folder)))
+    (folder / "README.md").write_text("no matter")
+    assert weights_fingerprint(resolve_model(str(folder))) == bare
+    (folder / name).write_text("{}")
+    first = weights_fingerprint(resolve_model(str(folder)))
+    (folder / name).write_text("{ }")
+    assert len({bare, first, weights_fingerprint(resolve_model(str(folder)))}) == 3
