@@ -9,6 +9,7 @@ import transformers
 
 from suite.config import build_config, models_of
 from suite.errors import InputError
+from suite.modeling import convert
 from suite.modeling.gguf_header import read_gguf_header
 from suite.modeling.loading import prepare_model, resolve_model, weights_fingerprint
 from suite.modeling.sources import file_sha256
@@ -160,3 +161,18 @@ def test_files_beside_the_weights_that_decide_what_it_computes_are_in_its_finger
     first = weights_fingerprint(resolve_model(str(folder)))
     (folder / name).write_text("{ }")
     assert len({bare, first, weights_fingerprint(resolve_model(str(folder)))}) == 3
+
+
+def test_a_conversion_by_another_version_is_made_again(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_text("weights")
+    versions = {name: convert.importlib.metadata.version(name) for name in ("gguf", "torch", "transformers")}
+    files = {"model.safetensors": file_sha256(tmp_path / "model.safetensors")}
+    manifest = {"format": convert._FORMAT, "source_sha256": "a", "versions": versions, "files": files}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert convert.is_intact(tmp_path, "a")
+    assert not convert.is_intact(tmp_path, "b")
+    for name in ("gguf", "transformers"):
+        newer = versions | {name: "999"}
+        with monkeypatch.context() as patch:
+            patch.setattr(convert.importlib.metadata, "version", newer.__getitem__)
+            assert not convert.is_intact(tmp_path, "a")
