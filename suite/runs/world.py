@@ -7,6 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from suite import settings
+from suite.code import ANALYSIS, ENTRIES, code_hash, strings_of
 from suite.config import MatrixConfig, TaskConfig
 from suite.errors import InputError
 from suite.evaluation.tasks import data_fingerprint, resolve_task
@@ -142,12 +143,10 @@ class LocalWorld:
 
     def code(self, kind: str, method: str) -> str:
         """Hash of the code that decides numbers of a kind, a method of the user's own included."""
-        rooms = {"accuracy": provenance.ACCURACY_ROOMS, "analysis": provenance.ANALYSIS_ROOMS}.get(
-            kind, provenance.SPEED_ROOMS
-        )
-        target = METHODS.get(method, method)
-        own = (target.partition(":")[0],) if ":" in target else ()
-        return provenance.code_hash(rooms + own)
+        # an analysis is over all methods that its module names
+        methods = [method] if method else strings_of(ANALYSIS, METHODS)
+        targets = [METHODS.get(name, name).partition(":") for name in methods]
+        return code_hash((*ENTRIES[kind], *(module for module, colon, _ in targets if colon)))
 
 
 class StoredWorld(LocalWorld):
