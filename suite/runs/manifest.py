@@ -17,7 +17,7 @@ from suite.errors import InputError
 from suite.files import refuse_links
 from suite.fitting.calibration import Calibration
 from suite.runs import provenance
-from suite.runs.runner import Matrix, ModelCell
+from suite.runs.matrix import Matrix, ModelCell
 from suite.runs.speed_cells import TimedCell
 from suite.runs.store import Record, sha256_of, write_atomically
 from suite.schema import SCHEMA_VERSION

@@ -19,7 +19,8 @@ from suite.runs.audit import RELATIVE, read_samples, table_problems
 from suite.runs.cells import ID_LENGTH, AccuracyCell, World, expand
 from suite.runs.compare import Row, changed, read_rows
 from suite.runs.manifest import file_hashes, key_fields, read_manifest
-from suite.runs.runner import Executor, Matrix, Runner, Say
+from suite.runs.matrix import Matrix
+from suite.runs.runner import Executor, Runner, Say
 from suite.runs.store import CellStore, sha256_of
 from suite.statistics import statistic
 
