@@ -110,6 +110,7 @@ def config_of(folder: Path, overrides: Mapping[str, Any], *, allow_code: bool = 
         A placeholder is left, a folder that is no placeholder, or Python that is not allowed.
     """
     data = dict(read_manifest(folder)["config"])
+    build_config(data, str(folder))  # the types of all that is looked at below
     _refuse_folders(folder, data)
     code = sorted(_third_party(data))
     if code and not allow_code:
