@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from suite.errors import CellError, InputError
+from suite.errors import CellError, InputError, TaskInputError
 from suite.evaluation.groups import aggregate, expand_name
 from suite.evaluation.lm_eval import BuiltTask, SuiteLM, sample_indices, samples_of
 from suite.evaluation.metrics import Items, Sample
@@ -48,7 +48,7 @@ class Evaluator:
         self.loaded = loaded
         self.seed = seed
         self.lm = SuiteLM(loaded, batch_size, seed)
-        self._built: dict[str, BuiltTask | BuiltText] = {}
+        self._built: dict[str, BuiltTask | BuiltText | TaskInputError] = {}
 
     def run(
         self,
@@ -90,8 +90,14 @@ class Evaluator:
     def _build(self, task: TaskSpec) -> BuiltTask | BuiltText:
         key = repr(task)
         if key not in self._built:
-            self._built[key] = self._build_text(task) if task.is_text else BuiltTask(task, self.seed)
-        return self._built[key]
+            try:
+                self._built[key] = self._build_text(task) if task.is_text else BuiltTask(task, self.seed)
+            except InputError as error:  # kept, so that the hub is not asked again for every setting
+                self._built[key] = TaskInputError(str(error))
+        found = self._built[key]
+        if isinstance(found, TaskInputError):
+            raise found
+        return found
 
     def _build_text(self, task: TaskSpec) -> BuiltText:
         bare = self.lm.tok_encode("a", add_special_tokens=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ import pandas as pd
 
 from suite import schema
 from suite.errors import InputError
+from suite.manifest_file import NAME as MANIFEST
+from suite.manifest_file import read_manifest
 
 SAMPLES_FILE = "samples.csv.gz"
 # Columns of numbers; every other column is text. A missing number is NaN, a missing text is "".
@@ -71,7 +72,7 @@ def load_results(folder: str | Path) -> Results:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"run folder {folder}: no such folder; `countdown-suite ls runs` shows the runs there are")
-    manifest = _read_manifest(folder / "manifest.json")
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
     old = int(manifest.get("schema_version", 1)) < 2
     frames = {
         "accuracy": _read(folder / "accuracy.csv", schema.ACCURACY, old=old),
@@ -88,28 +89,6 @@ def load_results(folder: str | Path) -> Results:
     if not manifest and not any((folder / f"{name}.csv").is_file() for name in ("accuracy", "speed")):
         raise InputError(f"{folder} is no run folder: it has neither manifest.json nor accuracy.csv nor speed.csv")
     return Results(folder=folder, manifest=manifest, **frames)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"{path} is broken ({error}); run the suite again to rewrite it from the cell store"
-        ) from error
-    if not isinstance(manifest, dict):
-        raise InputError(f"{path} must hold a JSON object, got {type(manifest).__name__}")
-    version = manifest.get("schema_version", schema.SCHEMA_VERSION)
-    if not isinstance(version, int) or isinstance(version, bool):
-        raise InputError(f"{path}: schema_version {version!r} is no whole number")
-    if version > schema.SCHEMA_VERSION:
-        raise InputError(
-            f"{path}: schema_version {version} is newer than {schema.SCHEMA_VERSION}, the newest this version reads; "
-            "update countdown-suite"
-        )
-    return manifest
 
 
 def _read(path: Path, columns: list[str], *, old: bool = False) -> pd.DataFrame:

@@ -13,8 +13,8 @@ from suite.errors import InputError
 from suite.evaluation.results import WEIGHT
 from suite.registry import method_class
 from suite.runs.cells import AccuracyCell
+from suite.runs.matrix import Matrix
 from suite.runs.provenance import Scrubber
-from suite.runs.runner import Matrix
 from suite.runs.store import Record
 from suite.statistics import paired_delta, paired_delta_of_resampled, resampling_group
 

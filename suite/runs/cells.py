@@ -17,14 +17,13 @@ from suite.config import (
     TaskConfig,
 )
 from suite.errors import InputError, named
-from suite.evaluation.tasks import ROLLING_TASKS
+from suite.evaluation.tasks import ROLLING_TASKS, TaskSpec
 from suite.fitting.options import PredictorOptions
 from suite.registry import get_method, method_class
 from suite.runs.guard import refuse_evaluated_text
 from suite.runs.store import canonical, sha256_of
 
 if TYPE_CHECKING:
-    from suite.evaluation.tasks import TaskSpec
     from suite.methods.base import Mode
     from suite.runs.provenance import Device
 
@@ -67,6 +66,15 @@ class World(Protocol):
 
 
 @dataclass(frozen=True)
+class PreparedTask:
+    """A task with the fingerprint of its data, or the problem why it has none."""
+
+    spec: TaskSpec
+    data: str
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class FitRequest:
     """A fit that a practical cell needs: thresholds, or with ``options`` a predictor, of one method at one sparsity."""
 
@@ -106,6 +114,7 @@ class AccuracyCell:
     fit: FitRequest | None
     fit_key: str | None
     key_fields: Mapping[str, Any]
+    problem: str = ""  # why the task cannot be prepared: the cell fails with this reason and nothing is loaded for it
 
     kind = "accuracy"
 
@@ -162,7 +171,7 @@ def expand(config: MatrixConfig, world: World) -> list[AccuracyCell]:
                 cells.append(cell)
             elif cell.mode != "none":
                 raise InputError(f"duplicate cell in {earlier[0]} and {place}: {cell.label}; name each setting once")
-    refuse_evaluated_text(cells)
+    refuse_evaluated_text([cell for cell in cells if not cell.problem])
     rank = {key: number for number, key in enumerate(dict.fromkeys((*c.load_group, c.seed, c.base) for c in cells))}
     return sorted(cells, key=lambda c: (rank[(*c.load_group, c.seed, c.base)], c.mode != "none"))
 
@@ -171,13 +180,32 @@ def _block_cells(
     config: MatrixConfig, world: World, model: ModelConfig, seed: int, block: AccuracyBlock, place: str
 ) -> Iterator[AccuracyCell]:
     for task_config in block.tasks:
-        with named(f"{place}.tasks"):
-            task = world.task(task_config)
-        scopes = _scopes(task, block)
+        prepared = prepare_task(task_config, world, f"{place}.tasks")
+        scopes = _scopes(prepared.spec, block)
         for method, mode, sparsity, fit in _settings(block, config, model, seed, place):
             own_scopes: list[CellScope] = [""] if mode == "none" else [*scopes]
             for scope in own_scopes:
-                yield _cell(config, world, model, seed, task, method, mode, sparsity, fit, scope)
+                yield _cell(config, world, model, seed, prepared, method, mode, sparsity, fit, scope)
+
+
+def prepare_task(config: TaskConfig, world: World, place: str) -> PreparedTask:
+    """Find a task and read its data; where that fails, the reason stands in for both."""
+    # it is in the cell's key, which no task that was prepared has: with its data mended, the cell is another one
+    bare = TaskSpec(
+        config.name,
+        "hub" if config.source == "auto" else config.source,
+        config.num_fewshot,
+        config.limit,
+        {},
+        config.options,
+    )
+    spec = None
+    try:
+        with named(place):
+            spec = world.task(config)
+            return PreparedTask(spec, world.data(spec))
+    except InputError as error:
+        return PreparedTask(spec or bare, "", str(error))
 
 
 def _scopes(task: TaskSpec, block: AccuracyBlock) -> list[Scope]:
@@ -244,7 +272,7 @@ def _cell(
     world: World,
     model: ModelConfig,
     seed: int,
-    task: TaskSpec,
+    prepared: PreparedTask,
     method: MethodConfig,
     mode: Mode,
     sparsity: float,
@@ -252,6 +280,7 @@ def _cell(
     scope: CellScope,
 ) -> AccuracyCell:
     fit_key = world.fit_key(request) if request else None
+    task = prepared.spec
     return AccuracyCell(
         model=model.id,
         model_name=world.model_name(model.id),
@@ -283,7 +312,7 @@ def _cell(
                 "num_fewshot": task.num_fewshot,
                 "limit": task.limit,
                 "options": dict(task.options),
-                "data": world.data(task),
+                "data": prepared.data,
             },
             "batch_size": config.batch_size,
             "seed": seed,
@@ -291,4 +320,5 @@ def _cell(
             "versions": world.versions("accuracy"),
             "code": world.code("accuracy", method.name),
         },
+        problem=prepared.problem,
     )

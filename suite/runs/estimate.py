@@ -16,8 +16,8 @@ from suite import settings
 from suite.evaluation.tasks import LOCAL_TASKS, OWN_EXAMPLES
 from suite.runs.analysis_cells import AnalysisCell
 from suite.runs.cells import AccuracyCell, FitRequest
+from suite.runs.matrix import Matrix, ModelCell
 from suite.runs.provenance import Device
-from suite.runs.runner import Matrix, ModelCell
 from suite.runs.speed_cells import TimedCell
 from suite.runs.store import CellStore, Record, canonical
 
@@ -79,15 +79,15 @@ def estimate(matrix: Matrix, store: CellStore, world: Models, results: Path) -> 
     """Look at every cell of a matrix without running any."""
     records = {key: store.get(key) for key in matrix.keys}
     states = [record["status"] if record else "missing" for record in records.values()]
-    todo = [cell for cell in matrix.accuracy if records[cell.key] is None]
+    todo = [cell for cell in matrix.accuracy if records[cell.key] is None and not cell.problem]
     known = _known_seconds(matrix, records)
-    of_models = [cell for cell in matrix.of_models if records[cell.key] is None]
+    of_models = [cell for cell in matrix.of_models if records[cell.key] is None and not cell.problem]
     seconds = sum(known.get(_like(cell)) or cell_seconds(cell, world) for cell in todo)
-    seconds += sum(_analysis_seconds(cell, world) for cell in matrix.analysis if records[cell.key] is None)
+    seconds += sum(_analysis_seconds(cell, world) for cell in of_models if isinstance(cell, AnalysisCell))
     seconds += sum(_fit_seconds(fit, world) for fit in _missing_fits(matrix, results))
     seconds += sum(_speed_seconds(cell, world) for cell in matrix.speed if records[cell.key] is None)
     missing: list[str] = []
-    blocking: list[str] = []
+    blocking = list(dict.fromkeys(cell.problem for cell in matrix.of_models if cell.problem))
     download = 0.0
     for spec in dict.fromkeys(cell.model for cell in of_models):
         ref = world.model(spec)
@@ -243,4 +243,6 @@ def _shots(task: TaskSpec) -> str:
 
 
 def _tasks(matrix: Matrix) -> list[TaskSpec]:
-    return list({canonical(cell.key_fields["task"]): cell.task for cell in matrix.accuracy}.values())
+    return list(
+        {canonical(cell.key_fields["task"]): cell.task for cell in matrix.accuracy if not cell.problem}.values()
+    )

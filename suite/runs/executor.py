@@ -12,7 +12,8 @@ from suite.errors import InputError
 from suite.registry import get_method
 from suite.runs.analysis_cells import AnalysisCell
 from suite.runs.cells import AccuracyCell, FitRequest
-from suite.runs.runner import ModelCell, Outcome
+from suite.runs.matrix import ModelCell
+from suite.runs.runner import Outcome
 from suite.runs.speed_cells import TimedCell
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from suite.runs import provenance
 from suite.runs.analysis_cells import expand_analysis
 from suite.runs.cells import World, expand
 from suite.runs.manifest import build_manifest, is_same, manifest_bytes, owned, sealed_later
-from suite.runs.runner import Executor, Matrix, Rerun, Runner, Say
+from suite.runs.matrix import Matrix
+from suite.runs.runner import Executor, Rerun, Runner, Say
 from suite.runs.speed_cells import expand_speed
 from suite.runs.store import CellStore, write_atomically
 
@@ -62,11 +63,14 @@ def plan(config: MatrixConfig, world: World) -> Matrix:
     Raises
     ------
     InputError
-        Something in the matrix is wrong, or it has no cells.
+        Something in the matrix is wrong, it has no cells, or no task of any cell can be prepared.
     """
     matrix = Matrix(expand(config, world), expand_speed(config, world), expand_analysis(config, world))
     if not matrix.keys:
         raise InputError(f"matrix {config.name!r} has no cells: give methods, sparsities and tasks or shapes")
+    problems = [cell.problem for cell in matrix.cells]
+    if all(problems):
+        raise InputError(" | ".join(dict.fromkeys(problems)))
     return matrix
 
 
@@ -113,9 +117,11 @@ def run(
     _refuse_foreign(folder)
     try:
         runner.run()
-    except KeyboardInterrupt:
-        done = _write(config, world, matrix, store, folder, options)
-        say(f"interrupted: {done.n_ok + done.n_skipped} of {len(matrix.keys)} cells are finished and kept in {folder}")
+    except (KeyboardInterrupt, InputError) as stop:
+        if isinstance(stop, KeyboardInterrupt) or any(map(store.get, matrix.keys)):
+            done = _write(config, world, matrix, store, folder, options)
+            what = "stopped" if isinstance(stop, InputError) else "interrupted"
+            say(f"{what}: {done.n_ok + done.n_skipped} of {len(matrix.keys)} cells are finished and kept in {folder}")
         raise
     return _write(config, world, matrix, store, folder, options, report)
 

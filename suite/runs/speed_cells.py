@@ -33,6 +33,7 @@ class TimedCell:
     fit_key: str | None = None
 
     kind = "speed"
+    problem = ""
 
     @property
     def model(self) -> str:
