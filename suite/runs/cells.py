@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -46,6 +46,9 @@ class World(Protocol):
 
     def weights(self, spec: str) -> str:
         """Fingerprint of a model's weights."""
+
+    def members(self, tasks: Sequence[TaskConfig]) -> list[TaskConfig]:
+        """Tasks with groups of tasks replaced by their members."""
 
     def task(self, task: TaskConfig) -> TaskSpec:
         """Find a task's data."""
@@ -167,9 +170,9 @@ def expand(config: MatrixConfig, world: World) -> list[AccuracyCell]:
 def _block_cells(
     config: MatrixConfig, world: World, model: ModelConfig, seed: int, block: AccuracyBlock, place: str
 ) -> Iterator[AccuracyCell]:
-    for task_config in block.tasks:
-        with named(f"{place}.tasks"):
-            task = world.task(task_config)
+    with named(f"{place}.tasks"):
+        tasks = [world.task(task) for task in world.members(block.tasks)]
+    for task in tasks:
         scopes = _scopes(task, block)
         for method, mode, sparsity, fit in _settings(block, config, model, seed, place):
             own_scopes: list[CellScope] = [""] if mode == "none" else [*scopes]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
 from suite.config import MatrixConfig, TaskConfig
 from suite.errors import InputError
+from suite.evaluation.groups import expand_name
 from suite.evaluation.tasks import data_fingerprint, resolve_task
 from suite.registry import METHODS
 from suite.runs import provenance
@@ -40,6 +41,7 @@ class LocalWorld:
         self.weights = cache(self._weights)
         self.calibration = cache(self._calibration)
         self.calibration_fingerprint = cache(lambda source, tokens: self.calibration(source, tokens).fingerprint())
+        self._leaves = cache(lambda name, include_path: expand_name(name, include_path).tasks)
         self._data: dict[str, str] = {}
 
     def _model(self, spec: str) -> ModelRef:
@@ -80,6 +82,17 @@ class LocalWorld:
     def model_name(self, spec: str) -> str:
         """Short name of a model for the tables."""
         return self.model(spec).name
+
+    def members(self, tasks: Sequence[TaskConfig]) -> list[TaskConfig]:
+        """Tasks with every group, tag and pattern replaced by its tasks; what a group has in common with them once."""
+        found: list[TaskConfig] = []
+        for task in tasks:
+            for leaf in self._leaves(task.name, None if task.source == "hub" else self.config.include_path):
+                shots = leaf.num_fewshot if task.num_fewshot is None else task.num_fewshot
+                one = task.model_copy(update={"name": leaf.name, "num_fewshot": shots})
+                if leaf.name == task.name or one not in found:
+                    found.append(one)
+        return found
 
     def task(self, task: TaskConfig) -> TaskSpec:
         """Find a task's data; a source that was asked for must be where it is found."""
