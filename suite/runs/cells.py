@@ -281,7 +281,8 @@ def _cell(
                 "limit": task.limit,
                 "options": dict(task.options),
                 "data": world.data(task),
-            },
+            }
+            | ({"chat": dict(task.chat)} if task.chat else {}),
             "batch_size": config.batch_size,
             "seed": seed,
             "device": world.device.type,

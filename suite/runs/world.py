@@ -104,6 +104,7 @@ class LocalWorld:
             num_fewshot=task.num_fewshot,
             limit=task.limit,
             options=task.options,
+            chat=task.chat(task.name),
         )
         if task.source not in ("auto", spec.source):
             remedy = {"data_dir": "give --data-dir", "include": "give --include-path"}.get(
