@@ -254,6 +254,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(parser=_whole, metavar="N", help="Tokens to generate.")] = 64,
     backend: Annotated[str, typer.Option(help="auto, numba (skips the work) or masked.")] = "auto",
     device: Device = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="System instruction before the prompt; needs --chat.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text at which generation ends. Repeatable.")] = None,
     no_fit: NoFit = False,
     results: Results = None,
 ) -> None:
@@ -261,7 +264,10 @@ def generate(
     cli_actions.generate(results, no_fit, {key: value for key, value in locals().items() if key in _GENERATE})
 
 
-_GENERATE = ("prompt", "model", "method", "sparsity", "max_new_tokens", "backend", "device")
+_GENERATE = (
+    *("prompt", "model", "method", "sparsity", "max_new_tokens", "backend", "device"),
+    *("chat", "system", "stop"),
+)
 _OVERRIDES = (
     *("model", "device", "data_dir", "include_path", "limit", "only", "batch_size", "seed", "calibration"),
     *("rank", "activation_budget_gib"),

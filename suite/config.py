@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from suite.errors import InputError, shown
+from suite.evaluation.chat import ChatSettings
 from suite.evaluation.tasks import need_data_folder
 from suite.fitting.calibration import Calibration
 from suite.fitting.options import Loss, Predictor, PredictorEstimator, PredictorOptions, Schedule, Start
@@ -34,7 +35,6 @@ Seed = Annotated[int, Field(ge=0, le=_MOST, strict=True)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Scope = Literal["paper", "scored", "all"]
 Estimator = Literal["calibrated", "mean-kth", "pooled-quantile"]
-Device = Literal["auto", "cpu", "cuda"]
 
 
 class Section(BaseModel):
@@ -74,7 +74,7 @@ class MethodConfig(Section):
         return params
 
 
-class TaskConfig(Section):
+class TaskConfig(Section, ChatSettings):
     """A task; ``limit`` None runs all documents, ``num_fewshot`` None the task's own; options: ``resolve_task``."""
 
     name: str = Field(min_length=1)
@@ -188,7 +188,7 @@ class MatrixConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     title: str = ""
     models: list[ModelConfig] = []
-    device: Device = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     seeds: list[Seed] = Field(default=[0], min_length=1)
     batch_size: Count = 8
     data_dir: str | None = None

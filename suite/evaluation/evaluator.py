@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from suite.errors import CellError, InputError, TaskInputError
+from suite.evaluation.chat import chat_options
 from suite.evaluation.groups import aggregate, expand_name
 from suite.evaluation.lm_eval import BuiltTask, SuiteLM, sample_indices, samples_of
 from suite.evaluation.metrics import Items, Sample
@@ -91,7 +92,8 @@ class Evaluator:
         key = repr(task)
         if key not in self._built:
             try:
-                self._built[key] = self._build_text(task) if task.is_text else BuiltTask(task, self.seed)
+                text = task.is_text
+                self._built[key] = self._build_text(task) if text else BuiltTask(task, self.seed, self.lm)
             except InputError as error:  # kept, so that the hub is not asked again for every setting
                 self._built[key] = TaskInputError(str(error))
         found = self._built[key]
@@ -177,6 +179,9 @@ def evaluate(
     seed: int = 0,
     data_dir: str | Path | None = None,
     include_path: str | Path | None = None,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
+    fewshot_as_multiturn: bool | None = None,
 ) -> dict[str, TaskResult]:
     """Evaluate a method on tasks; always on the masked backend, the truth.
 
@@ -193,6 +198,7 @@ def evaluate(
     scope : which positions are sparse: ``scored``, ``paper`` or ``all``
     limit : documents of each task (a seeded shuffle picks them), None for all
     data_dir, include_path : where tasks may be found, see ``resolve_task``
+    apply_chat_template, system_instruction, fewshot_as_multiturn : as in lm-eval, see ``chat_options``
 
     Returns
     -------
@@ -204,6 +210,11 @@ def evaluate(
     """
     if mode is None:
         mode = "none" if method.modes == ("none",) else "practical" if state is not None else "ideal"
+    chat: dict[str, Any] = {
+        "apply_chat_template": apply_chat_template,
+        "system_instruction": system_instruction,
+        "fewshot_as_multiturn": fewshot_as_multiturn,
+    }
     evaluator = Evaluator(loaded, batch_size=batch_size, seed=seed)
     results: dict[str, Any] = {}
     for name in tasks:
@@ -217,6 +228,7 @@ def evaluate(
                 include_path=include_path,
                 num_fewshot=leaf.num_fewshot,
                 limit=limit,
+                chat=chat_options(leaf.name, **chat),
             )
             data_fingerprint(spec)  # reads every row: a broken one is refused by its line, as by the command line
             with torch.inference_mode():

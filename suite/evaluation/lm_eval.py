@@ -20,6 +20,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.tasks import TaskManager
 
 from suite.errors import CellError, InputError
+from suite.evaluation.chat import request_options
 from suite.evaluation.engine import Score, Scorer
 from suite.evaluation.metrics import Items, Sample, collect
 from suite.evaluation.plan import Plan, Request, Scope
@@ -55,7 +56,7 @@ class SuiteLM(HFLM):
     """
 
     def __init__(self, loaded: LoadedModel, batch_size: int, seed: int = 0) -> None:
-        self.seed = seed  # of what a task samples
+        self.loaded, self.seed = loaded, seed  # the seed of what a task samples
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
         self.scorer = Scorer(loaded.model, batch_size=batch_size)
         self._encoded: dict[tuple[str, bool | None], list[int]] = {}
@@ -312,7 +313,7 @@ def quiet() -> Iterator[None]:
 class BuiltTask:
     """An lm-eval task with its requests built and its documents picked, run once for each setting."""
 
-    def __init__(self, spec: TaskSpec, seed: int) -> None:
+    def __init__(self, spec: TaskSpec, seed: int, lm: SuiteLM) -> None:
         self.spec = spec
         self.task = build_task(spec, seed)
         n_documents = len(self.task.eval_docs)
@@ -322,7 +323,7 @@ class BuiltTask:
         self.documents = [*range(n_documents)][:limit] if in_order else sample_indices(n_documents, limit, seed)
         try:
             with quiet():
-                self.task.build_all_requests(samples=self.documents)
+                self.task.build_all_requests(samples=self.documents, **request_options(spec.chat, lm))
         except InputError:  # a ValueError that says it all
             raise
         except _BROKEN_DOCUMENT as error:

@@ -61,7 +61,8 @@ class TaskSpec:
     """One task with the place of its data.
 
     ``files`` are the data files by split (data_dir), the text (text), or the YAML folders (include); ``options`` are
-    window, split and field of decode_perplexity, the window of rolling tasks.
+    window, split and field of decode_perplexity, the window of rolling tasks; ``chat`` the options of
+    ``suite.evaluation.chat`` that are set.
     """
 
     name: str
@@ -70,6 +71,7 @@ class TaskSpec:
     limit: int | None = None
     files: Mapping[str, Path] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    chat: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_text(self) -> bool:
@@ -98,6 +100,7 @@ def resolve_task(
     num_fewshot: int | None = None,
     limit: int | None = None,
     options: Mapping[str, Any] | None = None,
+    chat: Mapping[str, Any] | None = None,
 ) -> TaskSpec:
     """Find a task's data: embedded pack, local data folder, the user's own YAMLs, or the hub, in this order.
 
@@ -111,6 +114,7 @@ def resolve_task(
     num_fewshot, limit : few-shot examples (None: the task's own), documents (None: all).
     options : ``window`` (tokens), ``split`` (dense share), ``text``, ``field`` of decode_perplexity; ``window`` of a rolling
         task, the model's context where none is given.
+    chat : from ``chat_options``
 
     Raises
     ------
@@ -124,7 +128,10 @@ def resolve_task(
             f"limit {limit!r} of task {name}: must be a whole number, at least 1, or none for all documents"
         )
     if name.startswith(DECODE_PERPLEXITY):
+        if chat:
+            raise InputError(f"task {name} scores a text as it is: {', '.join(chat)} does not apply to it")
         return _resolve_text(name, data_dir, options, limit)
+    common["chat"] = dict(chat or {})
     _check_options(name, options)
     common["options"] = options
     if name in PACK_TASKS:

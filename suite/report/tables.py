@@ -289,6 +289,17 @@ def perplexity_text(value: float) -> str:
     return fixed(value, 2 if value < 100 else 1 if value < 1000 else 0)
 
 
+def shots_note(ok: pd.DataFrame) -> str:
+    """Where the few-shot examples of each task come from; empty where a run has none, or does not say."""
+    shown_rows = ok[ok["fewshot_split"] != ""]
+    texts: dict[str, None] = {}
+    for task, n_examples, split in shown_rows[["task", "num_fewshot", "fewshot_split"]].itertuples(index=False):
+        source, scored, _ = split.partition(" (scored)")
+        left_out = ", the scored split, without the document itself" if scored else ""
+        texts[f"{task} {n_examples} from `{source}`{left_out}"] = None
+    return f"\nFew-shot examples: {'; '.join(sorted(texts))}.\n" if texts else ""
+
+
 def all_tables(quality: Quality, speed: pd.DataFrame, in_domain: Mapping[str, bool]) -> dict[str, str]:
     """Every table as Markdown by file name without suffix.
 
@@ -305,12 +316,13 @@ def all_tables(quality: Quality, speed: pd.DataFrame, in_domain: Mapping[str, bo
         tables["methods_against_each_other"] = paired_table(quality)
         tables["above_chance"] = chance_table(quality)
         tables["scope_effect"] = scope_table(quality)
+        tables = {name: text + shots_note(quality.ok) for name, text in tables.items()}
         if seeds := seeds_table(quality):
             tables["seeds"] = seeds
         if texts := calibration_table(quality, in_domain):
             tables["calibration"] = texts
     if not quality.ok.empty:
-        tables["perplexity"] = perplexity_table(quality)
+        tables["perplexity"] = perplexity_table(quality) + shots_note(quality.ok)
     if not speed.empty:
         tables["speed"] = speed_table(speed)
         tables["speed_rows"] = speed_rows_table(speed)

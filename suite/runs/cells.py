@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -48,6 +48,9 @@ class World(Protocol):
 
     def weights(self, spec: str) -> str:
         """Fingerprint of a model's weights."""
+
+    def members(self, tasks: Sequence[TaskConfig]) -> list[TaskConfig]:
+        """Tasks with groups of tasks replaced by their members."""
 
     def task(self, task: TaskConfig) -> TaskSpec:
         """Find a task's data."""
@@ -179,7 +182,9 @@ def expand(config: MatrixConfig, world: World) -> list[AccuracyCell]:
 def _block_cells(
     config: MatrixConfig, world: World, model: ModelConfig, seed: int, block: AccuracyBlock, place: str
 ) -> Iterator[AccuracyCell]:
-    for task_config in block.tasks:
+    with named(f"{place}.tasks"):
+        members = world.members(block.tasks)
+    for task_config in members:
         prepared = prepare_task(task_config, world, f"{place}.tasks")
         scopes = _scopes(prepared.spec, block)
         for method, mode, sparsity, fit in _settings(block, config, model, seed, place):
@@ -313,7 +318,8 @@ def _cell(
                 "limit": task.limit,
                 "options": dict(task.options),
                 "data": prepared.data,
-            },
+            }
+            | ({"chat": dict(task.chat)} if task.chat else {}),
             "batch_size": config.batch_size,
             "seed": seed,
             "device": world.device.type,

@@ -138,10 +138,19 @@ def _rows_lines(a: Run, b: Run, name: str, identity: Sequence[str], column: str)
             why.update(f"{field}: {old} -> {new}" for field, (old, new) in fields.items())
     for reason, count in sorted(why.items(), key=lambda item: (-item[1], item[0]))[:_TOP]:
         yield f"  key changed in {count} cells: {reason}"
+    yield from sorted({line for k in both if (line := _examples(ours[k], theirs[k]))})
     differing = [key for key in both if ours[key][column] != theirs[key][column]]
     yield f"  {column}: {len(both) - len(differing)} equal, {len(differing)} differ"
     for key in sorted(differing, key=lambda k: -_difference(ours[k][column], theirs[k][column]))[:_TOP]:
         yield f"    {_setting(key)}: {ours[key][column] or 'empty'} -> {theirs[key][column] or 'empty'}"
+
+
+def _examples(one: Row, other: Row) -> str:
+    """Split that the few-shot examples of a row come from, in both runs; empty where neither says one."""
+    old, new = (row.get("fewshot_split") or "a split that is not said" for row in (one, other))
+    if not (one.get("fewshot_split") or other.get("fewshot_split")):
+        return ""
+    return f"  examples of {one['task']}: from {old}" + ("" if old == new else f" -> {new}")
 
 
 def _brief(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,8 @@ class Request:
     model, dtype : as in a matrix; dtype None: float32 on a CPU, bfloat16 on a GPU
     device : auto, cpu or cuda
     backend : of `suite.attach`
+    chat, system : the prompt, and an instruction before it, as messages in the model's chat template
+    stop : texts at which generation ends; the first that comes and what follows it is cut
     """
 
     prompt: str
@@ -41,6 +43,9 @@ class Request:
     backend: str = "auto"
     device: str = "auto"
     dtype: str | None = None
+    chat: bool = False
+    system: str | None = None
+    stop: Sequence[str] = ()
 
     def check(self) -> Method:
         """The method, if the request makes sense without looking at the model."""
@@ -50,6 +55,10 @@ class Request:
             raise InputError(f"--max-new-tokens {self.max_new_tokens}: must be at least 2, to time a decode step")
         if self.backend not in _BACKENDS:
             raise InputError(f"unknown backend {self.backend!r}{did_you_mean(self.backend, _BACKENDS)}")
+        if self.system is not None and not self.chat:
+            raise InputError("--system needs --chat: without a chat template put it before the prompt")
+        if "" in self.stop:
+            raise InputError("--stop is empty: give the text at which generation ends")
         if self.method == "dense":
             return get_method("dense")
         return get_method(self.method, sparsity=self.sparsity)
@@ -88,7 +97,7 @@ def generate(request: Request, fits: Path, *, no_fit: bool, say: Callable[[str],
     dtype = request.dtype or ("bfloat16" if device == "cuda" else "float32")
     loaded = load_model(request.model, dtype, device, say)
     ids = _tokens(loaded, request)
-    found = [_timed(loaded, ids, request.max_new_tokens, "dense")]
+    found = [_timed(loaded, ids, request, "dense")]
     if request.method == "dense":
         return found
     state = _state(request, loaded, fits, no_fit, say) if "practical" in method.modes else None
@@ -96,12 +105,13 @@ def generate(request: Request, fits: Path, *, no_fit: bool, say: Callable[[str],
     from suite.modeling.attach import attach
 
     with attach(loaded.model, method, state, scope="paper", backend=request.backend) as attached:  # type: ignore[arg-type]
-        return [*found, _timed(loaded, ids, request.max_new_tokens, request.method, attached)]
+        return [*found, _timed(loaded, ids, request, request.method, attached)]
 
 
 def _tokens(loaded: LoadedModel, request: Request) -> Any:
     """Ids of the prompt, shape (1, n_tokens), on the model's device."""
-    ids = loaded.tokenizer(request.prompt, return_tensors="pt").input_ids.to(loaded.device)
+    text, special = (_chat_text(loaded, request), False) if request.chat else (request.prompt, True)
+    ids = loaded.tokenizer(text, return_tensors="pt", add_special_tokens=special).input_ids.to(loaded.device)
     context = int(getattr(loaded.model.config, "max_position_embeddings", 0) or 0)
     wanted = ids.shape[1] + request.max_new_tokens
     if context and wanted > context:
@@ -110,6 +120,22 @@ def _tokens(loaded: LoadedModel, request: Request) -> Any:
             f"{loaded.ref.name}; shorten the prompt or give a smaller --max-new-tokens"
         )
     return ids
+
+
+def _chat_text(loaded: LoadedModel, request: Request) -> str:
+    """Prompt in the model's chat template, which writes the special tokens itself."""
+    from jinja2 import TemplateError
+
+    from suite.evaluation.chat import need_template
+
+    need_template(loaded)
+    messages = [] if request.system is None else [{"role": "system", "content": request.system}]
+    messages.append({"role": "user", "content": request.prompt})
+    try:
+        return str(loaded.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        what = "--chat" if request.system is None else "--system"
+        raise InputError(f"{what}: the chat template of model {loaded.ref.name} refuses it: {error}") from error
 
 
 def _state(
@@ -169,7 +195,7 @@ class _Clock:
         return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
 
 
-def _timed(loaded: LoadedModel, ids: Any, n_tokens: int, name: str, attached: Any = None) -> Generated:
+def _timed(loaded: LoadedModel, ids: Any, request: Request, name: str, attached: Any = None) -> Generated:
     import torch
 
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -180,8 +206,11 @@ def _timed(loaded: LoadedModel, ids: Any, n_tokens: int, name: str, attached: An
         if attached is not None:
             attached.reset()
         clock = _Clock()
-        out = model.generate(ids, max_new_tokens=n_tokens, streamer=clock, **fixed)
+        if request.stop:
+            fixed |= {"stop_strings": list(request.stop), "tokenizer": tokenizer}
+        out = model.generate(ids, max_new_tokens=request.max_new_tokens, streamer=clock, **fixed)
     new = out[0, ids.shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
+    text = text[: min((at for stop in request.stop if (at := text.find(stop)) >= 0), default=len(text))]
     realized = math.nan if attached is None else attached.realized
     return Generated(name, text, len(new), clock.tokens_per_s, None if math.isnan(realized) else realized)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from suite import settings
 from suite.code import ANALYSIS, ENTRIES, code_hash, strings_of
 from suite.config import MatrixConfig, TaskConfig
 from suite.errors import InputError
+from suite.evaluation.groups import expand_name
 from suite.evaluation.tasks import data_fingerprint, resolve_task
 from suite.registry import METHODS
 from suite.runs import provenance
@@ -44,6 +45,7 @@ class LocalWorld:
         self._names = cache(self._distinct_names)
         self.calibration = cache(self._calibration)
         self.calibration_fingerprint = cache(lambda source, tokens: self.calibration(source, tokens).fingerprint())
+        self._leaves = cache(lambda name, include_path: expand_name(name, include_path).tasks)
         self._data: dict[str, str] = {}
 
     def _model(self, spec: str) -> ModelRef:
@@ -95,6 +97,17 @@ class LocalWorld:
         timed = [shape for block in self.config.speed for shape in block.shapes if has_weights(shape)]
         return distinct_names([self.model(spec) for spec in [*(m.id for m in self.config.models), *timed]])
 
+    def members(self, tasks: Sequence[TaskConfig]) -> list[TaskConfig]:
+        """Tasks with every group, tag and pattern replaced by its tasks; what a group has in common with them once."""
+        found: list[TaskConfig] = []
+        for task in tasks:
+            for leaf in self._leaves(task.name, None if task.source == "hub" else self.config.include_path):
+                shots = leaf.num_fewshot if task.num_fewshot is None else task.num_fewshot
+                one = task.model_copy(update={"name": leaf.name, "num_fewshot": shots})
+                if leaf.name == task.name or one not in found:
+                    found.append(one)
+        return found
+
     def task(self, task: TaskConfig) -> TaskSpec:
         """Find a task's data; a source that was asked for must be where it is found."""
         local = task.source != "hub"
@@ -105,6 +118,7 @@ class LocalWorld:
             num_fewshot=task.num_fewshot,
             limit=task.limit,
             options=task.options,
+            chat=task.chat(task.name),
         )
         if task.source not in ("auto", spec.source):
             remedy = {"data_dir": "give --data-dir", "include": "give --include-path"}.get(

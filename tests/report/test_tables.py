@@ -6,7 +6,7 @@ import pytest
 
 from suite.report.frames import Quality, above_chance
 from suite.report.load import load_results
-from suite.report.tables import accuracy_table, chance_table, delta_table, perplexity_table
+from suite.report.tables import accuracy_table, all_tables, chance_table, delta_table, perplexity_table
 from suite.report.text import MISSING
 from tests.report.synthetic import accuracy_row, hand_run, hits, manifest, write_run
 
@@ -177,3 +177,22 @@ def test_a_task_of_one_sparsity_stands_beside_the_average(tmp_path):
     assert "| cats | 0.800 | 60.0 | 60.0 | 2.0 |\n" in table
     assert "| cats | 0.500 | 70.0 | 70.0 |\n" in table
     assert "right of the average" in table
+
+
+def test_tables_say_which_split_the_examples_come_from(tmp_path):
+    shots = {"scored": (3, "test (scored)"), "trained": (5, "train"), "bare": (0, "")}
+    rows = [
+        accuracy_row("dense", task, "acc", 0.5, num_fewshot=number, fewshot_split=split)
+        for task, (number, split) in shots.items()
+    ]
+    rows.append(accuracy_row("dense", "decode_perplexity", "perplexity", 9.0))
+    run = write_run(tmp_path / "run", rows, [], manifest=manifest())
+    tables = all_tables(quality(run), load_results(run).speed, {})
+    note = (
+        "\nFew-shot examples: scored 3 from `test`, the scored split, without the document itself; "
+        "trained 5 from `train`.\n"
+    )
+    for name in ("accuracy", "difference_to_dense", "methods_against_each_other", "above_chance", "perplexity"):
+        assert tables[name].endswith(note), name
+    older = write_run(tmp_path / "older", [row | {"fewshot_split": ""} for row in rows], [], manifest=manifest())
+    assert not any("Few-shot" in table for table in all_tables(quality(older), load_results(older).speed, {}).values())

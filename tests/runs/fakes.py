@@ -60,6 +60,9 @@ class FakeWorld:
     def weights(self, spec: str) -> str:
         return f"weights of {spec}"
 
+    def members(self, tasks: Sequence[TaskConfig]) -> list[TaskConfig]:
+        return list(tasks)
+
     def task(self, task: TaskConfig) -> TaskSpec:
         return TaskSpec(task.name, "pack", task.num_fewshot, task.limit, options=task.options)
 

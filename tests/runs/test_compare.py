@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from suite.runs.compare import compare
+from tests.report.synthetic import accuracy_row, manifest, write_run
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 
@@ -36,3 +37,17 @@ def test_what_stands_alone_is_counted_beyond_the_first(tmp_path):
     assert "speed.csv: 0 rows in both, 421 only in A, 94 only in B" in lines
     assert "  and 411 more only in A" in lines
     assert "  and 84 more only in B" in lines
+
+
+def test_the_split_of_the_examples_is_said(tmp_path):
+    splits = {"same": ("train", "train"), "moved": ("train", "test (scored)"), "older": ("", "train"), "none": ("", "")}
+    for i, folder in enumerate(("a", "b")):
+        rows = [accuracy_row("dense", t, "acc", 0.5, fewshot_split=pair[i]) for t, pair in splits.items()]
+        described = manifest(run_id=folder, cells={}, key_common={}, config={})
+        write_run(tmp_path / folder, rows, manifest=described)
+    lines = [line for line in compare(tmp_path / "a", tmp_path / "b") if line.startswith("  examples of")]
+    assert lines == [
+        "  examples of moved: from train -> test (scored)",
+        "  examples of older: from a split that is not said -> train",
+        "  examples of same: from train",
+    ]
