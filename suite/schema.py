@@ -4,11 +4,11 @@ SCHEMA_VERSION = 1
 
 ACCURACY = (
     "run_id cell_id model dtype method mode sparsity_target sparsity_realized estimator predictor rank calibration fit_id "
-    "scope sparse_share bytes_share task task_version data_fingerprint num_fewshot fewshot_split filter metric "
+    "scope sparse_share bytes_share task task_version data_fingerprint num_fewshot fewshot_split chat filter metric "
     "higher_is_better value stderr chance delta_dense delta_ci_low delta_ci_high "
     "n_samples limit batch_size seed status reason elapsed_s"
 ).split()
-ADDED = frozenset({"fewshot_split"})  # columns that folders written before them lack: read as empty
+ADDED = frozenset({"fewshot_split", "chat"})  # columns that folders written before them lack: read as empty
 SAMPLES = "cell_id task doc_id metric value".split()
 SPEED = (
     "run_id cell_id level model model_shape d_model d_ff n_layers activation dtype method mode sparsity_target "

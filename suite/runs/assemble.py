@@ -14,7 +14,7 @@ from suite.registry import method_class
 from suite.runs.cells import AccuracyCell
 from suite.runs.provenance import Scrubber
 from suite.runs.runner import Matrix
-from suite.runs.store import Record
+from suite.runs.store import Record, canonical
 from suite.statistics import paired_delta, resampling_group
 
 Row = dict[str, Any]
@@ -138,6 +138,7 @@ class Assembly:
             "task": cell.task.name,
             "data_fingerprint": cell.key_fields["task"]["data"],
             "num_fewshot": cell.task.num_fewshot,
+            "chat": self._scrub.text(canonical(dict(cell.task.chat))) if cell.task.chat else None,
             "limit": cell.task.limit,
             "batch_size": cell.batch_size,
             "seed": cell.decided_seed,
