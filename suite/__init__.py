@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import kernels_numba  # noqa: F401  sets how OpenMP's threads wait, which must be before torch is loaded
+
 __version__ = "0.1.0"
 
-# Lazy, so that importing the package has no effect and loads no torch.
+# Lazy, so that importing the package loads no torch.
 _PUBLIC = {
     "get_method": "suite.registry",
     "load_model": "suite.modeling.loading",

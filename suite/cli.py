@@ -9,6 +9,8 @@ import typer
 
 from suite import __version__, cli_actions
 from suite.cli_frame import guarded
+from suite.config import MOST_DIGITS
+from suite.errors import shown
 
 app = typer.Typer(
     name="countdown-suite",
@@ -20,8 +22,9 @@ app = typer.Typer(
 
 
 def _whole(text: str | int) -> int:
-    if not str(text).strip().isdecimal():  # a default comes as the number that it is
-        raise typer.BadParameter(f"{text!r}: must be a whole number, 0 or more")
+    digits = str(text).strip()  # a default comes as the number that it is
+    if not digits.isdecimal() or len(digits) > MOST_DIGITS:
+        raise typer.BadParameter(f"{shown(text)}: must be a whole number, 0 or more, of at most {MOST_DIGITS} digits")
     return int(text)
 
 
@@ -29,7 +32,7 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is no number") from error
+        raise typer.BadParameter(f"{shown(text)} is no number") from error
 
 
 Config = Annotated[str, typer.Argument(help="Matrix: a YAML file, or a profile (embedded, small, paper, gpu-*).")]

@@ -15,6 +15,7 @@ from suite.registry import METHODS, did_you_mean, method_class
 
 if TYPE_CHECKING:
     from suite.runs.executor import LocalExecutor
+    from suite.runs.generation import Generated
     from suite.runs.run import Finished
     from suite.runs.runner import Rerun
     from suite.runs.world import LocalWorld
@@ -76,6 +77,7 @@ def show_info() -> None:
         **provenance.versions(),
         "cpu": f"{cpu.name}, {cpu.memory_bytes / 2**30:.0f} GiB of memory",
         "gpu": f"{gpu.name}, driver {gpu.driver}, {gpu.memory_bytes / 2**30:.0f} GiB" if gpu else "none",
+        "OMP_WAIT_POLICY": settings.openmp_waiting(),
         "results": str(settings.results_dir()),
         "cache": str(settings.cache_dir()),
         "hub cache": str(settings.hub_cache_dir()) + (" (offline)" if settings.hub_offline() else ""),
@@ -272,12 +274,22 @@ def generate(results: Path | None, no_fit: bool, options: dict[str, Any]) -> Non
     request = Request(**{name: value for name, value in options.items() if value is not None})
     found = generate_both(request, (results or settings.results_dir()) / "fits", no_fit=no_fit, say=_say)
     for one in found:
-        speed = f"{one.n_tokens} tokens, {one.tokens_per_s:.1f} tokens/s"
-        if one.sparsity is not None:
-            speed += f" ({one.tokens_per_s / found[0].tokens_per_s:.2f}x dense), sparsity {one.sparsity:.3f}"
-            speed += f" (target {request.sparsity:g})"
-        typer.echo(f"--- {one.method}: {speed}")
+        typer.echo(f"--- {one.method}: {_speed_of(one, found[0], request.sparsity)}")
         typer.echo(one.text)
+
+
+def _speed_of(one: Generated, dense: Generated, target: float) -> str:
+    """How fast a text came, against dense, and how sparse; of a model that ended at once there is nothing to time."""
+    if one.tokens_per_s is None:
+        return f"{one.n_tokens} token, then the model ended: no step to time; give another --prompt"
+    speed = f"{one.n_tokens} tokens, {one.tokens_per_s:.1f} tokens/s"
+    if one is dense:
+        return speed
+    if dense.tokens_per_s is not None:
+        speed += f" ({one.tokens_per_s / dense.tokens_per_s:.2f}x dense)"
+    if one.sparsity is not None:
+        speed += f", sparsity {one.sparsity:.3f} (target {target:g})"
+    return speed
 
 
 def _say(line: str) -> None:

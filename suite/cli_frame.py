@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import re
 import signal
 import sys
 import threading
@@ -12,7 +14,7 @@ from typing import Any
 
 import typer
 
-from suite.errors import InputError
+from suite.errors import InputError, shown
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 _USAGE_ERROR: type[BaseException] = typer.BadParameter.__mro__[1]  # click's, wherever typer keeps click
@@ -27,6 +29,8 @@ def guarded(app: typer.Typer, argv: list[str] | None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    if wrong := [a for a in arguments if any("\ud800" <= c <= "\udfff" for c in a)]:
+        return _one_line(InputError(f"argument {shown(wrong[0])} is no UTF-8 text; rename the file or type it anew"))
     command = typer.main.get_command(app)
     try:
         with _terminate_as_interrupt():
@@ -47,12 +51,15 @@ def guarded(app: typer.Typer, argv: list[str] | None) -> int:
 def _one_line(error: Exception) -> int:
     from suite.runs.store import StoreFullError
 
-    message = " ".join(str(error).split())
+    message = _shortened(" ".join(str(error).split()))
     if isinstance(error, _USAGE_ERROR):
-        message = " ".join(error.format_message().split()) if hasattr(error, "format_message") else message
+        message = _shortened(" ".join(error.format_message().split())) if hasattr(error, "format_message") else message
         if message:  # no_args_is_help has printed the help already
             typer.echo(f"error: {message} (countdown-suite --help)", err=True)
         return BAD_INPUT
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # wherever a path comes in
+        message = f"{shown(error.filename)}: {error.strerror}; give a shorter path"
+        error = InputError(message)
     if isinstance(error, InputError):
         typer.echo(f"error: {message}", err=True)
         return BAD_INPUT
@@ -61,6 +68,11 @@ def _one_line(error: Exception) -> int:
         return FAILED
     typer.echo(f"error: {type(error).__name__}: {message} (--debug shows where)", err=True)
     return FAILED
+
+
+def _shortened(message: str) -> str:
+    """The message with the middle of a word that fills the screen left out: a value or path may have any length."""
+    return re.sub(r"\S{300,}", lambda word: f"{word[0][:100]}[...]{word[0][-100:]}", message)
 
 
 @contextlib.contextmanager

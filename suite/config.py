@@ -6,30 +6,32 @@ working folder, as on the command line.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from suite.errors import InputError
+from suite.errors import InputError, shown
 from suite.evaluation.chat import ChatSettings
 from suite.evaluation.tasks import need_data_folder
 from suite.fitting.calibration import Calibration
 from suite.fitting.options import Loss, Predictor, PredictorEstimator, PredictorOptions, Schedule, Start
+from suite.matrix_file import read_yaml
 from suite.registry import did_you_mean
 
 DATA_DIR = "{data_dir}"  # in a calibration's source: the data folder given on the command line
 PROFILES = ("embedded", "small", "paper", "gpu-kernels", "gpu-accuracy", "gpu-decode")
 
+MOST_DIGITS = 18  # of a whole number on the command line
 Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, strict=True)]
-Count = Annotated[int, Field(ge=1, strict=True)]
+_MOST = 2**63 - 1  # what torch and numpy take
+Count = Annotated[int, Field(ge=1, le=_MOST, strict=True)]
 # tokens of a sequence, in which memory grows before a model is asked: far above any context there is
 Length = Annotated[int, Field(ge=1, le=2**24, strict=True)]
-Seed = Annotated[int, Field(ge=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, le=_MOST, strict=True)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Scope = Literal["paper", "scored", "all"]
 Estimator = Literal["calibrated", "mean-kth", "pooled-quantile"]
@@ -78,7 +80,7 @@ class TaskConfig(Section, ChatSettings):
     name: str = Field(min_length=1)
     source: Literal["auto", "pack", "data_dir", "hub", "include", "text"] = "auto"
     limit: Count | None = None
-    num_fewshot: Annotated[int, Field(ge=0, strict=True)] | None = None
+    num_fewshot: Annotated[int, Field(ge=0, le=_MOST, strict=True)] | None = None
     options: dict[str, Any] = {}
 
 
@@ -103,7 +105,7 @@ class PredictorConfig(Section):
     estimators: list[PredictorEstimator] = Field(default=["calibrated"], min_length=1)
     sources: list[str] = []
     max_tokens: Count = 100_000
-    epochs: Annotated[int, Field(ge=0, strict=True)] = PredictorOptions.epochs
+    epochs: Annotated[int, Field(ge=0, le=_MOST, strict=True)] = PredictorOptions.epochs
     loss: Loss = PredictorOptions.loss
     pos_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = PredictorOptions.pos_weight
     start: Start = PredictorOptions.start
@@ -208,20 +210,6 @@ class MatrixConfig(Section):
         return self
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice instead of dropping the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            if isinstance(key, Hashable) and key != "<<":
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def profile_path(name: str) -> Path:
     """File of a profile that ships with the package.
 
@@ -235,26 +223,6 @@ def profile_path(name: str) -> Path:
     return Path(str(resources.files("suite") / "configs" / f"{name}.yaml"))
 
 
-def read_yaml(path: Path) -> Any:
-    """Content of a YAML file.
-
-    Raises
-    ------
-    InputError
-        No such file, unreadable, or no YAML (with line and column).
-    """
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is no UTF-8 text"
-        raise InputError(f"matrix file {path}: {reason}; give the path of a YAML file, or a profile") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1} column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"matrix file {path}{place}: broken YAML: {problem}") from error
-
-
 def load_config(source: str | Path) -> MatrixConfig:
     """Matrix of a YAML file, or of a profile by its name.
 
@@ -264,8 +232,8 @@ def load_config(source: str | Path) -> MatrixConfig:
         One line with file, key path, value and remedy.
     """
     path = profile_path(str(source)) if str(source) in PROFILES else Path(source)
-    if not path.exists() and not path.suffix:
-        raise InputError(f"no matrix file and no profile {str(source)!r}{did_you_mean(str(source), PROFILES)}")
+    if not path.suffix and not _exists(path):
+        raise InputError(f"no matrix file and no profile {shown(str(source))}{did_you_mean(str(source), PROFILES)}")
     data = read_yaml(path)
     if not isinstance(data, dict):
         raise InputError(
@@ -273,6 +241,13 @@ def load_config(source: str | Path) -> MatrixConfig:
             f"{'empty' if data is None else type(data).__name__}"
         )
     return build_config(data, str(path))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long for any file
+        return False
 
 
 def build_config(data: Mapping[str, Any], place: str) -> MatrixConfig:
@@ -302,7 +277,7 @@ def _one_line(errors: list[ErrorDetails]) -> str:
     elif first["type"] == "string_pattern_mismatch":
         message = "must be letters, digits, '.', '_' or '-', starting with a letter or digit"
     if not isinstance(first["input"], (dict, list, MatrixConfig)):
-        value = f", got {first['input']!r}"
+        value = f", got {shown(first['input'])}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     path = ".".join(str(part) for part in first["loc"] if part != "constrained-int")
     return f"{path + ': ' if path else ''}{message}{value}{more}"
@@ -386,7 +361,7 @@ def models_of(config: MatrixConfig, specs: list[str] | None) -> list[ModelConfig
     data = []
     for spec in specs:
         name, equals, given = spec.rpartition("=")
-        is_path = "/" in given or Path(spec).expanduser().exists()  # models/lr=1e-3/final
+        is_path = "/" in given or _exists(Path(spec).expanduser())  # models/lr=1e-3/final
         data.append({"id": name, "dtype": given} if equals and not is_path else {"id": spec, "dtype": dtype})
     return build_config({**config.model_dump(), "models": data}, "command line").models
 
@@ -394,6 +369,6 @@ def models_of(config: MatrixConfig, specs: list[str] | None) -> list[ModelConfig
 def _limit(text: str) -> int | None:
     if text.lower() == "none":
         return None
-    if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"--limit {text!r}: must be a whole number of documents, at least 1, or none for all")
+    if not text.isdecimal() or len(text) > MOST_DIGITS or int(text) < 1:
+        raise InputError(f"--limit {shown(text)}: must be a whole number of documents, at least 1, or none for all")
     return int(text)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from suite.errors import InputError
+from suite.errors import InputError, shown
 
 if TYPE_CHECKING:
     from suite.methods.base import Method
@@ -44,17 +45,25 @@ def method_class(name: str) -> type[Method]:
     if ":" not in target:
         raise InputError(f"unknown method {name!r}{did_you_mean(name, METHODS)}")
     module, _, attribute = target.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
-        remedy = f"put the folder that holds {module} on PYTHONPATH" if missing else "write it as module:Class"
-        raise InputError(f"method {name!r} cannot be loaded: {error}; {remedy}") from error
+    found = getattr(_imported(module, name), attribute, None)
+    if found is None:
+        raise InputError(f"method {name!r} cannot be loaded: {module} has no {attribute!r}; write it as module:Class")
     from suite.methods.base import Method
 
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise InputError(f"method {name!r} is no subclass of suite.methods.base.Method")
     return found
+
+
+def _imported(module: str, name: str) -> ModuleType:
+    """A method's module; one of the user's own may do anything while it is imported, ``sys.exit`` included."""
+    try:
+        return importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+        remedy = f"put the folder that holds {module} on PYTHONPATH" if missing else f"mend the module {module}"
+        what = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise InputError(f"method {name!r} cannot be loaded: {what}; {remedy}") from error
 
 
 def get_method(name: str, **parameters: Any) -> Method:
@@ -70,4 +79,11 @@ def get_method(name: str, **parameters: Any) -> Method:
     for parameter in parameters:
         if parameter not in known:
             raise InputError(f"method {name!r} has no parameter {parameter!r}{did_you_mean(parameter, known)}")
-    return cls(**parameters)
+    try:
+        return cls(**parameters)
+    except InputError:
+        raise
+    except Exception as error:  # a class of the user's own may refuse its parameters in any way
+        raise InputError(
+            f"method {name!r} cannot be made of {shown(parameters)}: {type(error).__name__}: {error}"
+        ) from error

@@ -1,15 +1,16 @@
 """Columns of the CSV files and the schema version of a run folder; their meaning stands in results/README.md."""
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# Columns that folders of version 1 lack; readers take them as empty there.
+SINCE_2 = frozenset("fewshot_split chat aggregation item n_choices n_gold".split())
 
 ACCURACY = (
     "run_id cell_id model dtype method mode sparsity_target sparsity_realized estimator predictor rank calibration fit_id "
     "scope sparse_share bytes_share task task_version data_fingerprint num_fewshot fewshot_split chat filter metric "
-    "higher_is_better value stderr chance delta_dense delta_ci_low delta_ci_high "
+    "higher_is_better aggregation value stderr chance delta_dense delta_ci_low delta_ci_high "
     "n_samples limit batch_size seed status reason elapsed_s"
 ).split()
-ADDED = frozenset({"fewshot_split", "chat"})  # columns that folders written before them lack: read as empty
-SAMPLES = "cell_id task doc_id metric value".split()
+SAMPLES = "cell_id task doc_id metric value item n_choices n_gold".split()
 SPEED = (
     "run_id cell_id level model model_shape d_model d_ff n_layers activation dtype method mode sparsity_target "
     "sparsity_realized predictor rank backend variant threads batch_size context_tokens clock cache rounds "

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from kernels_numba import OPENMP_TOO_LATE
 from suite.errors import InputError
 
 _YES = {"1", "on", "yes", "true"}
@@ -45,3 +46,9 @@ def hub_cache_dir() -> Path:
 def hub_offline() -> bool:
     """Whether Hugging Face's switches ``HF_HUB_OFFLINE`` or ``TRANSFORMERS_OFFLINE`` forbid downloads."""
     return any(os.environ.get(name, "").lower() in _YES for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+
+
+def openmp_waiting() -> str:
+    """How idle threads wait: ``OMP_WAIT_POLICY``, which `kernels_numba` sets, and which libraries were loaded before."""
+    late = f", but {' and '.join(OPENMP_TOO_LATE)} loaded before: import suite first" if OPENMP_TOO_LATE else ""
+    return os.environ.get("OMP_WAIT_POLICY", "") + late

@@ -13,6 +13,8 @@ perplexity unchanged.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -136,6 +138,49 @@ def _sum_by(array: FloatArray, member: NDArray[np.intp], n_groups: int) -> Float
     return np.stack([np.bincount(member, weights=row, minlength=n_groups) for row in array])
 
 
+def resample_items(
+    items: Sequence[Any],
+    groups: Sequence[object],
+    aggregate: Callable[[list[Any]], Any],
+    *,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
+    longest_s: float = math.inf,
+) -> FloatArray | None:
+    """Values that an aggregation gives of resampled documents, for metrics that are no sums over documents.
+
+    Draws are those of :meth:`Units.resampled_means`, so that two systems' values of one resample are of the same
+    documents and may be subtracted.
+
+    Parameters
+    ----------
+    items : sequence of n_documents objects
+        What ``aggregate`` takes of each document.
+    groups : sequence of n_documents hashables
+        Resampling unit of each document.
+    longest_s : float
+        Seconds after which to give up.
+
+    Returns
+    -------
+    ndarray, shape (n_resamples,); None if it takes longer than ``longest_s``.
+    """
+    members: dict[object, list[int]] = {}
+    for document, group in enumerate(groups):
+        members.setdefault(group, []).append(document)
+    units = list(members.values())
+    rows = max(1, _BATCH_ELEMENTS // len(units))
+    values: list[float] = []
+    begin = time.monotonic()
+    for start in range(0, n_resamples, rows):
+        for counts in _counts(len(units), min(rows, n_resamples - start), (seed, 0, start)):
+            drawn = (items[i] for unit, count in zip(units, counts, strict=True) for _ in range(count) for i in unit)
+            values.append(float(aggregate(list(drawn))))
+            if time.monotonic() - begin > longest_s:
+                return None
+    return np.asarray(values)
+
+
 def statistic(values: ArrayLike, weights: ArrayLike | None, metric: str) -> float:
     """Value of a metric from one system's samples, shape (n_documents,)."""
     return transform(float(Units.of(values, weights).means()[0]), metric)
@@ -243,3 +288,20 @@ def paired_delta(
     else:
         delta, low, high = (None if end is None else transform(end, metric) for end in ends)
     return (float("nan") if delta is None else delta), low, high
+
+
+def paired_delta_of_resampled(
+    value: float, resampled: Sequence[float] | None, base_value: float, base_resampled: Sequence[float] | None
+) -> tuple[float, float | None, float | None]:
+    """Difference of two systems' values of one metric, with its 95 % interval from values of the same resamples.
+
+    Parameters
+    ----------
+    resampled, base_resampled : sequence of n_resamples floats, or None
+        From :func:`resample_items` with the same documents, number and seed.
+    """
+    delta = value - base_value
+    if resampled is None or base_resampled is None or len(resampled) != len(base_resampled):
+        return delta, None, None
+    low, high = (float(end) for end in np.quantile(np.asarray(resampled) - np.asarray(base_resampled), _TAILS))
+    return delta, low, high

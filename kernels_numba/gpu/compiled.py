@@ -24,10 +24,7 @@ from typing import Any
 from kernels_numba.gpu.plan import Plan, shared_limit
 
 _TOOK = "// seconds to compile: "
-_SOURCES = (
-    "device.py", "lanes.py", "ptx.py", "stream.py", "choose.py", "claims.py", "mixed.py", "combine.py", "deal.py",
-    "kernel.py", "plan.py",
-)  # fmt: skip
+_ENTRIES = ("kernels_numba.gpu.kernel", "kernels_numba.gpu.device")  # what `make_ptx` compiles
 
 
 def cache_folder() -> Path:
@@ -36,10 +33,19 @@ def cache_folder() -> Path:
     return Path(root) / "ptx" if root else Path.home() / ".cache" / "countdown-suite" / "ptx"
 
 
+def sources() -> list[str]:
+    """Files of this folder that decide the PTX of a plan: those that the kernel and its device functions import."""
+    import grimp
+
+    graph = grimp.build_graph("kernels_numba", cache_dir=None, exclude_type_checking_imports=True)
+    modules = {*_ENTRIES, *(module for entry in _ENTRIES for module in graph.find_upstream_modules(entry))}
+    return sorted(f"{module.rpartition('.')[2]}.py" for module in modules)
+
+
 @cache
 def _source_hash() -> str:
     digest = hashlib.sha256()
-    for name in _SOURCES:
+    for name in sources():
         digest.update((Path(__file__).parent / name).read_bytes())
     digest.update(f"{version('numba')} {version('numba-cuda')}".encode())
     return digest.hexdigest()

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from suite.errors import CellError, InputError
+from suite.errors import CellError, InputError, TaskInputError
 from suite.evaluation.chat import chat_options
 from suite.evaluation.groups import aggregate, expand_name
 from suite.evaluation.lm_eval import BuiltTask, SuiteLM, sample_indices, samples_of
+from suite.evaluation.metrics import Items, Sample
 from suite.evaluation.perplexity import BuiltText
 from suite.evaluation.plan import Scope
 from suite.evaluation.results import Metric, TaskResult
@@ -48,7 +49,7 @@ class Evaluator:
         self.loaded = loaded
         self.seed = seed
         self.lm = SuiteLM(loaded, batch_size, seed)
-        self._built: dict[str, BuiltTask | BuiltText] = {}
+        self._built: dict[str, BuiltTask | BuiltText | TaskInputError] = {}
 
     def run(
         self,
@@ -75,6 +76,7 @@ class Evaluator:
         if isinstance(built, BuiltText) and built.reference is None:
             built.reference = self.lm.scorer.dense_hidden(built.plan)
         with nullcontext() if dense else attach(self.loaded.model, method, state, mode=mode, scope=scope) as attached:
+            values: Mapping[tuple[str, str], Sequence[Sample] | Items]
             if isinstance(built, BuiltText):
                 scores = self.lm.scorer.score(built.plan, attached, scope, reference=built.reference)
                 values = built.values(scores)
@@ -89,8 +91,14 @@ class Evaluator:
     def _build(self, task: TaskSpec) -> BuiltTask | BuiltText:
         key = repr(task)
         if key not in self._built:
-            self._built[key] = self._build_text(task) if task.is_text else BuiltTask(task, self.seed, self.lm)
-        return self._built[key]
+            try:
+                self._built[key] = self._build_text(task) if task.is_text else BuiltTask(task, self.seed, self.lm)
+            except InputError as error:  # kept, so that the hub is not asked again for every setting
+                self._built[key] = TaskInputError(str(error))
+        found = self._built[key]
+        if isinstance(found, TaskInputError):
+            raise found
+        return found
 
     def _build_text(self, task: TaskSpec) -> BuiltText:
         bare = self.lm.tok_encode("a", add_special_tokens=False)
@@ -107,33 +115,54 @@ class Evaluator:
 def _result(
     task: TaskSpec,
     built: BuiltTask | BuiltText,
-    values: Mapping[tuple[str, str], Sequence[tuple[str, float, float | None]]],
+    values: Mapping[tuple[str, str], Sequence[Sample] | Items],
     sparse_share: float | None,
 ) -> TaskResult:
-    metrics, samples = [], []
+    metrics: list[Metric] = []
+    samples: list[tuple[str, str, float | str]] = []
     several = len({filter_name for _, filter_name in values}) > 1
     for (name, filter_name), rows in values.items():
-        numbers = [value for _, value, _ in rows]
-        weights = [1.0 if weight is None else weight for _, _, weight in rows]
-        groups = [resampling_group(doc_id) for doc_id, _, _ in rows]
-        value = statistic(numbers, weights, name)
-        if not math.isfinite(value):
-            raise CellError(f"metric {name} of task {task.name} is {value}: no number is stored for it")
-        metrics.append(
-            Metric(
-                name=name,
-                filter=filter_name,
-                higher_is_better=not name.endswith(LOWER_IS_BETTER),
-                value=value,
-                stderr=standard_error(numbers, weights, name, groups),
-                chance=built.chance(name) if isinstance(built, BuiltTask) else None,
-            )
-        )
-        samples += samples_of(f"{name},{filter_name}" if several else name, rows)
-    n_samples = max(len(rows) for rows in values.values())
+        own = built.higher_is_better(name) if isinstance(built, BuiltTask) else None
+        higher = not name.endswith(LOWER_IS_BETTER) if own is None else own
+        label = f"{name},{filter_name}" if several else name
+        if isinstance(rows, Items):
+            found = rows.measure()
+            made = (rows.aggregation, found.resampled, found.reason)
+            metrics.append(Metric(name, filter_name, higher, found.value, found.stderr, None, *made))
+            samples += [(document, label, item) for document, item in rows.samples()]
+            continue
+        value, stderr = _statistics(task, name, rows)
+        chance = built.chance(name) if isinstance(built, BuiltTask) else None
+        metrics.append(Metric(name, filter_name, higher, value, stderr, chance))
+        samples += samples_of(label, rows)
+    n_samples = max(len(rows.items if isinstance(rows, Items) else rows) for rows in values.values())
+    choices = built.choices if isinstance(built, BuiltTask) else {}
     return TaskResult(
-        task.name, built.version, built.num_fewshot, n_samples, sparse_share, metrics, samples, built.fewshot_split
+        task.name,
+        built.version,
+        built.num_fewshot,
+        n_samples,
+        sparse_share,
+        metrics,
+        samples,
+        built.fewshot_split,
+        choices,
     )
+
+
+def _statistics(task: TaskSpec, name: str, rows: Sequence[Sample]) -> tuple[float, float | None]:
+    """Value and standard error of a metric that is a sum of samples."""
+    numbers = [value for _, value, _ in rows]
+    weights = [1.0 if weight is None else weight for _, _, weight in rows]
+    groups = [resampling_group(doc_id) for doc_id, _, _ in rows]
+    try:
+        value = statistic(numbers, weights, name)
+        stderr = standard_error(numbers, weights, name, groups)
+    except InputError as error:  # of this cell's numbers alone: the others of the run go on
+        raise CellError(f"metric {name} of task {task.name}: {error}") from error
+    if not math.isfinite(value):
+        raise CellError(f"metric {name} of task {task.name} is {value}: no number is stored for it")
+    return value, stderr
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""lm-eval's tasks, prompts and metrics over the suite's scorer; the only importer of lm_eval."""
+"""lm-eval's tasks, prompts and metrics over the suite's scorer; with `metrics` the only importer of lm_eval."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from lm_eval.tasks import TaskManager
 from suite.errors import CellError, InputError
 from suite.evaluation.chat import request_options
 from suite.evaluation.engine import Score, Scorer
+from suite.evaluation.metrics import Items, Sample, collect
 from suite.evaluation.plan import Plan, Request, Scope
 from suite.evaluation.results import WEIGHT
 from suite.evaluation.shots import Shots, split_of
@@ -32,6 +33,16 @@ from suite.modeling.loading import LoadedModel
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 # lm-eval compiles a task's templates anew for every document and setting: 0.4 ms each, 9 of 10 parts of a GPU's cell
 setattr(lm_eval_utils.env, "from_string", functools.cache(lm_eval_utils.env.from_string))  # noqa: B010
+
+
+def _no_null(value: Any) -> Any:
+    """What a template writes; a null of the data would stand in the prompt as the word None."""
+    if value is None:
+        raise ValueError("a field of its prompt or answer is null")
+    return value
+
+
+lm_eval_utils.env.finalize = _no_null
 
 
 _BROKEN_DOCUMENT = (ValueError, LookupError, TypeError, AssertionError)  # what lm-eval's templates raise
@@ -332,8 +343,8 @@ class BuiltTask:
                 return f" document {index}"
         return ""
 
-    def run(self, lm: SuiteLM) -> dict[tuple[str, str], list[tuple[str, float, float | None]]]:
-        """Answer all requests; per (metric, filter) the documents' (doc_id, value, weight).
+    def run(self, lm: SuiteLM) -> dict[tuple[str, str], list[Sample] | Items]:
+        """Answer all requests; per (metric, filter) the documents' (doc_id, value, weight), or their items.
 
         As ``lm_eval.evaluator.evaluate`` does it, which would build and tokenise the requests anew for each setting.
         """
@@ -348,15 +359,19 @@ class BuiltTask:
         by_document: dict[int, list[Instance]] = defaultdict(list)
         for instance in self.task.instances:
             by_document[instance.doc_id].append(instance)
-        values: dict[tuple[str, str], list[tuple[str, float, float | None]]] = defaultdict(list)
+        values: dict[tuple[str, str], list[tuple[str, Any]]] = defaultdict(list)
         for filter_name in self.task.instances[0].filtered_resps:
             for doc_id, instances in by_document.items():
                 document = instances[0].doc
                 answers = [i.filtered_resps[filter_name] for i in sorted(instances, key=lambda i: i.idx)]
                 for metric, value in self.task.process_results(document, answers).items():
-                    label = self._label(doc_id, document)
-                    values[metric, filter_name].append((label, *_sample(metric, value)))
-        return values
+                    values[metric, filter_name].append((self._label(doc_id, document), value))
+        return collect(self.task, values)
+
+    def higher_is_better(self, metric: str) -> bool | None:
+        """The task's own word on a metric's direction; None where it has none."""
+        found = self.task.higher_is_better().get(metric)
+        return None if found is None else bool(found)
 
     def _label(self, doc_id: int, document: Any) -> str:
         ours = self.spec.source == "pack"  # a column of that name in other data is no template of generated items
@@ -365,27 +380,36 @@ class BuiltTask:
         return f"{template}/{index}" if template else index
 
     def chance(self, metric: str) -> float | None:
-        """Expected value of blind guessing: mean of 1 / number of choices; 0 for other accuracies and exact matches."""
+        """Expected value of blind guessing: mean of right / all choices; 0 for other accuracies and exact matches.
+
+        None where the task scores its choices itself (``process_results``): which of them are right is not known then.
+        """
         if metric not in ("acc", "acc_norm", "exact_match"):
             return None
-        return self._guessing if self.task.OUTPUT_TYPE == "multiple_choice" else 0.0
+        if self.task.OUTPUT_TYPE != "multiple_choice":
+            return 0.0
+        return float(np.mean([right / n for n, right in self.choices.values()])) if self.choices else None
 
     @functools.cached_property
-    def _guessing(self) -> float:
-        documents = [i.doc for i in {i.doc_id: i for i in self.task.instances}.values()]
-        return float(np.mean([1 / len(self.task.doc_to_choice(d)) for d in documents]))
+    def choices(self) -> dict[str, tuple[int, int]]:
+        """Number of choices and of right ones by document; empty for what is no multiple choice."""
+        if self.task.OUTPUT_TYPE != "multiple_choice" or callable(self.task.config.process_results):
+            return {}
+        documents = {i.doc_id: i.doc for i in self.task.instances}
+        return {self._label(i, document): _choices(self.task, document) for i, document in documents.items()}
 
 
-def _sample(metric: str, value: Any) -> tuple[float, float | None]:
-    """One document's (value, weight) in the sample convention: negative log-likelihood for what is a perplexity."""
-    if isinstance(value, tuple):
-        return -float(value[0]), float(value[1])
-    if metric.endswith("perplexity"):
-        return -float(value), None
-    return float(value), None
+def _choices(task: Task, document: Any) -> tuple[int, int]:
+    """Number of choices of a document and of right ones, by index or by text, as lm-eval's accuracy counts them."""
+    choices = task.doc_to_choice(document)
+    target = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
+    if not isinstance(target, list):
+        return len(choices), 1
+    right = {i for i in target if (0 <= i < len(choices) if isinstance(i, int) else i in choices)}
+    return len(choices), len(right)
 
 
-def samples_of(metric: str, values: Sequence[tuple[str, float, float | None]]) -> list[tuple[str, str, float]]:
+def samples_of(metric: str, values: Sequence[Sample]) -> list[tuple[str, str, float | str]]:
     """Rows (doc_id, metric, value) of samples.csv, weights as rows of ``<metric>.weight``."""
-    rows = [(doc_id, metric, value) for doc_id, value, _ in values]
+    rows: list[tuple[str, str, float | str]] = [(doc_id, metric, value) for doc_id, value, _ in values]
     return rows + [(doc_id, metric + WEIGHT, weight) for doc_id, _, weight in values if weight is not None]

@@ -53,7 +53,10 @@ def converted_folder(gguf: Path, progress: Progress | None = None) -> Path:
             if is_intact(folder, sha256):
                 return folder
             if progress is not None:
-                progress(f"converting {gguf.name} to safetensors, once" + (", again: damaged" * folder.exists()))
+                progress(
+                    f"converting {gguf.name} to safetensors, once"
+                    + (", again: damaged, or of other versions" * folder.exists())
+                )
             with no_progress_bars(), _own_bar():
                 _convert(gguf, sha256, folder)
     except OSError as error:
@@ -62,14 +65,19 @@ def converted_folder(gguf: Path, progress: Progress | None = None) -> Path:
 
 
 def is_intact(folder: Path, source_sha256: str) -> bool:
-    """Whether a converted folder is of this source and every file still has its hash."""
+    """Whether a folder is of this source, converted by the versions that keys of cells name, and no file has changed."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        if (manifest["format"], manifest["source_sha256"]) != (_FORMAT, source_sha256):
+        made = (manifest["format"], manifest["source_sha256"], manifest["versions"])
+        if made != (_FORMAT, source_sha256, _versions()):
             return False
         return all(file_sha256(folder / name) == sha256 for name, sha256 in manifest["files"].items())
     except (OSError, ValueError, KeyError, AttributeError, TypeError):  # InputError of a missing file is a ValueError
         return False
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("gguf", "torch", "transformers")}
 
 
 def _convert(gguf: Path, sha256: str, folder: Path) -> None:
@@ -85,7 +93,7 @@ def _convert(gguf: Path, sha256: str, folder: Path) -> None:
             "format": _FORMAT,
             "source": gguf.name,
             "source_sha256": sha256,
-            "versions": {name: importlib.metadata.version(name) for name in ("gguf", "torch", "transformers")},
+            "versions": _versions(),
             "files": {path.name: file_sha256(path) for path in sorted(part.iterdir())},
         }
         (part / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -8,12 +8,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, one_hot, silu
 
 from suite.errors import InputError
 
 Activation = Literal["silu", "gelu_tanh"]
 
+_UNIT_VECTORS = 1024  # rows of d_ff at a time: 56 MiB in fp32 for 14336
 _IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
 
 
@@ -90,17 +91,38 @@ class GatedMLP:
         act = "activation_fn" if self.fused else "act_fn"
         for name, part in self.module.named_children():
             place = f"{self.module_name}.{name}"
-            if name != act and name.endswith("_proj") and type(part) is not nn.Linear:
-                return f"{place} is a {type(part).__name__}, no Linear"
-            if "forward" in part.__dict__:
-                return f"the forward pass of {place} is replaced"
-            if part._forward_hooks or part._forward_pre_hooks:
-                return f"{place} has a forward hook"
+            if name != act and name.endswith("_proj"):
+                found = _why_not_linear(part, place)
+            else:
+                found = _patched(part, place)
+            if found:
+                return found
         return ""
 
     def down_norm2(self) -> Tensor:
-        """Squared L2 norms of the columns of ``W_down``, shape (d_ff,), fp32."""
-        return self.weights()[2].detach().float().square().sum(0)
+        """Squared L2 norms of the columns of ``W_down`` as `down` applies it, shape (d_ff,), fp32."""
+        if not _why_not_linear(self.module.get_submodule("down_proj"), ""):
+            return self.weights()[2].detach().float().square().sum(0)
+        weight = self._weight("down_proj")
+        with torch.no_grad():  # an adapter: its columns are its answers to unit vectors
+            bias = self.down(torch.zeros(1, self.d_ff, dtype=weight.dtype, device=weight.device)).float()
+            norms = []
+            for start in range(0, self.d_ff, _UNIT_VECTORS):
+                neurons = torch.arange(start, min(start + _UNIT_VECTORS, self.d_ff), device=weight.device)
+                unit = one_hot(neurons, self.d_ff).to(weight.dtype)
+                norms.append((self.down(unit).float() - bias).square().sum(-1))
+        return torch.cat(norms)
+
+
+def _why_not_linear(part: nn.Module, place: str) -> str:
+    """What a projection computes besides its weight's product; empty if nothing."""
+    return f"{place} is a {type(part).__name__}, no Linear" if type(part) is not nn.Linear else _patched(part, place)
+
+
+def _patched(part: nn.Module, place: str) -> str:
+    if "forward" in part.__dict__:
+        return f"the forward pass of {place} is replaced"
+    return f"{place} has a forward hook" if part._forward_hooks or part._forward_pre_hooks else ""
 
 
 def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:

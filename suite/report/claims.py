@@ -20,6 +20,7 @@ from suite.report.frames import (
     number,
 )
 from suite.report.speed import PROBES, panel_title, speed_label
+from suite.report.text import own_name
 from suite.statistics import FloatArray
 
 # The paper's models; a claim about them stays untested until a run holds them.
@@ -238,7 +239,8 @@ def _c3(speed: pd.DataFrame) -> list[Row]:
 
 def _untested(quality: Quality, rows: Sequence[Row]) -> list[Row]:
     """A row for every claim that this run says nothing about: for its own models and for the paper's."""
-    models = [*dict.fromkeys(quality.rows["model"]), *PAPER_MODELS]
+    models = [str(model) for model in dict.fromkeys(quality.rows["model"])]
+    models += [model for model in PAPER_MODELS if model not in map(own_name, models)]
     wanted = [("C1", "d-countdown", "dense", "relative_loss_of_average", SAYS_C1)]
     wanted += [("C2", "m-countdown", against, "retention_difference", SAYS_C2) for against in BASELINES]
     wanted += [("C3", "", "dense", "speed_up_decode", SAYS_C3)]

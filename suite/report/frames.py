@@ -113,7 +113,8 @@ class Quality:
     @cached_property
     def _by_cell(self) -> dict[tuple[str, str], pd.Series]:
         by_cell: dict[tuple[str, str], pd.Series] = {}
-        for (cell, metric), group in self._samples.groupby(["cell_id", "metric"], sort=False):
+        numbers = self._samples[self._samples["value"].notna()]  # the others are items of an aggregation
+        for (cell, metric), group in numbers.groupby(["cell_id", "metric"], sort=False):
             values = pd.Series(group["value"].to_numpy(dtype=float), index=group["doc_id"].to_numpy())
             if values.index.is_unique:  # two filters under one name cannot be told apart: no interval then
                 by_cell[str(cell), str(metric)] = values.sort_index()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ import pandas as pd
 
 from suite import schema
 from suite.errors import InputError
+from suite.manifest_file import NAME as MANIFEST
+from suite.manifest_file import read_manifest
 
 SAMPLES_FILE = "samples.csv.gz"
 # Columns of numbers; every other column is text. A missing number is NaN, a missing text is "".
@@ -23,7 +24,7 @@ _NUMBERS = frozenset(
     "peak_memory_mib extra_memory_mib max_rel_error threshold n_tokens recall precision overlap_at_k mass_kept "
     "mass_kept_ideal train_tokens loss fit_s ci_low ci_high sparsity cif_alive cif_dead caf_alive caf_dead "
     "mean q05 q25 q50 q75 q95 q99 mass_kept_at_50 mass_kept_at_70 mass_kept_at_80 mass_kept_at_90 "
-    "us_median us_q05 us_q95 n_steps max_error bound kl_median kl_q95 kl_max top1_agreement".split()
+    "n_choices n_gold us_median us_q05 us_q95 n_steps max_error bound kl_median kl_q95 kl_max top1_agreement".split()
 )
 # Whole numbers that name a setting: text, but "2.0" as a spreadsheet writes it is the same as "2".
 _WHOLE = frozenset("rank num_fewshot limit batch_size seed threads context_tokens layer".split())
@@ -71,10 +72,11 @@ def load_results(folder: str | Path) -> Results:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"run folder {folder}: no such folder; `countdown-suite ls runs` shows the runs there are")
-    manifest = _read_manifest(folder / "manifest.json")
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    old = int(manifest.get("schema_version", 1)) < 2
     frames = {
-        "accuracy": _read(folder / "accuracy.csv", schema.ACCURACY),
-        "samples": _read(folder / SAMPLES_FILE, schema.SAMPLES),
+        "accuracy": _read(folder / "accuracy.csv", schema.ACCURACY, old=old),
+        "samples": _read(folder / SAMPLES_FILE, schema.SAMPLES, old=old),
         "speed": _read(folder / "speed.csv", schema.SPEED),
         "sparsity": _read(folder / "sparsity.csv", schema.SPARSITY),
         "predictor": _read(folder / "predictor.csv", schema.PREDICTOR),
@@ -89,29 +91,7 @@ def load_results(folder: str | Path) -> Results:
     return Results(folder=folder, manifest=manifest, **frames)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"{path} is broken ({error}); run the suite again to rewrite it from the cell store"
-        ) from error
-    if not isinstance(manifest, dict):
-        raise InputError(f"{path} must hold a JSON object, got {type(manifest).__name__}")
-    version = manifest.get("schema_version", schema.SCHEMA_VERSION)
-    if not isinstance(version, int) or isinstance(version, bool):
-        raise InputError(f"{path}: schema_version {version!r} is no whole number")
-    if version > schema.SCHEMA_VERSION:
-        raise InputError(
-            f"{path}: schema_version {version} is newer than {schema.SCHEMA_VERSION}, the newest this version reads; "
-            "update countdown-suite"
-        )
-    return manifest
-
-
-def _read(path: Path, columns: list[str]) -> pd.DataFrame:
+def _read(path: Path, columns: list[str], *, old: bool = False) -> pd.DataFrame:
     if not path.is_file():
         return _typed(pd.DataFrame(columns=columns, dtype=str), path)
     try:
@@ -125,8 +105,8 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
         zlib.error,
     ) as error:
         raise InputError(f"{path} is no readable CSV: {' '.join(str(error).split())}") from error
-    for column in schema.ADDED.intersection(columns).difference(frame.columns):
-        frame[column] = ""
+    if old:
+        frame = frame.assign(**{column: "" for column in columns if column in schema.SINCE_2 and column not in frame})
     missing = [column for column in columns if column not in frame]
     if "status" in columns and not missing and (frame["status"] == "").any():
         row = int((frame["status"] == "").to_numpy().argmax())

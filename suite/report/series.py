@@ -15,6 +15,7 @@ from suite.report.load import Results
 from suite.report.speed import SHAPE as SPEED_SHAPE
 from suite.report.speed import speed_label, with_speed_up
 from suite.report.tables import text_order
+from suite.report.text import own_name
 
 POINT = ["model", "dtype", "scope", "mode", "method", "label", "sparsity_target", "sparsity_realized", "bytes_share"]
 
@@ -198,7 +199,7 @@ def is_shape_of(results: Results, shape: str, model: str) -> bool:
         config = results.manifest.get("config") or {}
         ids = [one.get("id") for one in config.get("models") or [] if isinstance(one, dict)]
         return ids == ["embedded"]
-    return bool(shape) and model.lower().startswith(shape.lower())
+    return bool(shape) and own_name(model).lower().startswith(shape.lower())
 
 
 def sparsity_per_layer(material: Material) -> pd.DataFrame:

@@ -17,6 +17,7 @@ PROBES = (
     "deterministic",
     "trace",
 )  # variants that measure what something costs; the tables have them, the figures not
+MARK = "~"  # beside a time whose rounds were disturbed, by the row's reason
 LINE = ["method", "rank", "predictor", "backend", "variant", "clock"]
 
 
@@ -101,7 +102,7 @@ def speed_table(frame: pd.DataFrame) -> str:
         rows = []
         if not dense.empty:
             best = dense.iloc[0]
-            note = f"dense ({best['backend']} {best['variant']}): {microseconds(best['latency_us_median'])} us"
+            note = f"dense ({best['backend']} {best['variant']}): {microseconds(best['latency_us_median'])} us{_mark(best)}"
             rows.append([note, "1.00", fixed(best["efficiency"], 2), *[MISSING] * len(sparsities)])
         for _, line in ok.groupby(LINE, sort=False, dropna=False):
             first = line.iloc[0]
@@ -124,7 +125,12 @@ def _heading(panel: pd.DataFrame) -> str:
 def _speed_cell(row: pd.Series | None) -> str:
     if row is None or not math.isfinite(row["speed_up"]):
         return MISSING
-    return f"{row['speed_up']:.2f} ({fixed(row['efficiency'], 2)})"
+    return f"{row['speed_up']:.2f} ({fixed(row['efficiency'], 2)}){_mark(row)}"
+
+
+def _mark(row: pd.Series) -> str:
+    """What follows the time of a row that is ok, but has a reason to doubt it."""
+    return f" {MARK}" if row["status"] == "ok" and row["reason"] else ""
 
 
 def microseconds(value: float) -> str:
@@ -134,10 +140,11 @@ def microseconds(value: float) -> str:
 
 def _notes(panel: pd.DataFrame) -> str:
     notes: dict[str, list[str]] = {}
-    for _, row in panel[panel["status"] != "ok"].iterrows():
+    for _, row in panel[(panel["status"] != "ok") | (panel["reason"] != "")].iterrows():
         sparsity = "" if np.isnan(row["sparsity_target"]) else f" {row['sparsity_target']:g}"
         reason = str(row["reason"]) or "no reason recorded"
-        notes.setdefault(f"{row['status']} ({row['backend']}): {reason}", []).append(speed_label(row) + sparsity)
+        state = MARK if row["status"] == "ok" else row["status"]
+        notes.setdefault(f"{state} ({row['backend']}): {reason}", []).append(speed_label(row) + sparsity)
     return "".join(f"\n{note}: {shortened(which)}.\n" for note, which in notes.items())
 
 
@@ -152,7 +159,7 @@ def plain_table(frame: pd.DataFrame) -> list[str]:
         rows = [header]
         for _, row in panel.iterrows():
             backend = " ".join(str(row[c]) for c in ("backend", "variant", "clock") if row[c])
-            state = str(row["status"]) + (f": {row['reason']}" if row["status"] != "ok" and row["reason"] else "")
+            state = str(row["status"]) + (f": {row['reason']}" if row["reason"] else "")
             numbers = [fixed(row["sparsity_target"], 2), fixed(row["sparsity_realized"], 3)]
             numbers += [microseconds(row["latency_us_median"]), fixed(row["speed_up"], 2), fixed(row["efficiency"], 2)]
             rows.append([speed_label(row), backend, *numbers, str(row["check"]) or MISSING, state])
@@ -183,7 +190,12 @@ def speed_rows_table(frame: pd.DataFrame) -> str:
             between = f"{fixed(row['speed_up_low'], 2)} to {fixed(row['speed_up_high'], 2)}"
             error = f"{row['max_rel_error']:.1e}" if math.isfinite(row["max_rel_error"]) else MISSING
             cells = [speed_label(row), fixed(row["sparsity_target"], 2), fixed(row["sparsity_realized"], 3), backend]
-            cells += [microseconds(row["latency_us_median"]), quartiles, fixed(row["speed_up"], 2), between]
+            cells += [
+                microseconds(row["latency_us_median"]) + _mark(row),
+                quartiles,
+                fixed(row["speed_up"], 2),
+                between,
+            ]
             cells += [fixed(row["bytes_share"], 3), fixed(row["bound"], 2), fixed(row["efficiency"], 2)]
             rows.append([*cells, fixed(row["extra_memory_mib"], 1), error, str(row["against"]) or MISSING])
         text += f"### {_heading(panel)}\n\n" + (markdown_table(columns, rows) if rows else "") + _notes(panel) + "\n"

@@ -40,3 +40,8 @@ def signed(interval: Interval | None, scale: float = 100.0, digits: int = 1) -> 
 def shortened(names: Sequence[str], most: int = 4) -> str:
     """Names in a row, the rest as a count."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def own_name(model: str) -> str:
+    """A model's name without the owner, folder or revision that tells it from others of the run."""
+    return model.partition("@")[0].rpartition("/")[2]

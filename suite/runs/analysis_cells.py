@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from suite.config import AnalysisConfig, MatrixConfig, ModelConfig, TaskConfig
 from suite.errors import InputError
 from suite.evaluation.tasks import DECODE_PERPLEXITY
-from suite.runs.cells import ID_LENGTH, World
+from suite.runs.cells import ID_LENGTH, PreparedTask, World, prepare_task
 from suite.runs.store import sha256_of
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class AnalysisCell:
     task: TaskSpec
     config: AnalysisConfig
     key_fields: Mapping[str, Any]
+    problem: str = ""  # as of an accuracy cell
 
     kind = "analysis"
     fit = None
@@ -65,17 +66,19 @@ def expand_analysis(config: MatrixConfig, world: World) -> list[AnalysisCell]:
     Raises
     ------
     InputError
-        The text is no text of decode_perplexity, or cannot be found.
+        The text is no text of decode_perplexity.
     """
     if config.analysis is None:
         return []
     if not config.analysis.text.startswith(DECODE_PERPLEXITY):
         raise InputError(f"analysis.text {config.analysis.text!r}: must be {DECODE_PERPLEXITY} or one of its texts")
-    task = world.task(TaskConfig(name=config.analysis.text, limit=config.analysis.documents))
+    wanted = TaskConfig(name=config.analysis.text, limit=config.analysis.documents)
+    task = prepare_task(wanted, world, "analysis.text")
     return [_cell(config.analysis, model, task, world) for model in config.models]
 
 
-def _cell(analysis: AnalysisConfig, model: ModelConfig, task: TaskSpec, world: World) -> AnalysisCell:
+def _cell(analysis: AnalysisConfig, model: ModelConfig, prepared: PreparedTask, world: World) -> AnalysisCell:
+    task = prepared.spec
     return AnalysisCell(
         model=model.id,
         model_name=world.model_name(model.id),
@@ -88,9 +91,10 @@ def _cell(analysis: AnalysisConfig, model: ModelConfig, task: TaskSpec, world: W
             "weights": world.weights(model.id),
             "dtype": model.dtype,
             **analysis.model_dump(),
-            "task": {"name": task.name, "options": dict(task.options), "data": world.data(task)},
+            "task": {"name": task.name, "options": dict(task.options), "data": prepared.data},
             "device": world.device.type,
             "versions": world.versions("accuracy"),
             "code": world.code("analysis", ""),
         },
+        problem=prepared.problem,
     )

@@ -9,16 +9,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from suite import schema
+from suite.errors import InputError
 from suite.evaluation.results import WEIGHT
 from suite.registry import method_class
 from suite.runs.cells import AccuracyCell
+from suite.runs.matrix import Matrix
 from suite.runs.provenance import Scrubber
-from suite.runs.runner import Matrix
 from suite.runs.store import Record, canonical
-from suite.statistics import paired_delta, resampling_group
+from suite.statistics import paired_delta, paired_delta_of_resampled, resampling_group
 
 Row = dict[str, Any]
 _ANALYSIS_FILES = {"cif_caf.csv": schema.CIF_CAF, "activations.csv": schema.ACTIVATIONS}
+_OF_THE_KEY = ("device_name", "driver_version")  # measured rows have them too, the driver of a CPU as ""
 _NOT_RUN = {"status": "missing", "reason": "not run yet: run the same command again"}
 
 
@@ -151,6 +153,8 @@ class Assembly:
         if dense is None or record is None or record["status"] != "ok" or cell.mode == "none":
             return {}
         metric = str(row["metric"])
+        if row.get("aggregation"):
+            return self._resampled_delta(cell, dense, row)
         for name in (f"{metric},{row.get('filter')}", metric):
             own, base = (self._samples_of(c).get(name, {}) for c in (cell, dense))
             if own and own.keys() == base.keys():
@@ -169,6 +173,22 @@ class Assembly:
         )
         return {"delta_dense": delta, "delta_ci_low": low, "delta_ci_high": high}
 
+    def _resampled_delta(self, cell: AccuracyCell, dense: AccuracyCell, row: Row) -> Row:
+        """The same where an aggregation makes the value: resampled when the cells ran, both on the same documents."""
+        record = self._records[dense.key]
+        same = ("metric", "filter", "aggregation", "n_samples")
+        base = [r for r in record["rows"] if all(r.get(c) == row.get(c) for c in same)] if record else []
+        if not base or self._documents_of(cell) != self._documents_of(dense):
+            return {}
+        found = paired_delta_of_resampled(
+            row["value"], row.get("resampled"), base[0]["value"], base[0].get("resampled")
+        )
+        return dict(zip(("delta_dense", "delta_ci_low", "delta_ci_high"), found, strict=True))
+
+    def _documents_of(self, cell: AccuracyCell) -> list[list[str]]:
+        record = self._records[cell.key]
+        return [sample[:2] for sample in record["samples"]] if record else []
+
     def _samples_of(self, cell: AccuracyCell) -> dict[str, dict[str, float]]:
         """Value by document by metric; a metric whose documents come twice (two filters) is left out."""
         if cell.key not in self._samples:
@@ -176,6 +196,8 @@ class Assembly:
             found: dict[str, dict[str, float]] = {}
             twice = set()
             for document, metric, value in record["samples"] if record else []:
+                if isinstance(value, str):  # an item, which only its aggregation understands
+                    continue
                 values = found.setdefault(metric, {})
                 if document in values:
                     twice.add(metric)
@@ -187,13 +209,17 @@ class Assembly:
         for cell in sorted(self._accuracy, key=lambda cell: cell.id):
             record = self._records[cell.key]
             if record is not None and record["status"] == "ok":
+                choices = record.get("choices", {})
                 for document, metric, value in record["samples"]:
+                    n_choices, n_gold = choices.get(document, (None, None))
                     yield {
                         "cell_id": cell.id,
                         "task": cell.task.name,
                         "doc_id": document,
                         "metric": metric,
-                        "value": value,
+                        "item" if isinstance(value, str) else "value": value,
+                        "n_choices": n_choices,
+                        "n_gold": n_gold,
                     }
 
     def _sparsity_rows(self) -> Iterable[Row]:
@@ -235,7 +261,7 @@ class Assembly:
             if record is None:
                 rows.append(fields | _NOT_RUN)
                 continue
-            measured = record["rows"][0] if record["rows"] else {}
+            measured = _measured(cell.label, fields, record["rows"][0] if record["rows"] else {})
             status = {"status": record["status"], "reason": self._scrub.text(record["reason"])}
             rows.append(fields | measured | common | status)
         return rows
@@ -249,6 +275,26 @@ class Assembly:
             parts = measured.get(name) or []
             found += [{"cell_id": cell.id, **part} for part in ([parts] if isinstance(parts, dict) else parts)]
         return found
+
+
+def _measured(label: str, fields: Row, row: Row) -> Row:
+    """What a timing adds to the fields of its cell: all but the device, whose driver the key alone knows on a CPU.
+
+    None on either side is no answer: a GPU row has no threads, and a predictor's rank may be known only once it is made.
+
+    Raises
+    ------
+    InputError
+        The row says of the case something else than its key.
+    """
+    row = {name: value for name, value in row.items() if name not in _OF_THE_KEY}
+    for name in fields.keys() & row.keys():
+        if fields[name] is not None and row[name] is not None and fields[name] != row[name]:
+            raise InputError(
+                f"stored cell of {label}: {name} {row[name]!r} was measured, its key says {fields[name]!r}; "
+                "run it again with --rerun all"
+            )
+    return row
 
 
 def _realized(cell: AccuracyCell, record: Record) -> float | None:
@@ -273,7 +319,7 @@ def _sorted(rows: list[Row], columns: Sequence[str]) -> list[Row]:
     names = [
         *("model", "dtype", "task", "level", "model_shape", "batch_size", "threads", "scope", "method", "mode"),
         *("sparsity_target", "estimator", "calibration", "backend", "variant", "clock", "seed", "filter", "metric"),
-        *("num_fewshot", "limit", "cell_id"),
+        *("context_tokens", "predictor", "rank", "cache", "num_fewshot", "limit", "cell_id"),
     ]
     present = [name for name in names if name in columns]
 

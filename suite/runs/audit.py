@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from suite.errors import InputError
 from suite.evaluation.results import WEIGHT
@@ -42,16 +42,36 @@ def table_problems(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def read_samples(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
-    """Value by document by (cell, metric)."""
-    samples: dict[tuple[str, str], dict[str, float]] = {}
+class SampleFile(NamedTuple):
+    """samples.csv.gz: values by document, and items as JSON, by (cell, metric); chance of each document by cell."""
+
+    values: dict[tuple[str, str], dict[str, float]]
+    items: dict[tuple[str, str], list[str]]
+    chances: dict[str, dict[str, float]]
+
+
+def read_samples(folder: Path) -> SampleFile:
+    """Read samples.csv.gz.
+
+    Raises
+    ------
+    InputError
+        A file or a row that is not of this suite.
+    """
+    found = SampleFile({}, {}, {})
     for line, row in enumerate(read_rows(folder, "samples.csv.gz"), 2):
         try:
-            value = float(row["value"])
-            samples.setdefault((row["cell_id"], row["metric"]), {})[row["doc_id"]] = value
-        except (KeyError, ValueError) as error:
+            key = row["cell_id"], row["metric"]
+            if row.get("n_choices"):
+                chance = int(row["n_gold"]) / int(row["n_choices"])
+                found.chances.setdefault(key[0], {})[row["doc_id"]] = chance
+            if row.get("item"):
+                found.items.setdefault(key, []).append(row["item"])
+            else:
+                found.values.setdefault(key, {})[row["doc_id"]] = float(row["value"])
+        except (ArithmeticError, KeyError, ValueError) as error:
             raise InputError(f"{folder / 'samples.csv.gz'} line {line}: {error}; it is not of this suite") from error
-    return samples
+    return found
 
 
 def _layers(folder: Path) -> dict[str, list[Row]]:
@@ -123,10 +143,13 @@ def _same(text: str, value: Any) -> bool:
 
 
 def _accuracy_problems(
-    rows: Sequence[Row], samples: Samples, layers: Mapping[str, Sequence[Row]], manifest: Mapping[str, Any]
+    rows: Sequence[Row],
+    file: SampleFile,
+    layers: Mapping[str, Sequence[Row]],
+    manifest: Mapping[str, Any],
 ) -> Iterator[str]:
     metrics: dict[str, set[str]] = {}
-    for cell_id, metric in samples:
+    for cell_id, metric in (*file.values, *file.items):
         if not metric.endswith(WEIGHT):
             metrics.setdefault(cell_id, set()).add(metric)
     dense = _dense_cells(manifest)
@@ -135,7 +158,8 @@ def _accuracy_problems(
         place, cell_id = f"accuracy.csv line {number}", row["cell_id"]
         if row["status"] != "ok" or cell_id not in manifest["cells"]:
             continue
-        name = next((m for m in (f"{row['metric']},{row['filter']}", row["metric"]) if (cell_id, m) in samples), None)
+        held = file.items if row.get("aggregation") else file.values
+        name = next((m for m in (f"{row['metric']},{row['filter']}", row["metric"]) if (cell_id, m) in held), None)
         yield from _realised_problems(place, row, layers.get(cell_id, []))
         same_task = (row["task"], row["data_fingerprint"], row["limit"], row["metric"], row["filter"])
         chance = chances.setdefault(same_task, row["chance"])
@@ -145,7 +169,12 @@ def _accuracy_problems(
             yield f"{place}: {row['metric']} has no samples"
             continue
         metrics[cell_id].discard(name)
-        yield from _sample_problems(place, row, samples, name, dense.get(_base(manifest, cell_id)))
+        if row["chance"] and (found := file.chances.get(cell_id)):
+            yield from _differs(place, row, "chance", sum(found.values()) / len(found), "its choices give")
+        if row.get("aggregation"):
+            yield from _item_problems(place, row, file.items[cell_id, name])
+            continue
+        yield from _sample_problems(place, row, file.values, name, dense.get(_base(manifest, cell_id)))
     for cell_id, left in metrics.items():
         if left:
             yield f"samples.csv.gz: {', '.join(sorted(left))} of cell {cell_id} has no row in accuracy.csv"
@@ -161,6 +190,16 @@ def _base(manifest: Mapping[str, Any], cell_id: str) -> str:
 def _dense_cells(manifest: Mapping[str, Any]) -> dict[str, str]:
     cells = {c: key_fields(manifest, c) for c, cell in manifest["cells"].items() if cell["kind"] == "accuracy"}
     return {_base(manifest, c): c for c, fields in cells.items() if fields["mode"] == "none"}
+
+
+def _item_problems(place: str, row: Row, items: Sequence[str]) -> Iterator[str]:
+    """Count and value of a metric that lm-eval's aggregation makes of items; a task's own function is not run."""
+    from suite.evaluation.metrics import aggregate_items  # imports lm_eval
+
+    yield from _differs(place, row, "n_samples", len(items), "its samples are")
+    value = aggregate_items(row["aggregation"], items)
+    if value is not None:
+        yield from _differs(place, row, "value", value, "its samples give")
 
 
 def _sample_problems(place: str, row: Row, samples: Samples, name: str, dense: str | None) -> Iterator[str]:

@@ -17,14 +17,13 @@ from suite.config import (
     TaskConfig,
 )
 from suite.errors import InputError, named
-from suite.evaluation.tasks import ROLLING_TASKS
+from suite.evaluation.tasks import ROLLING_TASKS, TaskSpec
 from suite.fitting.options import PredictorOptions
 from suite.registry import get_method, method_class
 from suite.runs.guard import refuse_evaluated_text
 from suite.runs.store import canonical, sha256_of
 
 if TYPE_CHECKING:
-    from suite.evaluation.tasks import TaskSpec
     from suite.methods.base import Mode
     from suite.runs.provenance import Device
 
@@ -40,6 +39,9 @@ class World(Protocol):
 
     def speed_device(self, kind: str) -> Device | None:
         """Device that speed cases of a kind, cpu or cuda, run on; None if there is none."""
+
+    def openmp_waiting(self) -> str:
+        """How the threads of a CPU wait for work, which decides times of microseconds."""
 
     def model_name(self, spec: str) -> str:
         """Short name of a model for the tables."""
@@ -64,6 +66,15 @@ class World(Protocol):
 
     def code(self, kind: str, method: str) -> str:
         """Hash of the code that decides numbers of a kind with a method."""
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task with the fingerprint of its data, or the problem why it has none."""
+
+    spec: TaskSpec
+    data: str
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,7 @@ class AccuracyCell:
     fit: FitRequest | None
     fit_key: str | None
     key_fields: Mapping[str, Any]
+    problem: str = ""  # why the task cannot be prepared: the cell fails with this reason and nothing is loaded for it
 
     kind = "accuracy"
 
@@ -162,7 +174,7 @@ def expand(config: MatrixConfig, world: World) -> list[AccuracyCell]:
                 cells.append(cell)
             elif cell.mode != "none":
                 raise InputError(f"duplicate cell in {earlier[0]} and {place}: {cell.label}; name each setting once")
-    refuse_evaluated_text(cells)
+    refuse_evaluated_text([cell for cell in cells if not cell.problem])
     rank = {key: number for number, key in enumerate(dict.fromkeys((*c.load_group, c.seed, c.base) for c in cells))}
     return sorted(cells, key=lambda c: (rank[(*c.load_group, c.seed, c.base)], c.mode != "none"))
 
@@ -170,14 +182,33 @@ def expand(config: MatrixConfig, world: World) -> list[AccuracyCell]:
 def _block_cells(
     config: MatrixConfig, world: World, model: ModelConfig, seed: int, block: AccuracyBlock, place: str
 ) -> Iterator[AccuracyCell]:
-    with named(f"{place}.tasks"):
-        tasks = [world.task(task) for task in world.members(block.tasks)]
-    for task in tasks:
-        scopes = _scopes(task, block)
+    for task_config in world.members(block.tasks):
+        prepared = prepare_task(task_config, world, f"{place}.tasks")
+        scopes = _scopes(prepared.spec, block)
         for method, mode, sparsity, fit in _settings(block, config, model, seed, place):
             own_scopes: list[CellScope] = [""] if mode == "none" else [*scopes]
             for scope in own_scopes:
-                yield _cell(config, world, model, seed, task, method, mode, sparsity, fit, scope)
+                yield _cell(config, world, model, seed, prepared, method, mode, sparsity, fit, scope)
+
+
+def prepare_task(config: TaskConfig, world: World, place: str) -> PreparedTask:
+    """Find a task and read its data; where that fails, the reason stands in for both."""
+    # it is in the cell's key, which no task that was prepared has: with its data mended, the cell is another one
+    bare = TaskSpec(
+        config.name,
+        "hub" if config.source == "auto" else config.source,
+        config.num_fewshot,
+        config.limit,
+        {},
+        config.options,
+    )
+    spec = None
+    try:
+        with named(place):
+            spec = world.task(config)
+            return PreparedTask(spec, world.data(spec))
+    except InputError as error:
+        return PreparedTask(spec or bare, "", str(error))
 
 
 def _scopes(task: TaskSpec, block: AccuracyBlock) -> list[Scope]:
@@ -234,6 +265,9 @@ def _check_params(method: MethodConfig, place: str) -> None:
         canonical(method.params)
     except (TypeError, ValueError) as error:
         raise InputError(f"{place}: params of method {method.name!r}: {error}; use numbers, texts, lists") from error
+    seed = method.params.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(f"{place}: seed {seed!r} of method {method.name!r}: must be a whole number, 0 or more")
 
 
 def _cell(
@@ -241,7 +275,7 @@ def _cell(
     world: World,
     model: ModelConfig,
     seed: int,
-    task: TaskSpec,
+    prepared: PreparedTask,
     method: MethodConfig,
     mode: Mode,
     sparsity: float,
@@ -249,6 +283,7 @@ def _cell(
     scope: CellScope,
 ) -> AccuracyCell:
     fit_key = world.fit_key(request) if request else None
+    task = prepared.spec
     return AccuracyCell(
         model=model.id,
         model_name=world.model_name(model.id),
@@ -280,7 +315,7 @@ def _cell(
                 "num_fewshot": task.num_fewshot,
                 "limit": task.limit,
                 "options": dict(task.options),
-                "data": world.data(task),
+                "data": prepared.data,
             }
             | ({"chat": dict(task.chat)} if task.chat else {}),
             "batch_size": config.batch_size,
@@ -289,4 +324,5 @@ def _cell(
             "versions": world.versions("accuracy"),
             "code": world.code("accuracy", method.name),
         },
+        problem=prepared.problem,
     )

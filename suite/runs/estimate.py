@@ -16,8 +16,8 @@ from suite import settings
 from suite.evaluation.tasks import LOCAL_TASKS, OWN_EXAMPLES
 from suite.runs.analysis_cells import AnalysisCell
 from suite.runs.cells import AccuracyCell, FitRequest
+from suite.runs.matrix import Matrix, ModelCell
 from suite.runs.provenance import Device
-from suite.runs.runner import Matrix, ModelCell
 from suite.runs.speed_cells import TimedCell
 from suite.runs.store import CellStore, Record, canonical
 
@@ -53,6 +53,9 @@ class Models(Protocol):
     def model(self, spec: str) -> ModelRef:
         """Resolve a model without loading it."""
 
+    def model_name(self, spec: str) -> str:
+        """Name of a model in the tables."""
+
     def speed_device(self, kind: str) -> Device | None:
         """Device that speed cases of a kind run on."""
 
@@ -76,15 +79,15 @@ def estimate(matrix: Matrix, store: CellStore, world: Models, results: Path) -> 
     """Look at every cell of a matrix without running any."""
     records = {key: store.get(key) for key in matrix.keys}
     states = [record["status"] if record else "missing" for record in records.values()]
-    todo = [cell for cell in matrix.accuracy if records[cell.key] is None]
+    todo = [cell for cell in matrix.accuracy if records[cell.key] is None and not cell.problem]
     known = _known_seconds(matrix, records)
-    of_models = [cell for cell in matrix.of_models if records[cell.key] is None]
+    of_models = [cell for cell in matrix.of_models if records[cell.key] is None and not cell.problem]
     seconds = sum(known.get(_like(cell)) or cell_seconds(cell, world) for cell in todo)
-    seconds += sum(_analysis_seconds(cell, world) for cell in matrix.analysis if records[cell.key] is None)
+    seconds += sum(_analysis_seconds(cell, world) for cell in of_models if isinstance(cell, AnalysisCell))
     seconds += sum(_fit_seconds(fit, world) for fit in _missing_fits(matrix, results))
     seconds += sum(_speed_seconds(cell, world) for cell in matrix.speed if records[cell.key] is None)
     missing: list[str] = []
-    blocking: list[str] = []
+    blocking = list(dict.fromkeys(cell.problem for cell in matrix.of_models if cell.problem))
     download = 0.0
     for spec in dict.fromkeys(cell.model for cell in of_models):
         ref = world.model(spec)
@@ -216,7 +219,7 @@ def describe(found: Estimate, matrix: Matrix, world: Models) -> Sequence[str]:
     for spec in dict.fromkeys(cell.model for cell in matrix.of_models):
         ref = world.model(spec)
         state = "ready" if ref.available and ref.path is not None else "not on disk"
-        lines.append(f"model     {ref.name} ({ref.kind}): {state}")
+        lines.append(f"model     {world.model_name(spec)} ({ref.kind}): {state}")
     for task in _tasks(matrix):
         limit = "all documents" if task.limit is None else f"{task.limit} documents"
         lines.append(f"task      {task.name}: {limit}, data from {task.source}{_shots(task)}{_chat(task)}")
@@ -245,4 +248,6 @@ def _chat(task: TaskSpec) -> str:
 
 
 def _tasks(matrix: Matrix) -> list[TaskSpec]:
-    return list({canonical(cell.key_fields["task"]): cell.task for cell in matrix.accuracy}.values())
+    return list(
+        {canonical(cell.key_fields["task"]): cell.task for cell in matrix.accuracy if not cell.problem}.values()
+    )

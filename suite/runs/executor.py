@@ -12,7 +12,8 @@ from suite.errors import InputError
 from suite.registry import get_method
 from suite.runs.analysis_cells import AnalysisCell
 from suite.runs.cells import AccuracyCell, FitRequest
-from suite.runs.runner import ModelCell, Outcome
+from suite.runs.matrix import ModelCell
+from suite.runs.runner import Outcome
 from suite.runs.speed_cells import TimedCell
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class LocalSession:
         predictor = _predictor_rows(state)
         shared = {name: predictor[0][name] for name in ("rank", "predictor_share")} if predictor else {}
         rows = [row | shared for row in _rows(result)]
-        return Outcome(rows, [_layer(layer) for layer in layers], list(result.samples), predictor)
+        return Outcome(rows, [_layer(layer) for layer in layers], list(result.samples), predictor, result.choices)
 
     def analyse(self, cell: AnalysisCell) -> Outcome:
         """Analyse the model of one cell."""
@@ -211,6 +212,9 @@ def _rows(result: TaskResult) -> list[dict[str, Any]]:
             "value": metric.value,
             "stderr": metric.stderr,
             "chance": metric.chance,
+            "aggregation": metric.aggregation,
+            "resampled": metric.resampled,
+            "reason": metric.reason,
         }
         for metric in result.metrics
     ]

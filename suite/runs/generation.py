@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,12 +66,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Generated:
-    """Text made, new tokens, decode speed, and realised sparsity (None for dense)."""
+    """Text made, new tokens, decode speed (None: no step to time), realised sparsity (None: dense, or no sparse token)."""
 
     method: str
     text: str
     n_tokens: int
-    tokens_per_s: float
+    tokens_per_s: float | None
     sparsity: float | None
 
 
@@ -188,10 +189,10 @@ class _Clock:
         """No more."""
 
     @property
-    def tokens_per_s(self) -> float:
-        """Decode steps per second: without the prefill, which makes the first token."""
+    def tokens_per_s(self) -> float | None:
+        """Decode steps per second: without the prefill, which makes the first token; None if nothing came after it."""
         times = self.times[1:]
-        return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else float("nan")
+        return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
 
 
 def _timed(loaded: LoadedModel, ids: Any, request: Request, name: str, attached: Any = None) -> Generated:
@@ -211,4 +212,5 @@ def _timed(loaded: LoadedModel, ids: Any, request: Request, name: str, attached:
     new = out[0, ids.shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
     text = text[: min((at for stop in request.stop if (at := text.find(stop)) >= 0), default=len(text))]
-    return Generated(name, text, len(new), clock.tokens_per_s, None if attached is None else attached.realized)
+    realized = math.nan if attached is None else attached.realized
+    return Generated(name, text, len(new), clock.tokens_per_s, None if math.isnan(realized) else realized)

@@ -11,18 +11,19 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from suite import __version__
+from suite import __version__, manifest_file
+from suite.code import ENTRIES, code_hash
 from suite.config import MatrixConfig
 from suite.errors import InputError
 from suite.files import refuse_links
 from suite.fitting.calibration import Calibration
+from suite.manifest_file import NAME, whole
 from suite.runs import provenance
-from suite.runs.runner import Matrix, ModelCell
+from suite.runs.matrix import Matrix, ModelCell
 from suite.runs.speed_cells import TimedCell
 from suite.runs.store import Record, sha256_of, write_atomically
 from suite.schema import SCHEMA_VERSION
 
-NAME = "manifest.json"
 # What runs and reports write; whatever else lies in a run folder is the user's: never removed, and a problem to verify.
 _OWN = re.compile(
     r"REPORT\.md|[a-z_]+\.csv|samples\.csv\.gz|logs/[0-9a-f]{16}\.txt|tables/\w+\.md|figures/\w+\.(csv|png|svg)",
@@ -57,13 +58,13 @@ def build_manifest(
         "config": resolved,
         "config_sha256": sha256_of(resolved),
         "git": provenance.git_state(),
-        "report_code": provenance.code_hash(provenance.REPORT_ROOMS),
+        "report_code": code_hash(ENTRIES["report"]),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": dict(packages),
         "device": {"type": device.type, "name": device.name, "driver": device.driver},
         "seeds": config.seeds,
-        "models": {c.model_name: {"weights": c.key_fields["weights"], "dtype": c.dtype} for c in matrix.of_models},
+        "models": _models(matrix, scrub),
         "data": {c.task.name: c.key_fields["task"]["data"] for c in matrix.of_models},
         "fits": _fits(matrix, records),
         "in_domain": {scrub.text(s): Calibration(s).in_domain for s in _sources(matrix)},
@@ -89,6 +90,16 @@ def key_fields(manifest: Mapping[str, Any], cell_id: str) -> dict[str, Any]:
     """Key fields of a cell as they were hashed."""
     cell = manifest["cells"][cell_id]
     return {**manifest["key_common"][cell["kind"]], **cell["fields"]}
+
+
+def _models(matrix: Matrix, scrub: provenance.Scrubber) -> dict[str, dict[str, Any]]:
+    """What stands behind each name of the tables: the model as it was named, its weights, the types it was loaded in."""
+    found: dict[str, dict[str, Any]] = {}
+    for cell in matrix.of_models:
+        new = {"id": scrub.text(cell.model), "weights": cell.key_fields["weights"], "dtypes": []}
+        one = found.setdefault(cell.model_name, new)
+        one["dtypes"] = sorted({*one["dtypes"], cell.dtype})
+    return found
 
 
 def _sources(matrix: Matrix) -> list[str]:
@@ -182,55 +193,11 @@ def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Manifest of a run folder.
+    """Manifest of a run folder, with all that the keys of its cells are made of.
 
     Raises
     ------
     InputError
         No run folder, no or a broken manifest, a newer schema.
     """
-    path = folder / NAME
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        what = "no such folder" if not folder.is_dir() else f"it has no {NAME}"
-        raise InputError(f"{folder} is no run folder: {what}; `countdown-suite ls runs` lists them") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is broken: {error}; run the matrix again to write it anew") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("schema_version"), int):
-        raise InputError(f"{path} is broken: it has no schema_version; run the matrix again to write it anew")
-    missing = [name for name in ("run_id", "config", "cells", "key_common") if name not in manifest]
-    if manifest["schema_version"] <= SCHEMA_VERSION and missing:
-        raise InputError(f"{path} is broken: it has no {missing[0]}; run the matrix again to write it anew")
-    _check_types(manifest, path)
-    if manifest["schema_version"] > SCHEMA_VERSION:
-        raise InputError(
-            f"{path} has schema {manifest['schema_version']}, this version reads up to {SCHEMA_VERSION}: "
-            "update countdown-suite"
-        )
-    return manifest
-
-
-_TABLES = ("config", "cells", "key_common", "files", "measured", "models")
-
-
-def _check_types(manifest: Mapping[str, Any], path: Path) -> None:
-    """Refuse a manifest with a text where a table belongs: nothing that reads it asks again."""
-    cells = manifest.get("cells")
-    cells = cells if isinstance(cells, Mapping) else {}
-    wrong = [name for name in _TABLES if name in manifest and not isinstance(manifest[name], (Mapping, type(None)))]
-    wrong += [f"cells.{n}" for n, cell in cells.items() if not isinstance(cell, Mapping)]
-    wrong += [
-        f"cells.{n}.{field}"
-        for n, cell in cells.items()
-        if isinstance(cell, Mapping)
-        for field, kind in (("kind", str), ("status", str), ("fields", Mapping))
-        if not isinstance(cell.get(field), kind)
-    ]
-    wrong += (
-        [f"key_common.{k}" for k, v in (manifest.get("key_common") or {}).items() if not isinstance(v, Mapping)]
-        if not wrong
-        else []
-    )
-    if wrong:
-        raise InputError(f"{path} is broken: {wrong[0]} is not of the type it must be; run the matrix again")
+    return whole(manifest_file.read_manifest(folder), folder)

@@ -1,10 +1,8 @@
-"""Where a number comes from: versions, code, git, device; and texts without the paths of a machine. Loads no torch."""
+"""Where a number comes from: versions, git, device; and texts without the paths of a machine. Loads no torch."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -21,13 +19,6 @@ import psutil
 from suite import settings
 from suite.errors import InputError
 
-Rooms = tuple[str, ...]
-# Beside these the file of the cell's own method: a method that is added leaves the cells of the others as they are.
-_SELECTION: Rooms = ("suite.methods.base", "suite.modeling", "kernels_numba.gpu.topk")
-ACCURACY_ROOMS: Rooms = (*_SELECTION, "suite.fitting", "suite.evaluation")
-ANALYSIS_ROOMS: Rooms = ("suite.methods", "baselines", *_SELECTION, "suite.analysis")
-SPEED_ROOMS: Rooms = (*_SELECTION, "suite.speed", "kernels_numba")
-REPORT_ROOMS: Rooms = ("suite.report", "suite.statistics", "suite.schema")
 ACCURACY_PACKAGES = ("torch", "transformers", "lm_eval")
 SPEED_PACKAGES = ("torch", "numba", "numba-cuda")
 _MANIFEST_PACKAGES = (
@@ -48,23 +39,6 @@ def version(package: str) -> str:
 def versions(packages: Iterable[str] = _MANIFEST_PACKAGES) -> dict[str, str]:
     """Versions by distribution name."""
     return {package: version(package) for package in packages}
-
-
-@cache
-def code_hash(modules: Rooms) -> str:
-    """First 16 hex digits of the SHA-256 over the Python files of packages and modules, by their relative names."""
-    digest = hashlib.sha256()
-    for module in modules:
-        spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin is None:
-            raise InputError(f"module {module!r} cannot be found: reinstall countdown-suite")
-        origin = Path(spec.origin)
-        is_package = spec.submodule_search_locations is not None
-        files = sorted(origin.parent.rglob("*.py")) if is_package else [origin]
-        for file in files:
-            name = f"{module}/{file.relative_to(origin.parent).as_posix()}"
-            digest.update(name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

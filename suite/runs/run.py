@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from suite.runs import provenance
 from suite.runs.analysis_cells import expand_analysis
 from suite.runs.cells import World, expand
 from suite.runs.manifest import build_manifest, is_same, manifest_bytes, owned, sealed_later
-from suite.runs.runner import Executor, Matrix, Rerun, Runner, Say
+from suite.runs.matrix import Matrix
+from suite.runs.runner import Executor, Rerun, Runner, Say
 from suite.runs.speed_cells import expand_speed
 from suite.runs.store import CellStore, write_atomically
 
@@ -61,11 +63,14 @@ def plan(config: MatrixConfig, world: World) -> Matrix:
     Raises
     ------
     InputError
-        Something in the matrix is wrong, or it has no cells.
+        Something in the matrix is wrong, it has no cells, or no task of any cell can be prepared.
     """
     matrix = Matrix(expand(config, world), expand_speed(config, world), expand_analysis(config, world))
     if not matrix.keys:
         raise InputError(f"matrix {config.name!r} has no cells: give methods, sparsities and tasks or shapes")
+    problems = [cell.problem for cell in matrix.cells]
+    if all(problems):
+        raise InputError(" | ".join(dict.fromkeys(problems)))
     return matrix
 
 
@@ -112,9 +117,11 @@ def run(
     _refuse_foreign(folder)
     try:
         runner.run()
-    except KeyboardInterrupt:
-        done = _write(config, world, matrix, store, folder, options)
-        say(f"interrupted: {done.n_ok + done.n_skipped} of {len(matrix.keys)} cells are finished and kept in {folder}")
+    except (KeyboardInterrupt, InputError) as stop:
+        if isinstance(stop, KeyboardInterrupt) or any(map(store.get, matrix.keys)):
+            done = _write(config, world, matrix, store, folder, options)
+            what = "stopped" if isinstance(stop, InputError) else "interrupted"
+            say(f"{what}: {done.n_ok + done.n_skipped} of {len(matrix.keys)} cells are finished and kept in {folder}")
         raise
     return _write(config, world, matrix, store, folder, options, report)
 
@@ -147,6 +154,15 @@ def _refuse_foreign(folder: Path) -> None:
         ) from error
 
 
+def _model_folders(config: MatrixConfig) -> list[tuple[str, Path]]:
+    """The folder that holds all models that are given by absolute paths, as ``model_dir``; numbered where none does."""
+    parents = sorted({Path(model.id).parent for model in config.models if Path(model.id).is_absolute()})
+    shared = {Path(os.path.commonpath(parents))} if parents else set()
+    if shared and shared != {Path(parents[0].anchor)}:
+        return [("model_dir", folder) for folder in shared]
+    return [(f"model_dir_{number}", folder) for number, folder in enumerate(parents, 1)]
+
+
 def _remove_stale(folder: Path, mine: frozenset[str], files: Mapping[str, bytes]) -> None:
     """Remove logs and CSVs of an earlier writing of the same run, and what a killed process left of one."""
     for path in folder.rglob("*"):
@@ -173,7 +189,7 @@ def _write(
             ("results_dir", options.results),
             ("data_dir", config.data_dir),
             ("include_path", config.include_path),
-            *(("model_dir", Path(model.id).parent) for model in config.models if Path(model.id).is_absolute()),
+            *_model_folders(config),
         ]
     )
     run_id = folder.resolve().name

@@ -15,28 +15,30 @@ from typing import Any, Literal, Protocol
 
 from tqdm import tqdm
 
-from suite.errors import InputError
+from suite.errors import InputError, TaskInputError
 from suite.runs.analysis_cells import AnalysisCell
 from suite.runs.cells import AccuracyCell, FitRequest
+from suite.runs.matrix import Matrix, ModelCell
 from suite.runs.speed_cells import TimedCell
 from suite.runs.store import CellStore, Record, StoreFullError, finite, sha256_of
 
 Rerun = Literal["missing", "failed", "all", "none"]
 Say = Callable[[str], None]
-ModelCell = AccuracyCell | AnalysisCell  # what needs a loaded model
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What one accuracy cell yields: partial CSV rows, one per metric; sparsity per layer; samples per document.
 
+    ``choices`` are the number of choices and of right ones by document of a multiple choice task.
     ``predictor`` describes the predictor that was used: partial rows of predictor.csv, one per layer.
     """
 
     rows: list[dict[str, Any]]
     sparsity: list[dict[str, Any]] = field(default_factory=list)
-    samples: list[tuple[str, str, float]] = field(default_factory=list)
+    samples: list[tuple[str, str, float | str]] = field(default_factory=list)
     predictor: list[dict[str, Any]] = field(default_factory=list)
+    choices: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Session(Protocol):
@@ -62,43 +64,6 @@ class Executor(Protocol):
 
     def time(self, cells: Sequence[TimedCell], fits: Path) -> list[dict[str, Any]]:
         """Time the cells of one group interleaved, with their fits; one partial speed row a cell, in order."""
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """The cells of a run."""
-
-    accuracy: Sequence[AccuracyCell]
-    speed: Sequence[TimedCell]
-    analysis: Sequence[AnalysisCell] = ()
-
-    @property
-    def of_models(self) -> list[ModelCell]:
-        """Cells that need a model, those of one model side by side."""
-        cells: list[ModelCell] = [*self.accuracy, *self.analysis]
-        rank = {group: number for number, group in enumerate(dict.fromkeys(cell.load_group for cell in cells))}
-        return sorted(cells, key=lambda cell: rank[cell.load_group])
-
-    @property
-    def cells(self) -> list[ModelCell | TimedCell]:
-        """All cells."""
-        return [*self.accuracy, *self.speed, *self.analysis]
-
-    @property
-    def fitted(self) -> list[AccuracyCell | TimedCell]:
-        """Cells that need a fit, of quality and of speed."""
-        cells: list[AccuracyCell | TimedCell] = [*self.accuracy, *self.speed]
-        return [cell for cell in cells if cell.fit_key]
-
-    @property
-    def fits(self) -> dict[str, FitRequest]:
-        """Every fit that a cell needs, by its key."""
-        return {cell.fit_key: cell.fit for cell in self.fitted if cell.fit_key and cell.fit}
-
-    @property
-    def keys(self) -> list[str]:
-        """Keys of all cells."""
-        return [cell.key for cell in self.cells]
 
 
 class Runner:
@@ -131,6 +96,7 @@ class Runner:
         self._rerun, self._no_fit, self._say, self._progress = rerun, no_fit, say, progress
         self._fit_sha256: dict[str, str] = {}
         self._seen: dict[str, Any] = {}
+        self._bad_input: dict[str, str] = {}  # reason by key
 
     def run(self) -> None:
         """Compute all cells that need it.
@@ -138,23 +104,27 @@ class Runner:
         Raises
         ------
         InputError
-            Something in the input is wrong; cells finished before are kept.
+            Something in the input is wrong, or no task can be prepared; cells finished before are kept.
         StoreFullError
             The disk is full; cells finished before are kept.
         """
         records = {key: self._store.get(key) for key in self._matrix.keys}
         self._seen = {key: record and record["sha256"] for key, record in records.items()}
         of_models = [cell for cell in self._matrix.of_models if self._is_pending(records[cell.key])]
+        of_models = [cell for cell in of_models if not cell.problem]
         groups = [list(group) for _, group in groupby(self._matrix.speed, key=lambda cell: cell.group)]
         speed = [group for group in groups if any(self._is_pending(records[cell.key]) for cell in group)]
         self._recorded_fits(records, {cell.key for cell in (*of_models, *chain.from_iterable(speed))})
         if self._no_fit:
             self._need_fits([*of_models, *chain.from_iterable(speed)])
+        self._refuse_problems()
         total = len(of_models) + sum(map(len, speed))
         rest, what = total, "to run"
         if self._rerun == "none":
             rest, what = sum(record is None for record in records.values()), "missing"
-        self._say(f"{len(self._matrix.keys)} cells: {len(self._matrix.keys) - rest} cached, {rest} {what}")
+        refused = f", {len(self._bad_input)} without their task" if self._bad_input else ""
+        cached = len(self._matrix.keys) - rest - len(self._bad_input)
+        self._say(f"{len(self._matrix.keys)} cells: {cached} cached, {rest} {what}{refused}")
         if not total:
             return
         quiet_s = 0.1 if sys.stderr.isatty() else 30  # a log file gets a line of progress now and then
@@ -170,6 +140,21 @@ class Runner:
                 self._run_model(list(cells), bar)
             for group in speed:
                 self._run_speed(group, bar)
+        if len(self._bad_input) == len(self._matrix.keys):  # nothing is hidden by stopping
+            raise InputError(" | ".join(dict.fromkeys(self._bad_input.values())))
+
+    def _refuse_problems(self) -> None:
+        """Record the cells whose task cannot be prepared as failed, each time anew: the reason may be another one."""
+        for cell in self._matrix.of_models:
+            if cell.problem and self._rerun == "none":
+                raise InputError(cell.problem)  # its measured cell, if there is one, cannot be found
+            if cell.problem:
+                self._put_bad_input(cell, cell.problem, 0.0)
+
+    def _put_bad_input(self, cell: ModelCell, reason: str, elapsed_s: float) -> None:
+        self._bad_input[cell.key] = reason
+        self._say(f"failed: {cell.label}: {reason}")
+        self._store.put(_record(cell, "failed", reason=reason, bad_input=True, elapsed_s=elapsed_s))
 
     def fit(self) -> None:
         """Make the fits of all cells that are missing; raises what making them raises."""
@@ -186,7 +171,7 @@ class Runner:
     def _is_pending(self, record: Record | None) -> bool:
         if self._rerun == "none":
             return False
-        if record is None or self._rerun == "all":
+        if record is None or self._rerun == "all" or record.get("bad_input"):  # the user may have mended it
             return True
         return record["status"] == "failed" and self._rerun == "failed"
 
@@ -279,6 +264,7 @@ class Runner:
                 sparsity=outcome.sparsity,
                 samples=outcome.samples,
                 predictor=outcome.predictor,
+                choices=outcome.choices,
                 fit_sha256=fit_sha256,
                 elapsed_s=time.perf_counter() - start,
             )
@@ -313,6 +299,8 @@ class Runner:
         start = time.perf_counter()
         try:
             yield
+        except TaskInputError as error:
+            self._put_bad_input(cell, str(error), time.perf_counter() - start)
         except (InputError, StoreFullError):
             raise
         except Exception as error:  # noqa: BLE001  a cell may fail in any way, and the others must still run
@@ -366,7 +354,7 @@ def _later(waiting: list[ModelCell]) -> Iterator[tuple[ModelCell, bool]]:
 
 
 def _record(cell: ModelCell | TimedCell, status: str, *, elapsed_s: float, **values: Any) -> Record:
-    empty: Record = {"reason": "", "rows": [], "sparsity": [], "samples": [], "predictor": []}
+    empty: Record = {"reason": "", "rows": [], "sparsity": [], "samples": [], "predictor": [], "choices": {}}
     empty |= {"fit_sha256": None, "log": ""}
     return {
         **empty,

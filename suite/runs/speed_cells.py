@@ -33,6 +33,7 @@ class TimedCell:
     fit_key: str | None = None
 
     kind = "speed"
+    problem = ""
 
     @property
     def model(self) -> str:
@@ -129,6 +130,7 @@ def _timed(case: SpeedCase, config: MatrixConfig, world: World) -> TimedCell:
             "seed": seed,
             "device_name": device.name if device else "",
             "driver_version": device.driver if device else "",
+            **({"openmp_waiting": world.openmp_waiting()} if case.device == "cpu" else {}),
             "versions": world.versions("speed"),
             "code": world.code("speed", case.method),
         },

@@ -3,7 +3,7 @@
 Layout below the results folder: ``cells/<2 hex>/<key>.json.gz``, locks in ``cells/locks/``. A record is the JSON object
 
     schema_version, key, kind (accuracy|speed), status (ok|failed|skipped), reason, key_fields, rows, sparsity, samples,
-    predictor, fit_sha256, elapsed_s, created, log, sha256 (of everything else)
+    choices, predictor, fit_sha256, elapsed_s, created, log, sha256 (of everything else)
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from suite.runs.audit import RELATIVE, read_samples, table_problems
 from suite.runs.cells import ID_LENGTH, AccuracyCell, World, expand
 from suite.runs.compare import Row, changed, read_rows
 from suite.runs.manifest import file_hashes, key_fields, read_manifest
-from suite.runs.runner import Executor, Matrix, Runner, Say
+from suite.runs.matrix import Matrix
+from suite.runs.runner import Executor, Runner, Say
 from suite.runs.store import CellStore, sha256_of
 from suite.statistics import statistic
 
@@ -74,7 +75,7 @@ def _key_problems(manifest: Mapping[str, Any]) -> list[str]:
 
 def _value_problems(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Rows without a cell, and values that the samples do not give."""
-    samples = read_samples(folder)
+    samples = read_samples(folder).values
     problems = []
     for number, row in enumerate(read_rows(folder, "accuracy.csv"), 2):
         cell = manifest["cells"].get(row["cell_id"])
@@ -109,6 +110,7 @@ def config_of(folder: Path, overrides: Mapping[str, Any], *, allow_code: bool = 
         A placeholder is left, a folder that is no placeholder, or Python that is not allowed.
     """
     data = dict(read_manifest(folder)["config"])
+    build_config(data, str(folder))  # the types of all that is looked at below
     _refuse_folders(folder, data)
     code = sorted(_third_party(data))
     if code and not allow_code:

@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
+from suite import settings
+from suite.code import ANALYSIS, ENTRIES, code_hash, strings_of
 from suite.config import MatrixConfig, TaskConfig
 from suite.errors import InputError
-from suite.evaluation.groups import expand_name
+from suite.evaluation.groups import Leaf, expand_name
 from suite.evaluation.tasks import data_fingerprint, resolve_task
 from suite.registry import METHODS
 from suite.runs import provenance
 from suite.runs.cells import FitRequest
+from suite.speed.model_shapes import has_weights
 
 if TYPE_CHECKING:
     from suite.evaluation.tasks import TaskSpec
@@ -39,6 +42,7 @@ class LocalWorld:
         self.device = provenance.device(config.device)
         self.model = cache(self._model)
         self.weights = cache(self._weights)
+        self._names = cache(self._distinct_names)
         self.calibration = cache(self._calibration)
         self.calibration_fingerprint = cache(lambda source, tokens: self.calibration(source, tokens).fingerprint())
         self._leaves = cache(lambda name, include_path: expand_name(name, include_path).tasks)
@@ -79,23 +83,42 @@ class LocalWorld:
         """Device that speed cases of a kind run on, whatever the device of the accuracy cells; None if there is none."""
         return provenance.cpu() if kind == "cpu" else provenance.gpu()
 
+    def openmp_waiting(self) -> str:
+        """How this process's threads wait for work."""
+        return settings.openmp_waiting()
+
     def model_name(self, spec: str) -> str:
-        """Short name of a model for the tables."""
-        return self.model(spec).name
+        """Short name of a model for the tables, which no other model of the matrix has."""
+        return self._names()[spec]
+
+    def _distinct_names(self) -> dict[str, str]:
+        from suite.modeling.names import distinct_names
+
+        timed = [shape for block in self.config.speed for shape in block.shapes if has_weights(shape)]
+        return distinct_names([self.model(spec) for spec in [*(m.id for m in self.config.models), *timed]])
 
     def members(self, tasks: Sequence[TaskConfig]) -> list[TaskConfig]:
         """Tasks with every group, tag and pattern replaced by its tasks; what a group has in common with them once."""
         found: list[TaskConfig] = []
         for task in tasks:
-            for leaf in self._leaves(task.name, None if task.source == "hub" else self.config.include_path):
+            try:
+                leaves = self._leaves_of(task)
+            except InputError:  # which `task` raises again, for this task alone
+                found.append(task)
+                continue
+            for leaf in leaves:
                 shots = leaf.num_fewshot if task.num_fewshot is None else task.num_fewshot
                 one = task.model_copy(update={"name": leaf.name, "num_fewshot": shots})
                 if leaf.name == task.name or one not in found:
                     found.append(one)
         return found
 
+    def _leaves_of(self, task: TaskConfig) -> Sequence[Leaf]:
+        return self._leaves(task.name, None if task.source == "hub" else self.config.include_path)
+
     def task(self, task: TaskConfig) -> TaskSpec:
         """Find a task's data; a source that was asked for must be where it is found."""
+        self._leaves_of(task)  # says what is wrong with a group
         local = task.source != "hub"
         spec = resolve_task(
             task.name,
@@ -143,12 +166,10 @@ class LocalWorld:
 
     def code(self, kind: str, method: str) -> str:
         """Hash of the code that decides numbers of a kind, a method of the user's own included."""
-        rooms = {"accuracy": provenance.ACCURACY_ROOMS, "analysis": provenance.ANALYSIS_ROOMS}.get(
-            kind, provenance.SPEED_ROOMS
-        )
-        target = METHODS.get(method, method)
-        own = (target.partition(":")[0],) if ":" in target else ()
-        return provenance.code_hash(rooms + own)
+        # an analysis is over all methods that its module names
+        methods = [method] if method else strings_of(ANALYSIS, METHODS)
+        targets = [METHODS.get(name, name).partition(":") for name in methods]
+        return code_hash((*ENTRIES[kind], *(module for module, colon, _ in targets if colon)))
 
 
 class StoredWorld(LocalWorld):
@@ -178,6 +199,11 @@ class StoredWorld(LocalWorld):
         if fields.get("device") != kind:
             return super().speed_device(kind)
         return provenance.Device(fields["device"], fields["device_name"], fields["driver_version"])
+
+    def openmp_waiting(self) -> str:
+        """How the threads waited that the newest speed cell was timed with, if it is of a CPU."""
+        newest = self._newest_of("speed")
+        return str(newest["key_fields"].get("openmp_waiting", "")) if newest else super().openmp_waiting()
 
     def _newest_of(self, kind: str) -> Record | None:
         records = [record for (one, _), record in self._newest.items() if one == kind]

@@ -183,18 +183,9 @@ def phase_rows(entry: Timed) -> list[Row]:
 
 def times(samples: Sequence[float]) -> Row:
     """Quartiles of the time of a token, and tokens per second at the median."""
-    micro = np.asarray(samples) * 1e6
-    q25, median, q75 = (float(q) for q in np.percentile(micro, [25, 50, 75]))
-    return {
-        "rounds": len(micro),
-        "latency_us_median": median,
-        "latency_us_q25": q25,
-        "latency_us_q75": q75,
-        "latency_us_min": float(micro.min()),
-        "tokens_per_s": 1e6 / median,
-        "status": "ok",
-        "reason": "",
-    }
+    from suite.speed.timing import time_columns
+
+    return time_columns(samples) | {"tokens_per_s": 1 / float(np.median(samples))}
 
 
 class _Stamps:

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from suite.speed.cases import Progress, Row, SpeedCase, needed_bytes
+from suite.speed.timing import time_columns
 
 if TYPE_CHECKING:
     from suite.speed.gpu import Bound, LayerData
@@ -164,21 +165,12 @@ def phase_rows(bounds: Sequence[Bound], cycles_per_us: float) -> list[Row]:
 
 def numbers_of(entry: Timed, bandwidth: float) -> Row:
     """Columns of a timed case; ``bandwidth`` in bytes per second."""
-    micro = np.asarray(entry.samples) * 1e6
-    q25, median, q75 = (float(q) for q in np.percentile(micro, [25, 50, 75]))
     needed = needed_bytes(entry.case, entry.realised)
-    return {
+    return time_columns(entry.samples) | {
         "sparsity_realized": entry.realised,
-        "rounds": len(micro),
-        "latency_us_median": median,
-        "latency_us_q25": q25,
-        "latency_us_q75": q75,
-        "latency_us_min": float(micro.min()),
         "capture_s": entry.capture_s,
         "launch_us": entry.launch_us,
         "bytes_read_mib": needed / 2**20,
         "read_bandwidth_gb_s": bandwidth / 1e9,
-        "efficiency": needed / (median * 1e-6 * bandwidth),
-        "status": "ok",
-        "reason": "",
+        "efficiency": needed / (float(np.median(entry.samples)) * bandwidth),
     }

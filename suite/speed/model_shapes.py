@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from suite.errors import InputError
+from suite.modeling.sources import EMBEDDED_NAME
 from suite.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def build_model(name: str, dtype: torch.dtype, device: str, seed: int = 0) -> nn
 
 def model_name(name: str) -> str:
     """Name for the tables."""
-    return f"{name}, random weights" if MODEL_SHAPES[name].config else "SmolLM2-135M-Instruct"
+    return f"{name}, random weights" if MODEL_SHAPES[name].config else EMBEDDED_NAME
 
 
 def prompt_tokens(name: str, n_tokens: int, vocabulary: int, seed: int = 0) -> torch.Tensor:

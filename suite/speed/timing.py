@@ -20,6 +20,9 @@ _SETTLE_S = 0.01
 _MIN_BUFFER = 128 << 20
 _MIN_ROUNDS = 5
 _MAX_ROUNDS = 50
+# Quartiles of undisturbed rounds lie within 1.3x of each other (GPU: 1.01); another process on the same cores moves them apart.
+_MAX_SPREAD = 1.5
+DISTURBED = f"disturbed: quartiles of the rounds lie more than {_MAX_SPREAD:g}x apart; time it again on a quiet machine"
 
 
 def device_name() -> str:
@@ -113,21 +116,36 @@ def time_interleaved(
     return rounds
 
 
-def timed_row(entry: Timed, bandwidth: ReadBandwidth) -> Row:
-    """Row of a case that was checked and timed."""
-    micro: NDArray[np.float64] = np.asarray(entry.samples) * 1e6
+def time_columns(samples: Sequence[float]) -> Row:
+    """Columns of a time, on any device and level: its quartiles, and in ``reason`` that it was disturbed.
+
+    Parameters
+    ----------
+    samples : seconds, one a round
+    """
+    micro: NDArray[np.float64] = np.asarray(samples) * 1e6
     q25, median, q75 = (float(q) for q in np.percentile(micro, [25, 50, 75]))
-    needed = needed_bytes(entry.case, entry.realised)
-    return empty_row(entry.case) | {
-        "sparsity_realized": entry.realised,
+    return {
         "rounds": len(micro),
         "latency_us_median": median,
         "latency_us_q25": q25,
         "latency_us_q75": q75,
         "latency_us_min": float(micro.min()),
-        "bytes_read_mib": needed / 2**20,
-        "read_bandwidth_gb_s": bandwidth.bytes_per_s / 1e9,
-        "efficiency": needed / (median * 1e-6 * bandwidth.bytes_per_s),
         "status": "ok",
-        "reason": "",
+        "reason": DISTURBED if q75 > _MAX_SPREAD * q25 else "",
     }
+
+
+def timed_row(entry: Timed, bandwidth: ReadBandwidth) -> Row:
+    """Row of a case that was checked and timed."""
+    needed = needed_bytes(entry.case, entry.realised)
+    return (
+        empty_row(entry.case)
+        | time_columns(entry.samples)
+        | {
+            "sparsity_realized": entry.realised,
+            "bytes_read_mib": needed / 2**20,
+            "read_bandwidth_gb_s": bandwidth.bytes_per_s / 1e9,
+            "efficiency": needed / (float(np.median(entry.samples)) * bandwidth.bytes_per_s),
+        }
+    )

@@ -49,3 +49,12 @@ def test_check_offers_a_data_folder_for_the_tasks_that_have_one(monkeypatch):
     assert "give --data-dir (for piqa, arc_easy)" in both
     (hub_alone,) = _elsewhere(cells[1:2], SimpleNamespace(speed=[]), None)
     assert "--data-dir" not in hub_alone
+
+
+def test_a_null_in_own_data_is_named_and_not_scored_as_the_word_none(tiny, tmp_path):
+    rows = [{"q": f"{q}", "choices": ["a", "b"], "gold": 0} for q in "xy"]
+    rows[1]["q"] = None
+    with pytest.raises(
+        InputError, match=r"^task own document 1: a field of its prompt or answer is null; mend its data$"
+    ):
+        evaluate(tiny, ["own"], DENSE, include_path=choices_task(tmp_path, rows))

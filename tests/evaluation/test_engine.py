@@ -1,5 +1,6 @@
 """The scorer against independent ways to the same number: plain forward passes, a dense cached prefix, other batches."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -11,6 +12,7 @@ from suite.evaluation.engine import Scorer
 from suite.evaluation.plan import Request, batches
 from suite.modeling.attach import attach
 from suite.registry import METHODS, get_method
+from tests.conftest import tiny_model
 
 SPARSE = [name for name in METHODS if name != "dense"]
 
@@ -168,6 +170,50 @@ def test_logits_that_are_not_finite_fail_the_cell(tiny):
                 Scorer(tiny.model, batch_size=1).score([Request((1, 2), (5,), 4)], None, "scored")
         finally:
             weight[3, 0] = kept
+
+
+@pytest.mark.parametrize("logit", [-np.inf, np.inf])
+def test_an_infinite_log_likelihood_fails_the_cell(tiny, logit):
+    def spoil(_head, _args, logits):
+        logits[..., 5] = logit
+        return logits
+
+    handle = tiny.model.lm_head.register_forward_hook(spoil)
+    try:
+        with pytest.raises(CellError, match="document 4 is -inf" if logit < 0 else "document 4 is nan"):
+            Scorer(tiny.model, batch_size=1).score([Request((1, 2), (5,), 4)], None, "scored")
+    finally:
+        handle.remove()
+
+
+def test_an_answer_is_greedy_only_if_every_token_of_it_is(tiny):
+    def best(tokens):
+        with torch.inference_mode():
+            return int(tiny.model(torch.tensor([tokens])).logits[0, -1].argmax())
+
+    context = (5, 6, 7)
+    expected = {}
+    for first, right in ((best(context), True), ((best(context) + 1) % 260, False)):
+        second = best((*context, first))
+        expected[Request((*context, first), (first, second), 0)] = right
+        expected[Request((*context, first), (first, (second + 1) % 260), 0)] = False
+    assert list(expected.values()) == [True, False, False, False]
+    scores = Scorer(tiny.model, batch_size=4).score(list(expected), None, "scored")
+    assert [score.greedy for score in scores] == list(expected.values())
+
+
+def test_the_dense_reference_has_the_soft_cap_of_the_logits():
+    model = copy.deepcopy(tiny_model("gemma2"))
+    model.config.final_logit_softcapping = cap = 1.0
+    asked = [Request((5, 6, 7, 8, 9), (8, 9, 10), 0), Request((11, 12), (13,), 1)]
+    with torch.inference_mode():
+        logits = model(torch.tensor([asked[0].tokens])).logits
+    assert 0.6 * cap < logits.abs().max() <= cap  # so the cap bends them
+    scorer = Scorer(model, batch_size=2)
+    for score in scorer.score(asked, None, "scored", reference=scorer.dense_hidden(asked)):
+        # 64 probabilities whose logarithms differ by fp32 rounding alone
+        assert abs(score.kl) <= score.n_scored * 64 * np.finfo(np.float32).eps
+        assert score.agree == score.n_scored
 
 
 def test_batches_hold_every_request_once_within_the_limits():

@@ -22,10 +22,6 @@ from tests.evaluation.oracle_tasks import SHAPES, WORDS, Shape, write
 
 SEED = 3  # of the few-shot examples
 DENSE = get_method("dense")
-# known differences: metrics that are not means, directions of a task's own metrics
-NOT_YET = set(
-    "f1_mcc f1_one_label brier bleu unicode_answers lower_is_better own_aggregation best_of own_results".split()
-)
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
@@ -188,7 +184,7 @@ def leaves(members):
 
 
 @pytest.mark.parametrize("architecture", ["tiny", "merging"])
-@pytest.mark.parametrize("name", [name for name in SHAPES if name not in NOT_YET])
+@pytest.mark.parametrize("name", SHAPES)
 def test_a_task_of_every_shape_equals_lm_eval(request, tmp_path, theirs, answers, name, architecture):
     loaded, shape = request.getfixturevalue(architecture), SHAPES[name]
     write(tmp_path, name, shape)

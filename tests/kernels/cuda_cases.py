@@ -1,6 +1,9 @@
 """Runs kernels on Numba's CUDA simulator and compares them with float64; started as a process of its own.
 
-    NUMBA_ENABLE_CUDASIM=1 python -m tests.kernels.cuda_cases CASE...        prints "CASE ok" or "CASE error ..."
+    NUMBA_ENABLE_CUDASIM=1 python -m tests.kernels.cuda_cases NAME:KEPT[:TOKENS]...  prints "CASE ok" or "CASE error ..."
+
+KEPT may end in "=": the threshold is then the smallest kept score itself, or in +N or -N: the count that the kernel gets
+is off by so much, and it has to keep within the list.
 
 The simulator is chosen when numba is imported, hence the process. With several blocks the phases run one kernel after
 another, since a simulated block cannot wait for another; a lone block runs the whole kernel.
@@ -8,6 +11,7 @@ another, since a simulated block cannot wait for another; a lone block runs the 
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 
@@ -43,10 +47,14 @@ CASES = {
     "d-blocks": Plan("predictor", **BASE | {"d_ff": 96, "neurons": 1}, rank=24, n_blocks=3),
     "d-uneven": Plan("predictor", **BASE | {"d_ff": 80, "neurons": 1, "depth": 1}, rank=24, n_blocks=5),
     "d-pairs": Plan("predictor", **BASE | {"d_ff": 80, "depth": 1}, rank=24, batch=2, n_blocks=4),
+    "d-wide": Plan(
+        "predictor", **BASE | {"d_ff": 8, "rows": 16, "neurons": 4, "depth": 1}, rank=129, n_blocks=1
+    ),  # two warps a row of U
     "d-gelu": Plan("predictor", **BASE | {"neurons": 1}, rank=8, activation="gelu_tanh", n_blocks=1),
     "d-batch": Plan("predictor", **BASE, rank=24, batch=2, n_blocks=1),
     "given": Plan("given", **BASE, n_blocks=1),
     "given-blocks": Plan("given", **BASE, n_blocks=5),
+    "given-wide": Plan("given", **BASE | {"d_model": 136, "d_ff": 8, "depth": 1}, n_blocks=3),  # two warps in each sum
     "given-gelu-batch": Plan("given", **BASE, batch=2, activation="gelu_tanh", n_blocks=1),
     "down": Plan("down", **BASE, n_blocks=1),
     "down-blocks": Plan("down", **BASE | {"neurons": 4}, n_blocks=3),
@@ -77,6 +85,7 @@ class Problem:
             if name == "u":
                 values[:, plan.rank :] = 0
             self.raw[name], self.exact[name] = stored(values, plan.dtype)
+        self.at_threshold = False
         self.values = rng.standard_normal((plan.batch, f)).astype(np.float32)
         self.indices = rng.permutation(f).astype(np.int32)
         self.count = np.array([kept], np.int32)
@@ -84,6 +93,34 @@ class Problem:
         self.y = np.full((plan.batch, d), np.nan, np.float32) if plan.dtype == "float32" else None
         if self.y is None:
             self.y = np.full((plan.batch, d), 0x7FFF, np.uint16)  # NaN in both
+
+    @classmethod
+    def of(cls, name: str) -> Problem:
+        """Problem NAME:KEPT[:TOKENS]."""
+        case, kept, *rest = name.split(":")
+        found = re.fullmatch(r"(\d+)(=|[+-]\d+)?", kept)
+        assert found is not None, name
+        problem = cls(CASES[case], int(found[1]), tokens=int(rest[0]) if rest else None)
+        if found[2] == "=":
+            problem.make_scores_whole()
+        elif found[2]:
+            problem.count += int(found[2])
+        return problem
+
+    def make_scores_whole(self) -> None:
+        """Scores 1 to d_ff, exact in every dtype, with a threshold that one of them is equal to."""
+        self.at_threshold = True
+        ranks = np.random.default_rng(1).permutation(self.plan.d_ff) + 1.0
+        if self.plan.kind == "predictor":
+            columns = {"x": 1.0, "v": np.arange(self.plan.rank) == 0, "u": ranks}
+        else:
+            columns = {"x": 1.0, self.plan.first: ranks}
+        for name, column in columns.items():
+            values = self.exact[name].copy()
+            values[:, 0] = column
+            if name in ("x", "u") or self.plan.kind != "predictor":
+                values[:, 1:] = 0
+            self.raw[name], self.exact[name] = stored(values, self.plan.dtype)
 
     def scores(self) -> np.ndarray:
         """(batch, d_ff), float64."""
@@ -98,6 +135,8 @@ class Problem:
     def threshold(self) -> float:
         """Keeps ``kept`` neurons of the first token."""
         ranked = np.sort(self.scores()[0])[::-1]
+        if self.at_threshold:
+            return float(ranked[self.kept - 1])
         if self.kept == len(ranked):
             return -np.inf
         return float(ranked[0] + 1 if self.kept == 0 else (ranked[self.kept - 1] + ranked[self.kept]) / 2)
@@ -168,8 +207,7 @@ LIMIT = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}  # 4 u sqrt(n) of
 def main(names: list[str]) -> None:
     """Run cases NAME:KEPT[:TOKENS]."""
     for name in names:
-        case, kept, *rest = name.split(":")
-        problem = Problem(CASES[case], int(kept), tokens=int(rest[0]) if rest else None)
+        problem = Problem.of(name)
         error = problem.error()
         sys.stdout.write(f"{name} {'ok' if error <= LIMIT[problem.plan.dtype] else f'error {error:.3g}'}\n")
 

@@ -55,6 +55,21 @@ def test_threshold_layer(d_model, d_ff, activation, first, threads):
         check(out, reference, layer.active)
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("first", ["up", "gate"])
+def test_a_score_equal_to_the_threshold_is_kept(first, activation):
+    gate, up, down_t, x = make(8, 40)
+    x[:] = np.arange(8) == 0
+    whole = np.random.default_rng(3).permutation(40) + 100.0  # act(g) = g from 100 on, in fp32 and in float64
+    (gate if first == "gate" else up)[:, 0] = whole
+    layer = cpu.ThresholdLayer(gate, up, down_t, activation=activation, first=first, threshold=120.0)
+    y = layer(x)
+    assert list(layer.active) == list(np.flatnonzero(whole >= 120))
+    reference = Reference.of(gate, up, down_t, x, activation)
+    assert list(reference.active(first, 120.0)) == list(layer.active)
+    check(y, reference, layer.active)
+
+
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize(("d_model", "d_ff"), SHAPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])

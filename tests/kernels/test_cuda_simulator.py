@@ -10,9 +10,12 @@ import pytest
 
 pytest.importorskip("numba.cuda", reason="needs numba-cuda or numba's own CUDA target")
 
-# case:kept[:tokens]; kept 0, 1 and all 24 are the edges
+# case:kept[:tokens] of cuda_cases; kept 0, 1 and all 24 are the edges
 GROUPS = {
     "claimed": ["m:5", "m:0", "m:24", "m-gelu:1", "m-blocks:7", "m-tail:23", "m-wide:9"],
+    "equal to the threshold": ["m:9=", "d:9="],
+    "count beyond the list": ["down:24+9", "down:0-4000", "given:24+1"],
+    "several warps": ["d-wide:5", "given-wide:8"],
     "cats": ["cats:1", "cats:24", "cats-blocks:24", "cats-pair:5:1", "cats-dealt:0", "cats-dealt:7"],
     "deterministic": ["m-dealt:0", "m-dealt:1", "m-dealt:24", "m-dealt-blocks:7", "m-batch-dealt:6"],
     "narrow": ["m-bf16:6", "m-fp16-blocks:5", "m-long:50"],

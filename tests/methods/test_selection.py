@@ -53,6 +53,12 @@ def test_threshold_keeps_what_is_not_below_it(rows, threshold):
     assert keep.tolist() == [[not value < threshold for value in row] for row in torch.tensor(rows).tolist()]
 
 
+def test_a_score_equal_to_the_threshold_is_kept():
+    score = torch.tensor([[1.0, 2.0, 3.0], [2.0, 2.0, -math.inf]])
+    assert select_threshold(score, 2.0).tolist() == [[False, True, True], [True, True, False]]
+    assert select_threshold(score, torch.tensor([[3.0], [-math.inf]])).tolist() == [[False, False, True], [True] * 3]
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 20000), st.integers(0, 999))
 def test_kept_count_is_exact(d_ff, thousandths):

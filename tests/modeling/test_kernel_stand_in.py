@@ -9,6 +9,7 @@ from torch import nn
 from suite.errors import InputError
 from suite.modeling import attach as attach_module
 from suite.modeling.attach import attach
+from suite.modeling.gated_mlp import find_gated_mlps
 from suite.registry import get_method
 from tests.conftest import decode_state, tiny_model
 
@@ -130,3 +131,15 @@ def test_a_kernel_that_computes_something_else_is_found_at_attach(name, kind, fa
         auto = model(input_ids=torch.tensor([[7]])).logits
     with attach(model, method, state, backend="masked"), torch.inference_mode():
         assert torch.equal(model(input_ids=torch.tensor([[7]])).logits, auto)
+
+
+@pytest.mark.parametrize("change", [adapter, lambda mlp: mlp.down_proj.register_forward_hook(lambda m, a, y: 2 * y)])
+def test_norms_of_columns_are_those_that_the_forward_pass_applies(change):
+    """s-countdown ranks by them: an adapter on down_proj changes the columns, not the weight."""
+    model = copy.deepcopy(tiny_model("llama"))
+    plain = find_gated_mlps(model)[0].down_norm2()
+    change(model.model.layers[0].mlp)
+    found = find_gated_mlps(model)[0]
+    columns = found.down(torch.eye(found.d_ff)).detach()
+    assert torch.allclose(found.down_norm2(), columns.square().sum(-1), rtol=1e-5)
+    assert not torch.allclose(found.down_norm2(), plain, rtol=1e-2)

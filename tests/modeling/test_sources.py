@@ -9,8 +9,9 @@ import transformers
 
 from suite.config import build_config, models_of
 from suite.errors import InputError
+from suite.modeling import convert
 from suite.modeling.gguf_header import read_gguf_header
-from suite.modeling.loading import prepare_model, resolve_model
+from suite.modeling.loading import prepare_model, resolve_model, weights_fingerprint
 from suite.modeling.sources import file_sha256
 from suite.settings import cache_dir, hub_cache_dir, results_dir
 from tests.conftest import tiny_model
@@ -146,3 +147,49 @@ def test_a_gguf_file_with_a_missing_tensor_is_refused_by_its_name(tmp_path, monk
     path.write_bytes(gguf())
     with pytest.raises(InputError, match=r"missing: model\.norm\.weight"):
         prepare_model(str(path))
+
+
+@pytest.mark.parametrize(("said", "refused"), [(1, True), (2, False), (3, True), (None, True), (10**7, True)])
+def test_layers_of_a_gguf_file_are_as_many_as_it_says(tmp_path, said, refused):
+    """Tensors of layers beyond the count are dropped by transformers without a word."""
+    path = tmp_path / "model.gguf"
+    count = b"" if said is None else text("llama.block_count") + struct.pack("<II", 4, said)
+    names = ("blk.0.ffn_up.weight", "blk.1.ffn_up.weight")
+    tensors = b"".join(text(name) + struct.pack("<IQIQ", 1, 4, 0, 0) for name in names)
+    content = b"GGUF" + struct.pack("<IQQ", 3, len(names), 1 + bool(count))
+    content += text("general.architecture") + struct.pack("<I", 8) + text("llama") + count + tensors
+    path.write_bytes(content + b"\0" * 64)
+    if refused:
+        with pytest.raises(InputError, match=f"block_count is {said}, its tensors are of 2 layers"):
+            read_gguf_header(path)
+    else:
+        read_gguf_header(path)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json", "added_tokens.json", "merges.txt"])
+def test_files_beside_the_weights_that_decide_what_it_computes_are_in_its_fingerprint(tmp_path, name):
+    folder = tmp_path / "model"
+    tiny_model("llama").save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    bare = weights_fingerprint(resolve_model(str(folder)))
+    (folder / "README.md").write_text("no matter")
+    assert weights_fingerprint(resolve_model(str(folder))) == bare
+    (folder / name).write_text("{}")
+    first = weights_fingerprint(resolve_model(str(folder)))
+    (folder / name).write_text("{ }")
+    assert len({bare, first, weights_fingerprint(resolve_model(str(folder)))}) == 3
+
+
+def test_a_conversion_by_another_version_is_made_again(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_text("weights")
+    versions = {name: convert.importlib.metadata.version(name) for name in ("gguf", "torch", "transformers")}
+    files = {"model.safetensors": file_sha256(tmp_path / "model.safetensors")}
+    manifest = {"format": convert._FORMAT, "source_sha256": "a", "versions": versions, "files": files}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert convert.is_intact(tmp_path, "a")
+    assert not convert.is_intact(tmp_path, "b")
+    for name in ("gguf", "transformers"):
+        newer = versions | {name: "999"}
+        with monkeypatch.context() as patch:
+            patch.setattr(convert.importlib.metadata, "version", newer.__getitem__)
+            assert not convert.is_intact(tmp_path, "a")

@@ -83,7 +83,9 @@ def write_run(
         if rows is not None:
             frame(rows, columns).to_csv(folder / name, index=False)
     if samples is not None:
-        pd.DataFrame(samples, columns=schema.SAMPLES).to_csv(folder / "samples.csv.gz", index=False)
+        pd.DataFrame(samples, columns=schema.SAMPLES[:5]).reindex(columns=schema.SAMPLES).to_csv(
+            folder / "samples.csv.gz", index=False
+        )
     if manifest is not None:
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     return folder

@@ -5,6 +5,7 @@ import pytest
 from suite.report.claims import PAPER_MODELS, make_claims
 from suite.report.frames import Quality
 from suite.report.load import load_results
+from suite.report.series import is_shape_of
 from suite.report.speed import with_speed_up
 from tests.report.synthetic import MODEL, hand_run, hits, manifest, speed_row, write_run
 
@@ -139,3 +140,13 @@ def test_keeping_as_much_is_not_better(tmp_path):
     row = pick(claims(hand_run(tmp_path, answers)), model=MODEL, against="cats", quantity="retention_difference")
     assert (row["value"], row["verdict"]) == (0, "inconsistent here")
     assert "keeps as much as cats" in row["reason"]
+
+
+def test_a_papers_model_with_its_owner_in_the_name_is_that_model(tmp_path):
+    run = hand_run(tmp_path, {DENSE: {"a": hits(80)}, ("cats", "ideal", 0.8, 0.8): {"a": hits(70)}})
+    path, name = run / "accuracy.csv", "google/gemma-2-9b-it"
+    path.write_text(path.read_text().replace(MODEL, name))
+    models = set(claims(run)["model"])
+    assert name in models
+    assert "gemma-2-9b-it" not in models
+    assert is_shape_of(load_results(run), "gemma-2-9b", name)

@@ -8,6 +8,8 @@ import pytest
 
 from suite.errors import InputError
 from suite.report.load import load_results
+from suite.report.page import write_report
+from suite.runs.manifest import read_manifest
 from tests.report.synthetic import accuracy_row, manifest, write_run
 
 
@@ -41,7 +43,7 @@ def test_files_that_are_not_there_yet_give_no_rows(run):
 
 def test_a_newer_schema_is_refused(run):
     (run / "manifest.json").write_text(json.dumps(manifest(schema_version=99)))
-    with pytest.raises(InputError, match=r"manifest\.json: schema_version 99 is newer than 1.*update countdown-suite"):
+    with pytest.raises(InputError, match=r"manifest\.json: schema_version 99 is newer than 2.*update countdown-suite"):
         load_results(run)
 
 
@@ -76,6 +78,31 @@ def test_a_broken_file_is_named_in_one_line(run, harm, message):
     with pytest.raises(InputError, match=message) as caught:
         load_results(run)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"cells": value} for value in ([], {"a": "x"}, {"a": {"kind": "accuracy", "status": 3, "fields": {}}})),
+        *({name: 3} for name in ("config", "in_domain", "files", "title", "run_id", "models", "unsealed", "seeds")),
+        {"unsealed": [[]]},
+        {"files": {"a": []}},
+        {"config": {"calibration": {"max_tokens": 4}}},
+        {"config": {"calibration": "pydoc"}},
+        {"schema_version": True},
+    ],
+)
+def test_a_wrongly_typed_manifest_is_refused_by_every_reader(run, wrong):
+    (run / "manifest.json").write_text(json.dumps(manifest() | wrong))
+    for read in (load_results, read_manifest, write_report):
+        with pytest.raises(InputError, match=rf"manifest\.json is broken: .*{next(iter(wrong))}"):
+            read(run)
+
+
+def test_a_manifest_nested_too_deep_is_one_line(run):
+    (run / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="nested too deep"):
+        load_results(run)
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path):

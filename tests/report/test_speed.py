@@ -5,7 +5,8 @@ import pytest
 
 from suite.report.load import load_results
 from suite.report.page import write_report
-from suite.report.speed import speed_rows_table, speed_table, with_speed_up
+from suite.report.speed import plain_table, speed_rows_table, speed_table, with_speed_up
+from suite.speed.timing import DISTURBED
 from tests.report.synthetic import manifest, speed_row, write_run
 
 
@@ -97,3 +98,23 @@ def test_a_dense_row_that_counted_no_bytes_may_be_the_fastest(tmp_path):
     row = by(found, "m-countdown")
     assert row["speed_up"] == 2.0
     assert row["bytes_share"] == pytest.approx((3 - 1.8) / 3)
+
+
+def test_a_disturbed_time_is_marked_wherever_it_is_shown(tmp_path):
+    found = frame(
+        tmp_path,
+        speed_row("dense", 0.0, 50.0),
+        speed_row("cats", 0.9, 20.0) | {"reason": DISTURBED},
+        speed_row("given", 0.9, 10.0),
+    )
+    table, rows, terminal = speed_table(found), speed_rows_table(found), plain_table(found)
+    assert f"~ (numba-cpu): {DISTURBED}: cats 0.9." in table
+    assert f"~ (numba-cpu): {DISTURBED}: cats 0.9." in rows
+    marked = [line for line in (*table.splitlines(), *rows.splitlines()) if line.startswith("|") and " ~ |" in line]
+    assert [line[:6] for line in marked] == ["| cats"] * 2
+    assert [line.split()[0] for line in terminal if line.endswith(f"ok: {DISTURBED}")] == ["cats"]
+
+
+def test_a_disturbed_dense_reference_is_marked(tmp_path):
+    found = frame(tmp_path, speed_row("dense", 0.0, 50.0) | {"reason": DISTURBED}, speed_row("given", 0.9, 10.0))
+    assert "50.0 us ~ |" in speed_table(found)

@@ -51,6 +51,9 @@ class FakeWorld:
     def speed_device(self, kind: str) -> Device | None:
         return self.device if kind == "cpu" else None
 
+    def openmp_waiting(self) -> str:
+        return "passive"
+
     def model_name(self, spec: str) -> str:
         return spec.upper()
 

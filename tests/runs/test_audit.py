@@ -170,7 +170,12 @@ def test_a_wrongly_typed_manifest_is_one_line(folder, wrong, capsys):
         ({"models": [{"id": "{model_dir}/../x"}]}, "is a folder of its maker's"),
         ({"models": [{"id": "/tmp/x"}]}, "is a folder of its maker's"),
         ({"calibration": {"source": "file:/etc/passwd"}}, "'/etc/passwd' is a folder of its maker's"),
-        ({"accuracy": [{"methods": [{"name": "os:System"}]}]}, "runs Python of method os:System.*--allow-code"),
+        (
+            {"accuracy": [{"methods": ["os:System"], "sparsities": [0.5], "tasks": ["t1"]}]},
+            "runs Python of method os:System.*--allow-code",
+        ),
+        ({"predictor": "x"}, "config.predictor is not of the type"),
+        ({"predictor": {"sources": 3}}, "config.predictor.sources is not of the type"),
         ({"include_path": "{include_path}"}, "runs Python of the tasks of its include_path.*--allow-code"),
     ],
 )

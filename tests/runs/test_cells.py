@@ -160,16 +160,34 @@ def test_decode_rows_of_random_weights_need_no_fit():
 
 
 def test_a_method_that_is_added_leaves_the_cells_of_the_others_as_they_are(monkeypatch):
+    from suite.code import ENTRIES, reached
     from suite.config import load_config
-    from suite.runs import provenance
+    from suite.registry import METHODS
     from suite.runs.world import LocalWorld
 
     world = LocalWorld(load_config("embedded"))
-    seen = {}
-    monkeypatch.setattr(provenance, "code_hash", lambda rooms: seen.setdefault(rooms, rooms))
-    for kind in ("accuracy", "speed"):
-        cats, ours = world.code(kind, "cats"), world.code(kind, "m-countdown")
-        assert not {"baselines", "suite.methods"} & {*cats, *ours}
-        assert (cats[-1], ours[-1]) == ("baselines.cats", "suite.methods.m_countdown")
-        assert "suite.methods.base" in cats
-    assert world.code("accuracy", "mine:Method")[-1] == "mine"
+    cells_ = [(kind, name) for kind in ("accuracy", "speed") for name in METHODS]
+    before = {cell: world.code(*cell) for cell in cells_}
+    assert len(set(before.values())) == len(before)
+    monkeypatch.setitem(METHODS, "mine", "tests.contract.third_party:Mine")
+    assert {cell: world.code(*cell) for cell in cells_} == before
+    assert world.code("accuracy", "mine") == world.code("accuracy", "tests.contract.third_party:Mine")
+    assert world.code("accuracy", "mine") not in before.values()
+    own = {target.partition(":")[0] for target in METHODS.values()}
+    assert not own & (reached(ENTRIES["accuracy"]) | reached(ENTRIES["speed"]))
+
+
+def test_how_threads_wait_is_in_the_keys_of_times_on_a_cpu_only():
+    from suite.config import load_config
+    from suite.runs.speed_cells import expand_speed
+
+    class Spinning(FakeWorld):
+        def openmp_waiting(self):
+            return "active"
+
+    by_name = {world: expand_speed(load_config("small"), world()) for world in (FakeWorld, Spinning)}
+    kinds = set()
+    for passive, active in zip(*by_name.values(), strict=True):
+        kinds.add(passive.case.device)
+        assert (passive.key != active.key) == (passive.case.device == "cpu")
+    assert "cpu" in kinds

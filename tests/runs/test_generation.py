@@ -98,3 +98,20 @@ def test_a_model_without_gated_mlps_is_refused(run, tmp_path):
     code, _, err = run(model=model_without_gated_mlp(tmp_path))
     assert code == 2
     assert "no gated MLP" in err.splitlines()[-1]  # above it transformers may warn
+
+
+def test_a_model_that_ends_at_once_has_no_speed_and_no_nan(run, folder, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("ab", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        first = int(model(ids).logits[0, -1].argmax())
+    model.generation_config.eos_token_id = first  # the token that greedy decoding takes first ends the text
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    code, out, _ = run("--method", "random", "--sparsity", "0.5", model=tmp_path)
+    lines = [line for line in out.splitlines() if line.startswith("---")]
+    assert code == 0
+    assert lines == [
+        f"--- {name}: 1 token, then the model ended: no step to time; give another --prompt"
+        for name in ("dense", "random")
+    ]

@@ -41,7 +41,8 @@ def test_every_case_is_checked_and_timed(level, shape):
     assert len(rows) == len(cases) == (10 if level == "layer" else 4)
     for case, row in zip(cases, rows, strict=True):
         assert set(row) == set(schema.SPEED) - {"run_id", "cell_id"}
-        assert (row["status"], row["check"], row["reason"]) == ("ok", "passed", "")
+        assert (row["status"], row["check"]) == ("ok", "passed")
+        assert row["reason"] in ("", timing.DISTURBED)  # this machine may be busy
         assert (row["method"], row["sparsity_target"], row["backend"]) == (case.method, case.sparsity, case.backend)
         # realised from counts: exactly floor(s * d_ff) of 200 neurons are skipped
         assert row["sparsity_realized"] == pytest.approx(math.floor(case.sparsity * D_FF) / D_FF, abs=1e-12)

@@ -1,0 +1,133 @@
+"""Which source decides a number: the modules that an entry reaches through imports, and their hash. Imports none of them."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import re
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from suite.errors import InputError
+
+if TYPE_CHECKING:
+    from grimp import ImportGraph
+
+_HOUSE = ("suite", "kernels_numba", "baselines")
+# Names every method, where a cell depends on its own, or everything public: hashed without that, which is not followed.
+_TABLES = {"suite.registry": ("METHODS",), "suite": ("__version__", "_PUBLIC")}
+# Serves every kind of cell: hashed, but what it imports is followed from the entry of the kind.
+_EXECUTOR = "suite.runs.executor"
+ANALYSIS = "suite.analysis.coefficients"
+# Where the executor enters for each kind of cell, and the report.
+ENTRIES: dict[str, tuple[str, ...]] = {
+    "accuracy": (_EXECUTOR, "suite.evaluation.evaluator", "suite.fitting.thresholds", "suite.fitting.predictor"),
+    "analysis": (_EXECUTOR, ANALYSIS, "suite.modeling.loading", "suite.data_files"),
+    "speed": (_EXECUTOR, "suite.speed.cases", "suite.fitting.artifacts"),
+    "report": ("suite.report.page",),
+}
+_QUOTED = re.compile(rf"""["']((?:{"|".join(_HOUSE)})(?:\.\w+)+)["']""")
+
+
+@cache
+def code_hash(entries: tuple[str, ...]) -> str:
+    """First 16 hex digits of the SHA-256 over the source of all modules that are `reached` from ``entries``."""
+    digest = hashlib.sha256()
+    for module in sorted(reached(entries)):
+        digest.update(module.encode() + b"\0" + hashlib.sha256(source_of(module)).digest())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def reached(entries: tuple[str, ...]) -> frozenset[str]:
+    """Modules that the entries import, themselves included: of the suite, its kernels and baselines, or of an entry's package.
+
+    Imports inside functions count, those for type checkers only do not; a string that names a module counts as its import.
+    The packages around a module count, as their ``__init__`` runs before it.
+    """
+    found: set[str] = set()
+    todo = list(entries)
+    while todo:
+        module = todo.pop()
+        if module not in found:
+            found.add(module)
+            todo += _imports(module)
+    return frozenset(found)
+
+
+@cache
+def _imports(module: str) -> frozenset[str]:
+    package, *_ = module.split(".")
+    if package not in _HOUSE and not _is_package(package):
+        return frozenset()
+    around = {module.rpartition(".")[0]} - {""}
+    if module == _EXECUTOR:
+        return frozenset(around)
+    graph = _graph(*_HOUSE) if package in _HOUSE else _graph(package)
+    named = set() if module in _TABLES else set(_QUOTED.findall(source_of(module).decode()))
+    return frozenset({*around, *graph.find_modules_directly_imported_by(module), *(graph.modules & named)})
+
+
+@cache
+def _graph(*packages: str) -> ImportGraph:
+    import grimp
+    from grimp.exceptions import GrimpException
+
+    try:
+        return grimp.build_graph(*packages, cache_dir=None, exclude_type_checking_imports=True)
+    except GrimpException as error:
+        raise InputError(f"imports of package {packages[0]} cannot be read: {error}; mend that file") from error
+
+
+def _is_package(name: str) -> bool:
+    """Whether a module of the user's own is a package, whose modules may import each other."""
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None and spec.submodule_search_locations is not None
+
+
+@cache
+def source_of(module: str) -> bytes:
+    """What of a module's file decides numbers.
+
+    Raises
+    ------
+    InputError
+        The module has no file.
+    """
+    return _without(_file(module).read_bytes(), _TABLES.get(module, ()))
+
+
+def _file(module: str) -> Path:
+    package, *rest = module.split(".")
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations if spec is not None else None
+    candidates = [Path(spec.origin)] if spec is not None and spec.origin and not rest else []
+    for folder in map(Path, folders or []):
+        path = folder.joinpath(*rest)
+        candidates += [path / "__init__.py", path.with_name(f"{path.name}.py")]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise InputError(
+        f"module {module!r} has no Python file: reinstall countdown-suite, or put its folder on PYTHONPATH"
+    )
+
+
+def _without(source: bytes, names: tuple[str, ...]) -> bytes:
+    """Python source without the lines that assign these variables of the module."""
+    lines = source.splitlines(keepends=True)
+    for node in ast.parse(source).body if names else []:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id in names for target in targets):
+            first, last = node.lineno - 1, node.end_lineno or node.lineno
+            lines[first:last] = [b""] * (last - first)
+    return b"".join(lines)
+
+
+def strings_of(module: str, known: Iterable[str]) -> list[str]:
+    """Those of ``known`` that are written as strings in a module's source: the methods that an analysis is over."""
+    text = source_of(module).decode()
+    return [name for name in known if f'"{name}"' in text]

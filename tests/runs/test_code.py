@@ -1,0 +1,115 @@
+"""What the keys of cells cover of the source: what the import graph says, and nothing of another method."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from suite import code
+from suite.registry import METHODS
+
+ROOT = Path(__file__).parents[2]
+# Runs in a copy of the house: edits it file by file, and prints the hashes after each edit.
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from suite import code
+from suite.config import load_config
+from suite.runs.world import LocalWorld
+
+KINDS = [("accuracy", "cats"), ("accuracy", "m-countdown"), ("accuracy", "own.method:Own"), ("speed", "cats"), ("analysis", "")]
+world = LocalWorld(load_config("embedded"))
+for name, old, new in json.loads(sys.argv[1]):
+    path = Path(name)
+    was = path.read_text() if path.exists() else None
+    assert was is None or old in was, name
+    path.write_text(was.replace(old, new, 1) if was else new)
+    for function in (code.code_hash, code.reached, code._imports, code._graph, code.source_of):
+        function.cache_clear()
+    print(json.dumps([world.code(*kind) for kind in KINDS] + [code.code_hash(code.ENTRIES["report"])]))
+    path.write_text(was) if was is not None else path.unlink()
+assert "torch" not in sys.modules
+"""
+CATS, OURS, OWN, SPEED, ANALYSIS, REPORT = "cats", "m-countdown", "own", "speed", "analysis", "report"
+ACCURACY = {CATS, OURS, OWN}
+CELLS = ACCURACY | {SPEED, ANALYSIS}
+NEW_LINE = (
+    '"dense": "suite.methods.dense:Dense",',
+    '"new": "suite.methods.new:New",\n    "dense": "suite.methods.dense:Dense",',
+)
+EDITS = {
+    ("suite/statistics.py", "", "#\n"): ACCURACY | {REPORT},
+    ("suite/evaluation/lm_eval.py", "", "#\n"): ACCURACY,
+    ("suite/fitting/training.py", "", "#\n"): ACCURACY,
+    ("suite/modeling/gated_mlp.py", "", "#\n"): CELLS,
+    ("suite/methods/base.py", "", "#\n"): CELLS | {REPORT},
+    ("suite/methods/m_countdown.py", "", "#\n"): {OURS, ANALYSIS},
+    ("suite/methods/s_countdown.py", "", "#\n"): set(),
+    ("baselines/cats.py", "", "#\n"): {CATS, SPEED, ANALYSIS},
+    ("suite/methods/new.py", "", "import suite.methods.base"): set(),
+    ("suite/registry.py", *NEW_LINE): set(),
+    ("suite/registry.py", "def get_method", "def get_method_"): CELLS | {REPORT},
+    ("suite/__init__.py", '__version__ = "', '__version__ = "9'): set(),
+    ("suite/__init__.py", "import kernels_numba ", "import kernels_numba  "): CELLS | {REPORT},
+    ("kernels_numba/__init__.py", "", "#\n"): CELLS | {REPORT},  # sets how threads wait
+    ("own/__init__.py", "", "import os\n"): {OWN},
+    ("suite/speed/cpu.py", "", "#\n"): {SPEED},  # imported by its name, a string
+    ("kernels_numba/gpu/attention.py", "", "#\n"): {SPEED},
+    ("suite/runs/executor.py", "", "#\n"): CELLS,
+    ("suite/runs/assemble.py", "", "#\n"): set(),
+    ("suite/report/frames.py", "", "#\n"): {REPORT},
+    ("suite/cli.py", "", "#\n"): set(),
+    ("own/method.py", "", "#\n"): {OWN},
+    ("own/helper.py", "", "#\n"): {OWN},
+    ("own/other.py", "", "#\n"): set(),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory):
+    """What changes its hash with each edit."""
+    house = tmp_path_factory.mktemp("house")
+    for package in ("suite", "kernels_numba", "baselines"):
+        shutil.copytree(ROOT / package, house / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (house / "own").mkdir()
+    for name, text in (
+        ("__init__", ""),
+        ("method", "from own.helper import a\n"),
+        ("helper", "a = 1\n"),
+        ("other", "#\n"),
+    ):
+        (house / "own" / f"{name}.py").write_text(text)
+    edits = [("suite/cli.py", "", ""), *EDITS]
+    command = [sys.executable, "-c", SCRIPT, json.dumps(edits)]
+    environment = os.environ | {"PYTHONPATH": str(house), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=house, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    before, *after = map(json.loads, done.stdout.splitlines())
+    names = (CATS, OURS, OWN, SPEED, ANALYSIS, REPORT)
+    return {
+        edit: {name for name, old, new in zip(names, before, hashes, strict=True) if old != new}
+        for edit, hashes in zip(EDITS, after, strict=True)
+    }
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: f"{edit[0]} {edit[2][:12]!r}")
+def test_a_hash_covers_what_decides_the_number_and_no_other_method(changed, edit):
+    assert changed[edit] == EDITS[edit]
+
+
+def test_whatever_the_executor_uses_is_behind_an_entry():
+    used = code._graph("suite", "kernels_numba", "baselines").find_modules_directly_imported_by("suite.runs.executor")
+    rooms = ("suite.evaluation.", "suite.fitting.", "suite.speed.", "suite.analysis.", "suite.modeling.")
+    reached = frozenset().union(*(code.reached(code.ENTRIES[kind]) for kind in ("accuracy", "analysis", "speed")))
+    assert {module for module in used if module.startswith(rooms)} <= reached
+    assert len(used) > 10
+
+
+def test_an_analysis_is_over_the_methods_that_it_names():
+    from suite.analysis import coefficients
+
+    assert set(code.strings_of(code.ANALYSIS, METHODS)) == {coefficients.DIRECT, *coefficients.ROWS}
