@@ -2,11 +2,11 @@
 
 SCHEMA_VERSION = 2
 # Columns that folders of version 1 lack; readers take them as empty there.
-SINCE_2 = frozenset("fewshot_split aggregation item n_choices n_gold".split())
+SINCE_2 = frozenset("fewshot_split chat aggregation item n_choices n_gold".split())
 
 ACCURACY = (
     "run_id cell_id model dtype method mode sparsity_target sparsity_realized estimator predictor rank calibration fit_id "
-    "scope sparse_share bytes_share task task_version data_fingerprint num_fewshot fewshot_split filter metric "
+    "scope sparse_share bytes_share task task_version data_fingerprint num_fewshot fewshot_split chat filter metric "
     "higher_is_better aggregation value stderr chance delta_dense delta_ci_low delta_ci_high "
     "n_samples limit batch_size seed status reason elapsed_s"
 ).split()

@@ -92,8 +92,7 @@ class Evaluator:
         key = repr(task)
         if key not in self._built:
             try:
-                text = task.is_text
-                self._built[key] = self._build_text(task) if text else BuiltTask(task, self.seed, self.lm)
+                self._built[key] = self._build_text(task) if task.is_text else BuiltTask(task, self.seed, self.lm)
             except InputError as error:  # kept, so that the hub is not asked again for every setting
                 self._built[key] = TaskInputError(str(error))
         found = self._built[key]

@@ -210,6 +210,7 @@ def aggregate(group: Group, results: Mapping[str, TaskResult]) -> TaskResult | N
         sparse_share=shares.pop() if len(shares) == 1 else None,
         metrics=metrics,
         samples=[],
+        choices={},
     )
 
 
@@ -230,5 +231,8 @@ def _averaged(metrics: Sequence[Metric], sizes: Sequence[int], *, by_size: bool)
         metrics[0],
         value=float(share @ np.asarray([metric.value for metric in metrics])),
         stderr=stderr,
+        aggregation="",
+        resampled=None,
+        reason="" if stderr is not None else "a task of the group has no standard error",
         chance=float(share @ np.asarray(chances, dtype=np.float64)) if known else None,
     )

@@ -15,7 +15,7 @@ from suite.registry import method_class
 from suite.runs.cells import AccuracyCell
 from suite.runs.matrix import Matrix
 from suite.runs.provenance import Scrubber
-from suite.runs.store import Record
+from suite.runs.store import Record, canonical
 from suite.statistics import paired_delta, paired_delta_of_resampled, resampling_group
 
 Row = dict[str, Any]
@@ -140,6 +140,7 @@ class Assembly:
             "task": cell.task.name,
             "data_fingerprint": cell.key_fields["task"]["data"],
             "num_fewshot": cell.task.num_fewshot,
+            "chat": self._scrub.text(canonical(dict(cell.task.chat))) if cell.task.chat else None,
             "limit": cell.task.limit,
             "batch_size": cell.batch_size,
             "seed": cell.decided_seed,

@@ -182,9 +182,7 @@ def expand(config: MatrixConfig, world: World) -> list[AccuracyCell]:
 def _block_cells(
     config: MatrixConfig, world: World, model: ModelConfig, seed: int, block: AccuracyBlock, place: str
 ) -> Iterator[AccuracyCell]:
-    with named(f"{place}.tasks"):
-        members = world.members(block.tasks)
-    for task_config in members:
+    for task_config in world.members(block.tasks):
         prepared = prepare_task(task_config, world, f"{place}.tasks")
         scopes = _scopes(prepared.spec, block)
         for method, mode, sparsity, fit in _settings(block, config, model, seed, place):

@@ -115,7 +115,7 @@ def compare(first: Path, second: Path) -> list[str]:
     for name in ("suite_version", "git", "python", "platform", "packages", "device", "config"):
         pair = ({name: run.manifest.get(name)} for run in (a, b))
         lines += [f"{key}: {_brief(old)} -> {_brief(new)}" for key, (old, new) in changed(*pair).items()]
-    lines += _rows_lines(a, b, "accuracy.csv", _ACCURACY_ID, "value")
+    lines += _rows_lines(a, b, "accuracy.csv", (*_ACCURACY_ID, "chat"), "value")
     lines += _rows_lines(a, b, "speed.csv", _SPEED_ID, "latency_us_median")
     return lines
 

@@ -222,7 +222,7 @@ def describe(found: Estimate, matrix: Matrix, world: Models) -> Sequence[str]:
         lines.append(f"model     {world.model_name(spec)} ({ref.kind}): {state}")
     for task in _tasks(matrix):
         limit = "all documents" if task.limit is None else f"{task.limit} documents"
-        lines.append(f"task      {task.name}: {limit}, data from {task.source}{_shots(task)}")
+        lines.append(f"task      {task.name}: {limit}, data from {task.source}{_shots(task)}{_chat(task)}")
     lines.append(
         f"estimate  about {duration(found.seconds)}, {found.memory_bytes / 2**30:.1f} GiB of memory, "
         f"{found.download_bytes / 2**30:.1f} GiB to download"
@@ -240,6 +240,11 @@ def _shots(task: TaskSpec) -> str:
         return f", {task.num_fewshot} examples from where the task's YAML says (column fewshot_split)"
     scored = " (scored; the document itself is left out)" if split == list(task.files)[-1] else ""
     return f", {task.num_fewshot} examples from {split}{scored}"
+
+
+def _chat(task: TaskSpec) -> str:
+    template = ", in the model's chat template" if task.chat.get("apply_chat_template") else ""
+    return template + (", with a system instruction" if "system_instruction" in task.chat else "")
 
 
 def _tasks(matrix: Matrix) -> list[TaskSpec]:

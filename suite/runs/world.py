@@ -10,7 +10,7 @@ from suite import settings
 from suite.code import ANALYSIS, ENTRIES, code_hash, strings_of
 from suite.config import MatrixConfig, TaskConfig
 from suite.errors import InputError
-from suite.evaluation.groups import expand_name
+from suite.evaluation.groups import Leaf, expand_name
 from suite.evaluation.tasks import data_fingerprint, resolve_task
 from suite.registry import METHODS
 from suite.runs import provenance
@@ -101,15 +101,24 @@ class LocalWorld:
         """Tasks with every group, tag and pattern replaced by its tasks; what a group has in common with them once."""
         found: list[TaskConfig] = []
         for task in tasks:
-            for leaf in self._leaves(task.name, None if task.source == "hub" else self.config.include_path):
+            try:
+                leaves = self._leaves_of(task)
+            except InputError:  # which `task` raises again, for this task alone
+                found.append(task)
+                continue
+            for leaf in leaves:
                 shots = leaf.num_fewshot if task.num_fewshot is None else task.num_fewshot
                 one = task.model_copy(update={"name": leaf.name, "num_fewshot": shots})
                 if leaf.name == task.name or one not in found:
                     found.append(one)
         return found
 
+    def _leaves_of(self, task: TaskConfig) -> Sequence[Leaf]:
+        return self._leaves(task.name, None if task.source == "hub" else self.config.include_path)
+
     def task(self, task: TaskConfig) -> TaskSpec:
         """Find a task's data; a source that was asked for must be where it is found."""
+        self._leaves_of(task)  # says what is wrong with a group
         local = task.source != "hub"
         spec = resolve_task(
             task.name,

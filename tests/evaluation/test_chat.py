@@ -1,5 +1,6 @@
 """Chat template, system instruction and few-shot turns: the prompts and values of lm-eval."""
 
+import csv
 import dataclasses
 
 import lm_eval
@@ -14,7 +15,10 @@ from suite.errors import InputError
 from suite.evaluation.chat import chat_options
 from suite.evaluation.evaluator import Evaluator
 from suite.evaluation.tasks import resolve_task
+from suite.runs.assemble import Assembly
 from suite.runs.cells import expand
+from suite.runs.matrix import Matrix
+from suite.runs.provenance import Scrubber
 from suite.runs.world import LocalWorld
 from tests.evaluation.conftest import byte_tokenizer
 from tests.evaluation.oracle_tasks import ANSWERS, ITEMS, SHOTS, Shape, answering, choosing, write
@@ -107,5 +111,13 @@ def test_a_key_has_the_options_that_are_set_and_no_other(folder):
         "fewshot_as_multiturn": True,
         "system_instruction": "Be brief.",
     }
-    with pytest.raises(InputError, match=r"accuracy\.0\.tasks: task decode_perplexity scores a text as it is"):
-        cells(folder, {"name": "decode_perplexity", "apply_chat_template": True})
+    (refused,) = cells(folder, {"name": "decode_perplexity", "apply_chat_template": True})
+    assert "accuracy.0.tasks: task decode_perplexity scores a text as it is" in refused.problem
+
+
+def test_rows_say_which_options_the_task_was_given(folder):
+    found = cells(folder, "answer", {"name": "answer", "apply_chat_template": True, "system_instruction": "Be brief."})
+    assembly = Assembly("run", Matrix(found, []), dict.fromkeys(cell.key for cell in found), Scrubber([]))
+    rows = list(csv.DictReader(assembly.files()["accuracy.csv"].decode().splitlines()))
+    chat = '{"apply_chat_template":true,"fewshot_as_multiturn":true,"system_instruction":"Be brief."}'
+    assert {row["cell_id"]: row["chat"] for row in rows} == {found[0].id: "", found[1].id: chat}

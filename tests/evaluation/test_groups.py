@@ -123,3 +123,14 @@ def test_a_group_without_averages_has_its_tasks_alone(tiny, folder):
 def test_a_group_that_cannot_be_run_is_one_line(folder, members, settings, message):
     with pytest.raises(InputError, match=message):
         expand_name("odd", group(folder, "odd", members, **settings))
+
+
+def test_a_broken_group_fails_alone_in_a_matrix(folder):
+    group(folder, "odd", ["own_c"])
+    block = {"methods": ["dense"], "sparsities": [0.5], "tasks": ["odd", "own_a"]}
+    config = {"name": "g", "models": [{"id": "embedded"}], "include_path": str(folder), "accuracy": [block]}
+    world = LocalWorld(build_config(config, "test"))
+    world.weights = lambda spec: "weights"
+    odd, own_a = expand(world.config, world)
+    assert "group odd: member 'own_c' is no task" in odd.problem
+    assert own_a.problem == ""
