@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from suite.report.style import WIDTH, label_ends, look, new_figure
+from suite.report.style import WIDTH, label_ends, look, new_figure, plain_log
 
 RANKED_BY = {"abs_up": "m-countdown", "abs_act": "cats", "abs_product": "d-countdown"}
 SYMBOLS = {"abs_up": "|u|", "abs_act": "|act(g)|", "abs_product": "|v|"}
@@ -77,6 +77,7 @@ def _spread_panel(axes: Axes, rows: pd.DataFrame) -> None:
         ends.append((float(line["layer"].iloc[-1]), float(line["q50"].iloc[-1]), SYMBOLS[quantity], style.color))
     axes.set_ylabel("median, 5th to 95th percentile")
     _finish(axes, ends, "layer")
+    plain_log(axes)
 
 
 def _layers(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:

@@ -11,7 +11,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from suite.report import series
 from suite.report.coefficients import draw_activations, draw_cif_caf
@@ -25,7 +24,7 @@ from suite.report.decode_figures import (
 )
 from suite.report.predictors import draw_predictor_layers, predictor_layers
 from suite.report.speed_figures import draw_efficiency, draw_phases, draw_speedup_vs_sparsity, lines_of
-from suite.report.style import WIDTH, label_ends, look, new_figure, styled
+from suite.report.style import WIDTH, label_ends, look, new_figure, plain_log, styled
 
 MODES = ("ideal", "practical")
 _CHANCE: Any = {"color": "#777777", "linewidth": 0.9, "linestyle": (0, (1, 2))}
@@ -82,7 +81,9 @@ def _name_ends(row: Sequence[Axes], ends: Sequence[list[End]], height: float) ->
     """Names at the right of every panel of a row, once all of it is drawn: its panels share the y axis."""
     for axes in row:
         axes.set_xlim(axes.get_xlim())
-        axes.set_ylim(axes.get_ylim())
+        low, high = axes.get_ylim()
+        alone = high - low <= 1e-9 * abs(high)  # one point on a log axis gives no height that could be drawn
+        axes.set_ylim(*((0.9 * low, 1.1 * high) if alone else (low, high)))
     for axes, own in zip(row, ends, strict=True):
         last = axes.get_xlim()[1]
         label_ends(axes, [(last if x is None else x, y, text, color) for x, y, text, color in own], height)
@@ -205,22 +206,12 @@ def draw_perplexity_vs_sparsity(data: pd.DataFrame) -> Figure:
         ends = [_panel(axes, _of_mode(group, mode), dense, 1) for axes, mode in zip(row, modes, strict=True)]
         _name_ends(row, ends, 2.4)
         for axes, mode in zip(row, modes, strict=True):
-            _plain_log(axes)
+            plain_log(axes)
             axes.set_title(_title(model, scope, mode))
             axes.set_xlabel("realised sparsity")
             axes.label_outer()
         row[0].set_ylabel(f"{task.partition(' ')[0]}: {task.partition(' ')[2].replace('_', ' ')}")
     return figure
-
-
-def _plain_log(axes: Axes) -> None:
-    """Numbers as one writes them on a log axis, minor ones too where less than two decades are shown."""
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_major_formatter(plain)
-    low, high = axes.get_ylim()
-    few = high / low < 100
-    sparse = FuncFormatter(lambda v, _: f"{v:g}" if round(v / 10 ** math.floor(math.log10(v))) in (2, 5) else "")
-    axes.yaxis.set_minor_formatter(sparse if few else NullFormatter())
 
 
 def draw_quality_vs_bytes(data: pd.DataFrame) -> Figure | None:
@@ -271,7 +262,7 @@ def _bytes_panel(axes: Axes, panel: pd.DataFrame, quantity: str) -> None:
         axes.axhline(top, color="black", linewidth=0.8, zorder=1)
         axes.plot([100], [top], color="black", marker="*", markersize=8, zorder=4)
     if not average:
-        _plain_log(axes)
+        plain_log(axes)
     axes.set_ylabel("task average, %" if average else quantity.replace(" perplexity", ""))
 
 

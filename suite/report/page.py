@@ -23,7 +23,7 @@ from suite.report.load import load_results
 from suite.report.predictors import predictor_table
 from suite.report.series import Material
 from suite.report.tables import all_tables
-from suite.report.text import MISSING, markdown_table, percent
+from suite.report.text import MISSING, markdown_table, percent, without_html
 from suite.statistics import METHOD_NAME
 
 _RELATIVE = 1e-6  # of rebuilt figures: the files carry 10 digits, another numpy may round the sums otherwise
@@ -143,9 +143,9 @@ def _texts(material: Material) -> tuple[dict[str, str], dict[str, pd.DataFrame]]
     data = {name: make(material) for name, (make, _) in figures.FIGURES.items()}
     data = {name: frame for name, frame in data.items() if not frame.empty}
     texts = {"claims.csv": _csv(claims)}
-    texts |= {f"tables/{name}.md": text for name, text in tables.items()}
+    texts |= {f"tables/{name}.md": without_html(text) for name, text in tables.items()}
     texts |= {f"figures/{name}.csv": _csv(frame) for name, frame in data.items()}
-    texts["REPORT.md"] = _page(material, claims, tables, [name for name in CAPTIONS if name in data])
+    texts["REPORT.md"] = without_html(_page(material, claims, tables, [name for name in CAPTIONS if name in data]))
     return texts, data
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from suite.files import write_atomically
 
@@ -36,6 +38,7 @@ _RC: Any = {
     "legend.frameon": False,
     "lines.linewidth": 1.4,
     "lines.markersize": 4.5,
+    "text.parse_math": False,  # a name may have a $ in it
     "svg.hashsalt": "countdown-suite",
     "svg.fonttype": "path",
 }
@@ -95,6 +98,16 @@ def save(figure: Figure, stem: Path) -> None:
         svg.print_svg(buffer, metadata={"Date": None, "Creator": None})
         lines = (line.rstrip() for line in buffer.getvalue().splitlines())
         write_atomically(stem.with_suffix(".svg"), ("\n".join(lines) + "\n").encode())
+
+
+def plain_log(axes: Axes) -> None:
+    """Numbers as one writes them on a log axis, minor ones too where less than two decades are shown."""
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(plain)
+    low, high = axes.get_ylim()
+    few = high / low < 100
+    sparse = FuncFormatter(lambda v, _: f"{v:g}" if round(v / 10 ** math.floor(math.log10(v))) in (2, 5) else "")
+    axes.yaxis.set_minor_formatter(sparse if few else NullFormatter())
 
 
 def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], height: float, size: float = 7.0) -> None:

@@ -11,10 +11,16 @@ MISSING = "–"  # noqa: RUF001  (an en dash, as printed tables have it)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown table, first column left, others right."""
-    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    """Markdown table, first column left, others right; a bar or a line break in a cell would be a new cell or row."""
+    rule = "|---" + "|---:" * (len(header) - 1) + "|"
+    cells = ([" ".join(cell.replace("|", "&#124;").splitlines()) for cell in row] for row in (header, *rows))
+    first, *others = ("| " + " | ".join(row) + " |" for row in cells)
+    return "\n".join((first, rule, *others)) + "\n"
+
+
+def without_html(text: str) -> str:
+    """Markdown in which no name is a tag: the suite's own text has none, so that every ``<`` and ``>`` is escaped."""
+    return text.replace("<", "&lt;").replace(">", "&gt;")
 
 
 def fixed(value: float | None, digits: int) -> str:
