@@ -203,7 +203,7 @@ class StoredWorld(LocalWorld):
     def openmp_waiting(self) -> str:
         """How the threads waited that the newest speed cell was timed with, if it is of a CPU."""
         newest = self._newest_of("speed")
-        return str(newest["key_fields"].get("openmp_waiting", "")) if newest else super().openmp_waiting()
+        return str((newest["key_fields"] if newest else {}).get("openmp_waiting") or super().openmp_waiting())
 
     def _newest_of(self, kind: str) -> Record | None:
         records = [record for (one, _), record in self._newest.items() if one == kind]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from suite import settings
 from suite.cli import main
 from suite.config import build_config
 from suite.runs import provenance
@@ -74,3 +75,6 @@ def test_speed_cells_keep_the_device_that_measured_them(tmp_path, monkeypatch):
     assert world.speed_device("cpu") == provenance.cpu()
     assert world.versions("speed") == {"torch": "another"}
     assert world.code("speed", "cats") == "abc"
+    assert world.openmp_waiting() == settings.openmp_waiting()  # a GPU's cell says nothing of it
+    fields |= {"device": "cpu", "openmp_waiting": "active"}
+    assert StoredWorld(config, store).openmp_waiting() == "active"
