@@ -79,7 +79,7 @@ def test_the_installed_command_runs(clean_python, tmp_path, verb):
 def test_the_installed_pack_feeds_lm_eval(clean_python, tmp_path):
     code = (
         "from suite.evaluation.tasks import resolve_task\n"
-        "from suite.evaluation.lm_eval import build_task\n"
+        "from suite.evaluation.built_task import build_task\n"
         "print(len(build_task(resolve_task('pack_knowledge'), 0).eval_docs))"
     )
     done = run(clean_python, "-c", code, cwd=tmp_path)

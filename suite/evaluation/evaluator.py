@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from suite.errors import CellError, InputError, TaskInputError
+from suite.evaluation.built_task import BuiltTask, sample_indices, samples_of
 from suite.evaluation.chat import chat_options
 from suite.evaluation.groups import aggregate, expand_name
-from suite.evaluation.lm_eval import BuiltTask, SuiteLM, sample_indices, samples_of
+from suite.evaluation.lm_eval import SuiteLM
 from suite.evaluation.metrics import Items, Sample
 from suite.evaluation.perplexity import BuiltText
 from suite.evaluation.plan import Scope

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from suite.config import load_config
+from suite.evaluation.built_task import BuiltTask
 from suite.evaluation.engine import Scorer
 from suite.evaluation.evaluator import Evaluator
-from suite.evaluation.lm_eval import BuiltTask
 from suite.evaluation.results import TaskResult
 from suite.evaluation.tasks import TaskSpec, resolve_task
 from suite.methods.base import Method

@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from suite import evaluate, get_method
 from suite.errors import CellError, InputError
+from suite.evaluation.built_task import sample_indices
 from suite.evaluation.engine import Scorer
 from suite.evaluation.evaluator import Evaluator
-from suite.evaluation.lm_eval import SuiteLM, sample_indices
+from suite.evaluation.lm_eval import SuiteLM
 from suite.evaluation.tasks import PACK_DIR, resolve_task
 from suite.runs.estimate import _shots
 from suite.statistics import statistic
