@@ -13,6 +13,7 @@ import torch
 from numba import cuda
 
 from kernels_numba.gpu import simulated
+from kernels_numba.gpu.counts import active_neurons
 from kernels_numba.gpu.kernel import ARGUMENTS, make_kernel
 from kernels_numba.gpu.plan import Plan
 from suite.modeling import attach as attaching
@@ -60,6 +61,9 @@ class SimulatedLayer:
             kernel[1, plan.launch_threads, 0, 0](*arguments, plan.d_ff, self._threshold, n_tokens)
         self.last_launch = plan, torch.from_numpy(workspace)
         return torch.from_numpy(out).view(x.shape)
+
+    def active(self):
+        return active_neurons(*self.last_launch, 0)
 
 
 def simulated_kernels(model, method, thresholds, predictor, *, deterministic):

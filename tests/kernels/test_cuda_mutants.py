@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("numba.cuda", reason="needs numba-cuda or numba's own CUDA target")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", [0, 1])
 def test_every_mutant_is_caught(half: int) -> None:
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"}

@@ -21,7 +21,8 @@ GROUPS = {
     "narrow": ["m-bf16:6", "m-fp16-blocks:5", "m-long:50"],
     "batch": ["cats-batch:4:3", "m-batch:6", "d-batch:4:1"],
     "predictor": ["d:5", "d:0", "d:24", "d-gelu:1"],
-    "dealt": ["d-blocks:40", "d-blocks:0", "d-blocks:96", "d-uneven:40", "d-pairs:30:1"],
+    "dealt": ["d-blocks:40", "d-blocks:0"],
+    "dealt unevenly": ["d-blocks:96", "d-uneven:40", "d-pairs:30:1"],
     "listed": [
         "given:0",
         "given:24",
@@ -43,6 +44,7 @@ def simulate(*names: str, module: str = "tests.kernels.cuda_cases") -> list[str]
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_kernels_equal_float64(group: str) -> None:
     names = GROUPS[group]

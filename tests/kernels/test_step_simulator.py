@@ -42,6 +42,7 @@ PLANS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", GROUPS, ids=lambda names: names[0])
 def test_equal_float64(names: list[str]) -> None:
     assert simulate(*names, module="tests.kernels.step_cases") == [f"{name} ok" for name in names]

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("numba.cuda", reason="needs numba-cuda or numba's own CUDA target")
 
 
+@pytest.mark.slow
 def test_selection_equals_a_stable_sort() -> None:
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.kernels.topk_cases"]

@@ -85,7 +85,10 @@ def changed(tmp_path_factory):
         (house / "own" / f"{name}.py").write_text(text)
     edits = [("suite/cli.py", "", ""), *EDITS]
     command = [sys.executable, "-c", SCRIPT, json.dumps(edits)]
-    environment = os.environ | {"PYTHONPATH": str(house), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(house), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     done = subprocess.run(command, cwd=house, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     before, *after = map(json.loads, done.stdout.splitlines())

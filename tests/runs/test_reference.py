@@ -9,6 +9,7 @@ from suite.cli import main
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "folder", sorted(path.parent for path in REFERENCE.glob("*/manifest.json")), ids=lambda f: f.name
 )
