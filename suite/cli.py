@@ -32,7 +32,7 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise typer.BadParameter(f"{shown(text)} is no number") from error
+        raise typer.BadParameter(f"{shown(text)} is not a number") from error
 
 
 Config = Annotated[str, typer.Argument(help="Matrix: a YAML file, or a profile (embedded, small, paper, gpu-*).")]

@@ -30,7 +30,7 @@ def guarded(app: typer.Typer, argv: list[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     if wrong := [a for a in arguments if any("\ud800" <= c <= "\udfff" for c in a)]:
-        return _one_line(InputError(f"argument {shown(wrong[0])} is no UTF-8 text; rename the file or type it anew"))
+        return _one_line(InputError(f"argument {shown(wrong[0])} is not UTF-8 text; rename the file or type it again"))
     command = typer.main.get_command(app)
     try:
         with _terminate_as_interrupt():

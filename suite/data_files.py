@@ -54,7 +54,7 @@ def read_text(path: Path) -> str:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
-        text = raw.decode("utf-8") if len(raw) <= MAX_BYTES else None
+        text = raw.decode("utf-8-sig") if len(raw) <= MAX_BYTES else None
     except (OSError, EOFError, ValueError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise InputError(f"cannot read {path}: {reason}") from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 from suite.errors import InputError
 
 _PART = ".part"
+_LEFT_S = 3600.0  # nobody writes one file for so long
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -25,6 +28,10 @@ def write_atomically(path: Path, data: bytes) -> None:
         As it comes; the old file stays and nothing else is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_PART}"):  # of killed processes
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.lstat().st_mtime > _LEFT_S:
+                left.unlink()
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PART}")
     try:
         # never an existing file: a name that somebody else made, perhaps as a link, is refused
@@ -47,6 +54,13 @@ def write_atomically(path: Path, data: bytes) -> None:
 def is_part(path: Path) -> bool:
     """Whether a file is what a killed process left of :func:`write_atomically`."""
     return path.name.startswith(".") and path.name.endswith(_PART)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what killed processes left of files in a folder and below it; only where no other process writes."""
+    for path in folder.rglob(f".*{_PART}"):
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
 
 
 def links_in(folder: Path) -> Iterator[str]:

@@ -11,7 +11,7 @@ from suite.errors import InputError, shown
 from suite.schema import SCHEMA_VERSION
 
 NAME = "manifest.json"
-_REMEDY = "run the matrix again to write it anew"
+_REMEDY = "remove the folder and run the matrix again: finished cells are in the store"
 # Type of each entry, and of what is inside it; an entry may be left out or null.
 _ENTRIES: dict[str, tuple[type, type]] = {
     **dict.fromkeys(("run_id", "title"), (str, object)),
@@ -50,7 +50,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} is broken: it must hold a JSON object, got {type(manifest).__name__}; {_REMEDY}")
     version = manifest.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool):
-        raise InputError(f"{path} is broken: its schema_version {shown(version)} is no whole number; {_REMEDY}")
+        raise InputError(f"{path} is broken: its schema_version {shown(version)} is not a whole number; {_REMEDY}")
     if version > SCHEMA_VERSION:
         raise InputError(
             f"{path}: schema_version {shown(version)} is newer than {SCHEMA_VERSION}, the newest this version reads; "
@@ -74,7 +74,7 @@ def whole(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
             raise InputError(f"{folder / NAME} is broken: it has no {name}; {_REMEDY}")
     for name, cell in manifest["cells"].items():
         if cell["kind"] not in manifest["key_common"]:
-            raise InputError(f"{folder / NAME} is broken: cells.{name} is of no kind in key_common; {_REMEDY}")
+            raise InputError(f"{folder / NAME} is broken: cells.{name} is of a kind that key_common lacks; {_REMEDY}")
     return manifest
 
 

@@ -110,7 +110,7 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except UnicodeDecodeError as error:
-        raise InputError(f"{place}: is no UTF-8 text; give the path of a YAML file, or a profile") from error
+        raise InputError(f"{place}: is not UTF-8 text; give the path of a YAML file, or a profile") from error
     except OSError as error:
         raise InputError(f"{place}: {error.strerror}; give the path of a YAML file, or a profile") from error
     except RecursionError as error:

@@ -194,7 +194,7 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "rerun unknown": (["run", "embedded", "--rerun", "fail"], ["--rerun 'fail'", "did you mean 'failed'"]),
     "batch size no number": (["run", "embedded", "--batch-size", "big"], ["batch-size", "'big': must be a whole"]),
     "data folder that is no folder": (["check", "embedded", "--data-dir", "/no"], ["data folder /no", "give the one"]),
-    "sparsity no number": (["benchmark", "--sparsity", "most"], ["sparsity", "'most' is no number"]),
+    "sparsity no number": (["benchmark", "--sparsity", "most"], ["sparsity", "'most' is not a number"]),
     "sparsity out of range": (["benchmark", "--sparsity", "1.2"], ["speed.0.sparsities.0", "got 1.2"]),
     "device unknown": (["check", "embedded", "--device", "tpu"], ["device", "'tpu'"]),
     "dtype unknown": (["check", "embedded", "--model", "embedded=int8"], ["dtype", "'int8'"]),

@@ -131,3 +131,9 @@ def test_null_is_not_fitted_on_as_a_word(tmp_path, row, key):
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a"}) + "\n" + json.dumps(row))
     with pytest.raises(InputError, match=rf"train\.jsonl line 2: not the schema of a known task \('?{key}'? is"):
         Calibration(f"train:{tmp_path}").documents()
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    for name, text in (("a.txt", "one\n\ntwo"), ("a.jsonl", '{"text": "one"}\n{"text": "two"}\n')):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert [row["text"] for row in read_documents(tmp_path / name)] == ["one", "two"]

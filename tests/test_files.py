@@ -84,3 +84,13 @@ def test_links_and_pipes_are_found_wherever_they_are(tmp_path):
     (tmp_path / "a" / "b" / "gone").symlink_to("nowhere")
     os.mkfifo(tmp_path / ".pipe")
     assert sorted(links_in(tmp_path)) == [".pipe", "a/b/gone"]
+
+
+def test_what_killed_processes_left_of_a_file_goes_with_its_next_writing(tmp_path):
+    old, fresh, other = (tmp_path / name for name in (".a.csv.1.part", ".a.csv.2.part", ".b.csv.1.part"))
+    for path in (old, fresh, other):
+        path.write_text("half")
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    write_atomically(tmp_path / "a.csv", b"whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [fresh.name, other.name, "a.csv"]

@@ -36,7 +36,7 @@ class Evaluator:
     ----------
     loaded : model and tokenizer
     batch_size : most sequences in a batch
-    seed : shuffles the documents that a limit picks, and few-shot examples; of what a task samples
+    seed : shuffles the documents that a limit picks, and few-shot examples, and what a task samples
 
     Raises
     ------

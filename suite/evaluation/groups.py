@@ -102,7 +102,9 @@ class _Index:
         """Entry of a task, group or tag; None if there is none."""
         if name in self._own:
             return self._own[name]
-        return _builtin_index().get(name) if named_by_lm_eval(name) else None
+        # before the index is made, which takes seconds, a search of the files that takes milliseconds
+        known = _builtin_index.cache_info().currsize or named_by_lm_eval(name)
+        return _builtin_index().get(name) if known else None
 
 
 def _indexed(folder: Path) -> dict[str, Any]:

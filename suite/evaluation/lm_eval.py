@@ -148,13 +148,14 @@ class SuiteLM(HFLM):
                 groups[repr(request.args[1])].append(i)
                 continue
             document = self.documents[request.doc_id]
-            with _seeded(self.seed, document, request.idx, repeats[id(request)]):
+            with _seeded(self.device, self.seed, document, request.idx, repeats[id(request)]):
                 (texts[i],) = self._generate([request])
             repeats[id(request)] += 1
         for group in groups.values():
             group.sort(key=lambda i: (-len(self.tok_encode(requests[i].args[0])), requests[i].args[0]))
-            for start in range(0, len(group), self.batch_size):
-                batch = group[start : start + self.batch_size]
+            size = self.scorer.batch_size  # 1 where the positions depend on the length of the batch
+            for start in range(0, len(group), size):
+                batch = group[start : start + size]
                 texts |= zip(batch, self._generate([requests[i] for i in batch]), strict=True)
         return [texts[i] for i in range(len(requests))]
 
@@ -202,9 +203,9 @@ class SuiteLM(HFLM):
 
 
 @contextlib.contextmanager
-def _seeded(*parts: int) -> Iterator[None]:
+def _seeded(device: torch.device, *parts: int) -> Iterator[None]:
     """Random numbers of torch decided by ``parts`` alone; those of the caller go on as if nothing had been drawn."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1)[0]))
         yield
 

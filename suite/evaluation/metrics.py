@@ -29,7 +29,7 @@ N_RESAMPLES_OF_TEXTS = 100  # as lm-eval takes: .3 s each for a thousand documen
 LONGEST_S = 60.0
 _TEXTS = ("bleu", "chrf", "chrf++", "ter")
 _LOG_SPACE = (lm_eval_metrics.perplexity, lm_eval_metrics.weighted_perplexity)
-_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Items:
             warnings.simplefilter("ignore")
             try:
                 value = float(self.aggregate(list(self.items)))
-            except _FAILURES as error:
+            except FAILURES as error:
                 raise CellError(f"metric {self.metric} of task {self.task}: {self._failure(error)}") from error
             if not np.isfinite(value):
                 raise CellError(f"metric {self.metric} of task {self.task} is {value}: no number is stored for it")
@@ -99,7 +99,7 @@ class Items:
             return None, f"no interval for {self.metric}: bypass looks at no document"
         try:
             found = resample_items(self.items, groups, self.aggregate, n_resamples=n_resamples, longest_s=LONGEST_S)
-        except _FAILURES as error:
+        except FAILURES as error:
             return None, f"no interval for {self.metric}: of resampled documents, {self._failure(error)}"
         if found is None:
             return None, f"no interval for {self.metric}: {n_resamples} resamples take over {LONGEST_S:.0f} s"

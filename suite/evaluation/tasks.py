@@ -220,7 +220,7 @@ def _included(folder: Path, name: str) -> Path | None:
             # !function and !include tags are lm-eval's business; only the task name is read here
             config = yaml.load(path.read_text(encoding="utf-8"), Loader=_tolerant_loader())
         except yaml.YAMLError as error:
-            raise InputError(f"task file {path} is no YAML: {str(error).splitlines()[0]}") from error
+            raise InputError(f"task file {path} is not YAML: {str(error).splitlines()[0]}") from error
         if isinstance(config, dict) and config.get("task") == name:
             return path
     return None

@@ -145,7 +145,7 @@ def train(
     Raises
     ------
     CellError
-        The loss of a layer is no number.
+        The loss of a layer is not a number.
     """
     n_tokens = x.shape[1]
     n_steps = math.ceil(n_tokens / options.batch_tokens) * options.epochs

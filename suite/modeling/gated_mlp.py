@@ -85,7 +85,7 @@ class GatedMLP:
         Kernels see the weights alone, so they may stand in for nothing else.
         """
         if not type(self.module).__module__.startswith("transformers.models."):
-            return f"{self.module_name} is a {type(self.module).__name__}, no MLP of transformers"
+            return f"{self.module_name} is a {type(self.module).__name__}, not an MLP of transformers"
         if "forward" in self.module.__dict__:
             return f"the forward pass of {self.module_name} is replaced"
         act = "activation_fn" if self.fused else "act_fn"
@@ -116,7 +116,7 @@ class GatedMLP:
 
 def _why_not_linear(part: nn.Module, place: str) -> str:
     """What a projection computes besides its weight's product; empty if nothing."""
-    return f"{place} is a {type(part).__name__}, no Linear" if type(part) is not nn.Linear else _patched(part, place)
+    return f"{place} is a {type(part).__name__}, not a Linear" if type(part) is not nn.Linear else _patched(part, place)
 
 
 def _patched(part: nn.Module, place: str) -> str:

@@ -124,7 +124,7 @@ def _typed(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
             wrong = number.isna() & (text != "") & (text.str.lower() != "nan")
             if wrong.any():
                 row = int(wrong.to_numpy().argmax())
-                raise InputError(f"{path} line {row + 2}, column {column}: {text.iloc[row]!r} is no number")
+                raise InputError(f"{path} line {row + 2}, column {column}: {text.iloc[row]!r} is not a number")
             frame[column] = number
         elif column in _WHOLE:
             frame[column] = frame[column].str.replace(r"^(\d+)\.0$", r"\1", regex=True)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from suite.errors import InputError
 from suite.evaluation.tasks import DECODE_PERPLEXITY, PACK_TASKS
-from suite.files import refuse_links, write_atomically
+from suite.files import refuse_links, remove_parts, write_atomically
 from suite.report import figures, style
 from suite.report.claims import NOT_SETTLED, UNTESTED, make_claims
 from suite.report.decode_check import decode_check_table
@@ -99,6 +99,7 @@ def write_report(folder: str | Path) -> Path:
     material = Material(load_results(folder))
     texts, data = _texts(material)
     try:
+        remove_parts(folder)
         _remove_stale(folder, set(texts), material.results.manifest)
         for name, text in texts.items():
             path = folder / name

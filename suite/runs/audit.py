@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from suite.errors import InputError
 from suite.evaluation.results import WEIGHT
-from suite.runs.compare import Row, read_rows
+from suite.runs.compare import Row, read_rows, rows_of
 from suite.runs.manifest import key_fields
 from suite.statistics import resampling_group, standard_error, statistic
 
@@ -36,7 +36,7 @@ def table_problems(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
             place = f"{name} line {number}"
             cell = manifest["cells"].get(row["cell_id"])
             if cell is None or cell["status"] != row["status"]:
-                problems.append(f"{place}: cell {row['cell_id']} is not so in the manifest")
+                problems.append(f"{place}: cell {row['cell_id']} is not in the manifest, or has another status there")
             else:
                 problems += _identity_problems(place, row, key_fields(manifest, row["cell_id"]), manifest)
     return problems
@@ -59,7 +59,7 @@ def read_samples(folder: Path) -> SampleFile:
         A file or a row that is not of this suite.
     """
     found = SampleFile({}, {}, {})
-    for line, row in enumerate(read_rows(folder, "samples.csv.gz"), 2):
+    for line, row in enumerate(rows_of(folder, "samples.csv.gz"), 2):
         try:
             key = row["cell_id"], row["metric"]
             if row.get("n_choices"):
@@ -100,7 +100,7 @@ def _differs(place: str, row: Row, column: str, expected: float | None, why: str
 def _count_problems(name: str, rows: Sequence[Row], manifest: Mapping[str, Any], kind: str) -> list[str]:
     """Cells without a row, and rows that come twice."""
     counts = Counter((row["cell_id"], row.get("metric", ""), row.get("filter", "")) for row in rows)
-    problems = [f"{name}: cell {' '.join(key)} has {n} rows that are one" for key, n in counts.items() if n > 1]
+    problems = [f"{name}: cell {' '.join(key)} stands in {n} rows" for key, n in counts.items() if n > 1]
     present = {row["cell_id"] for row in rows}
     missing = [c for c, cell in manifest["cells"].items() if cell["kind"] == kind and c not in present]
     return problems + [f"{name}: cell {cell} of the manifest has no row" for cell in missing]
@@ -161,7 +161,8 @@ def _accuracy_problems(
         held = file.items if row.get("aggregation") else file.values
         name = next((m for m in (f"{row['metric']},{row['filter']}", row["metric"]) if (cell_id, m) in held), None)
         yield from _realised_problems(place, row, layers.get(cell_id, []))
-        same_task = (row["task"], row["data_fingerprint"], row["limit"], row["metric"], row["filter"])
+        fields = key_fields(manifest, cell_id)  # each seed draws other documents where there is a limit
+        same_task = (repr(sorted(fields["task"].items())), str(fields["seed"]), row["metric"], row["filter"])
         chance = chances.setdefault(same_task, row["chance"])
         if chance != row["chance"]:
             yield f"{place}: chance is {row['chance'] or 'empty'}, other rows of {row['task']} have {chance or 'none'}"
@@ -194,10 +195,14 @@ def _dense_cells(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 def _item_problems(place: str, row: Row, items: Sequence[str]) -> Iterator[str]:
     """Count and value of a metric that lm-eval's aggregation makes of items; a task's own function is not run."""
-    from suite.evaluation.metrics import aggregate_items  # imports lm_eval
+    from suite.evaluation.metrics import FAILURES, aggregate_items  # imports lm_eval
 
     yield from _differs(place, row, "n_samples", len(items), "its samples are")
-    value = aggregate_items(row["aggregation"], items)
+    try:
+        value = aggregate_items(row["aggregation"], items)
+    except FAILURES as error:
+        yield f"{place}: {row['metric']}: its items cannot be aggregated: {type(error).__name__} {error}"
+        return
     if value is not None:
         yield from _differs(place, row, "value", value, "its samples give")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ _SPEED_ID = (
     "threads", "batch_size", "context_tokens", "clock", "cache",
 )  # fmt: skip
 _TOP = 10
+_LONGEST_CELL = 1 << 26  # characters: the item of a document may be a long text
 # Columns that every schema version has and readers here count on.
 _NEEDED = {
     "accuracy.csv": (*_ACCURACY_ID, "cell_id", "status", "value", "stderr", "chance", "n_samples", "sparsity_realized"),
@@ -36,7 +36,12 @@ Row = dict[str, str]
 
 
 def read_rows(folder: Path, name: str) -> list[Row]:
-    """Rows of a CSV of a run folder, compressed or not, as text; none if the file is not there.
+    """Rows of a table of a run folder; none if it is not there. Errors are those of `rows_of`."""
+    return list(rows_of(folder, name))
+
+
+def rows_of(folder: Path, name: str) -> Iterator[Row]:
+    """Rows of a table one by one: samples.csv.gz of a large run takes a gigabyte as a list.
 
     Raises
     ------
@@ -45,22 +50,27 @@ def read_rows(folder: Path, name: str) -> list[Row]:
     """
     path = folder / name
     if not path.is_file():
-        return []
+        return
+    csv.field_size_limit(_LONGEST_CELL)
     try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        packed = path.suffix == ".gz"
+        with (
+            gzip.open(path, "rt", encoding="utf-8", newline="")
+            if packed
+            else path.open(encoding="utf-8", newline="") as file
+        ):
+            reader = csv.DictReader(file)
+            lacking = [column for column in _NEEDED.get(name, ()) if column not in (reader.fieldnames or ())]
+            for number, row in enumerate(reader, 2):
+                if lacking:
+                    raise InputError(f"{path} has no column {lacking[0]!r}: it is another table; run the matrix again")
+                if None in row or None in row.values():
+                    raise InputError(
+                        f"{path} line {number}: not as many cells as columns; run the matrix again to rewrite it"
+                    )
+                yield row
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is no readable CSV: {error}; run the matrix again to write it anew") from error
-    for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():
-            raise InputError(
-                f"{path} line {number}: not as many cells as columns; run the matrix again to write it anew"
-            )
-        lacking = [column for column in _NEEDED.get(name, ()) if column not in row]
-        if lacking:
-            raise InputError(f"{path} has no column {lacking[0]!r}: it is another table; run the matrix again")
-    return rows
+        raise InputError(f"{path} is no readable CSV: {error}; run the matrix again to rewrite it") from error
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,7 @@ def _rows_lines(a: Run, b: Run, name: str, identity: Sequence[str], column: str)
 
 def _examples(one: Row, other: Row) -> str:
     """Split that the few-shot examples of a row come from, in both runs; empty where neither says one."""
-    old, new = (row.get("fewshot_split") or "a split that is not said" for row in (one, other))
+    old, new = (row.get("fewshot_split") or "an unknown split" for row in (one, other))
     if not (one.get("fewshot_split") or other.get("fewshot_split")):
         return ""
     return f"  examples of {one['task']}: from {old}" + ("" if old == new else f" -> {new}")

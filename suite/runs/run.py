@@ -10,7 +10,7 @@ from pathlib import Path
 
 from suite.config import MatrixConfig
 from suite.errors import InputError
-from suite.files import is_part, refuse_links
+from suite.files import is_part, refuse_links, remove_parts
 from suite.runs import provenance
 from suite.runs.analysis_cells import expand_analysis
 from suite.runs.cells import World, expand
@@ -150,7 +150,8 @@ def _refuse_foreign(folder: Path) -> None:
         owned(folder)
     except InputError as error:
         raise InputError(
-            f"{folder} is not empty and no run folder ({error}): nothing is written there; give a new folder with --out"
+            f"{folder} is not empty and not a run folder with a readable manifest.json: nothing is written there; give a "
+            "new folder with --out"
         ) from error
 
 
@@ -168,8 +169,9 @@ def _remove_stale(folder: Path, mine: frozenset[str], files: Mapping[str, bytes]
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         stale = name in mine and name not in files and (name.startswith("logs/") or "/" not in name)
-        if is_part(path) or (stale and path.suffix in (".txt", ".csv")):
+        if stale and path.suffix in (".txt", ".csv"):
             path.unlink()
+    remove_parts(folder)
 
 
 def _write(

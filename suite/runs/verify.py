@@ -125,6 +125,9 @@ def config_of(folder: Path, overrides: Mapping[str, Any], *, allow_code: bool = 
     return build_config(json.loads(text), str(folder))
 
 
+_PLACEHOLDERS = {("{data_dir}",), ("{include_path}",), ("{model_dir}",)}
+
+
 def _refuse_folders(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuse a matrix of a manifest that names files by anything but a placeholder, which the user fills."""
     predictor, text = config.get("predictor") or {}, config.get("calibration") or {}
@@ -133,12 +136,19 @@ def _refuse_folders(folder: Path, config: Mapping[str, Any]) -> None:
     named = {"data_dir": [config.get("data_dir")], "include_path": [config.get("include_path")]}
     named |= {"model": [m.get("id") for m in config.get("models", [])]}
     named |= {"text of a fit": [str(one).removeprefix("file:") for one in sources if str(one).startswith("file:")]}
+    tasks = [
+        task for block in config.get("accuracy", []) for task in block.get("tasks", []) if isinstance(task, Mapping)
+    ]
+    named |= {"text of a task": [(task.get("options") or {}).get("text") for task in tasks]}
     for what, values in named.items():
         for value in map(str, filter(None, values)):
             parts = Path(value).parts
             is_folder = what != "model" or value.startswith(("/", "~", ".")) or Path(value).exists()
-            if ".." in parts or (is_folder and parts[0] not in ("{data_dir}", "{include_path}", "{model_dir}")):
-                raise InputError(f"run {folder}: {what} {value!r} is a folder of its maker's: no placeholder, not read")
+            if ".." in parts or (is_folder and parts[:1] not in _PLACEHOLDERS):
+                raise InputError(
+                    f"run {folder}: {what} {value!r} names a folder of the machine it was made on, not a placeholder; it "
+                    "is not read"
+                )
 
 
 def _third_party(config: Mapping[str, Any]) -> set[str]:

@@ -70,7 +70,7 @@ def _replace(run, name, old, new):
         (lambda run: (run / "samples.csv.gz").write_bytes(b"no gzip"), "no readable CSV"),
         (lambda run: (run / "manifest.json").write_text("{"), "is broken"),
         (lambda run: (run / "manifest.json").write_text("[]"), "must hold a JSON object"),
-        (lambda run: (run / "manifest.json").write_text('{"schema_version": "new"}'), "no whole number"),
+        (lambda run: (run / "manifest.json").write_text('{"schema_version": "new"}'), "not a whole number"),
     ],
 )
 def test_a_broken_file_is_named_in_one_line(run, harm, message):

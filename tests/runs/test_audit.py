@@ -165,11 +165,24 @@ def test_a_wrongly_typed_manifest_is_one_line(folder, wrong, capsys):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"include_path": "/tmp/theirs"}, "include_path '/tmp/theirs' is a folder of its maker's"),
-        ({"data_dir": "theirs"}, "data_dir 'theirs' is a folder of its maker's"),
-        ({"models": [{"id": "{model_dir}/../x"}]}, "is a folder of its maker's"),
-        ({"models": [{"id": "/tmp/x"}]}, "is a folder of its maker's"),
-        ({"calibration": {"source": "file:/etc/passwd"}}, "'/etc/passwd' is a folder of its maker's"),
+        ({"include_path": "/tmp/theirs"}, "include_path '/tmp/theirs' names a folder of the machine it was made on"),
+        ({"data_dir": "."}, "data_dir '.' names a folder"),
+        (
+            {
+                "accuracy": [
+                    {
+                        "methods": ["cats"],
+                        "sparsities": [0.5],
+                        "tasks": [{"name": "decode_perplexity", "options": {"text": "/etc/x.txt"}}],
+                    }
+                ]
+            },
+            "'/etc/x.txt' names",
+        ),
+        ({"data_dir": "theirs"}, "data_dir 'theirs' names a folder of the machine it was made on"),
+        ({"models": [{"id": "{model_dir}/../x"}]}, "names a folder of the machine it was made on"),
+        ({"models": [{"id": "/tmp/x"}]}, "names a folder of the machine it was made on"),
+        ({"calibration": {"source": "file:/etc/passwd"}}, "'/etc/passwd' names a folder of the machine it was made on"),
         (
             {"accuracy": [{"methods": ["os:System"], "sparsities": [0.5], "tasks": ["t1"]}]},
             "runs Python of method os:System.*--allow-code",
@@ -193,7 +206,7 @@ def test_a_foreign_folder_is_refused_before_anything_runs(tmp_path):
     for name, text in files.items():
         (mine / name).write_text(text)
     executor = FakeExecutor()
-    with pytest.raises(InputError, match=r"mine is not empty and no run folder.*--out"):
+    with pytest.raises(InputError, match=r"mine is not empty and not a run folder.*--out"):
         run(matrix(), FakeWorld(), executor, Options(tmp_path / "r", folder=mine))
     assert executor.ran == []
     assert {p.relative_to(mine).as_posix(): p.read_text() for p in mine.rglob("*") if p.is_file()} == files

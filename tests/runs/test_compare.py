@@ -48,6 +48,6 @@ def test_the_split_of_the_examples_is_said(tmp_path):
     lines = [line for line in compare(tmp_path / "a", tmp_path / "b") if line.startswith("  examples of")]
     assert lines == [
         "  examples of moved: from train -> test (scored)",
-        "  examples of older: from a split that is not said -> train",
+        "  examples of older: from an unknown split -> train",
         "  examples of same: from train",
     ]
