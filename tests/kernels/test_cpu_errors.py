@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -131,7 +132,7 @@ def test_weights_of_any_layout_are_transposed():
 
 
 def test_column_major_models_are_refused_by_name_or_left_to_the_masked_backend():
-    model = tiny_model("llama")
+    model = copy.deepcopy(tiny_model("llama"))  # the other tests' too
     up = model.model.layers[1].mlp.up_proj
     up.weight.data = up.weight.data.t().contiguous().t()
     method, state = get_method("m-countdown", sparsity=0.5), decode_state("m-countdown", "")
