@@ -21,7 +21,7 @@ from suite.runs.compare import Row, changed, read_rows
 from suite.runs.manifest import file_hashes, key_fields, read_manifest
 from suite.runs.matrix import Matrix
 from suite.runs.runner import Executor, Runner, Say
-from suite.runs.store import CellStore, sha256_of
+from suite.runs.store import CellStore, canonical, sha256_of
 from suite.statistics import statistic
 
 
@@ -159,13 +159,13 @@ def recompute(
     -------
     list of problems; a cell whose key has changed since is measured all the same, and what changed is said.
     """
+    manifest = read_manifest(folder)
     rows: dict[tuple[str, ...], list[Row]] = {}
     for row in read_rows(folder, "accuracy.csv"):
         if row["status"] == "ok":
-            rows.setdefault(_row_identity(row), []).append(row)
+            rows.setdefault(_row_identity(row, key_fields(manifest, row["cell_id"])), []).append(row)
     cells = [cell for cell in expand(config, world) if _identity(cell) in rows]
     chosen = random.Random(seed).sample(cells, min(n_cells, len(cells)))
-    manifest = read_manifest(folder)
     problems = []
     with tempfile.TemporaryDirectory() as temporary:
         store = CellStore(Path(temporary))
@@ -198,11 +198,16 @@ def _identity(cell: AccuracyCell) -> tuple[str, ...]:
     named = cell.fit is not None and (cell.fit.options is not None or cell.fit.calibration != PYDOC)
     fit = (cell.fit_key or "")[:16] if named else ""
     setting = (cell.method, cell.mode, f"{cell.sparsity:g}", estimator, fit, cell.scope)
-    return (cell.model_name, cell.dtype, cell.task.name, *setting, str(cell.decided_seed))
+    return (cell.model_name, cell.dtype, _variant(cell.key_fields), *setting, str(cell.decided_seed))
 
 
-def _row_identity(row: Row) -> tuple[str, ...]:
+def _variant(fields: Mapping[str, Any]) -> str:
+    """A task as it was asked for: its name, examples, limit, chat and options; wherever its data are found."""
+    return canonical({name: value for name, value in fields["task"].items() if name not in ("data", "source")})
+
+
+def _row_identity(row: Row, fields: Mapping[str, Any]) -> tuple[str, ...]:
     fit = row["fit_id"] if row["predictor"] or row["calibration"] != PYDOC else ""
     target = f"{float(row['sparsity_target']):g}"
     setting = (row["method"], row["mode"], target, row["estimator"], fit, row["scope"])
-    return (row["model"], row["dtype"], row["task"], *setting, row["seed"])
+    return (row["model"], row["dtype"], _variant(fields), *setting, row["seed"])
