@@ -222,7 +222,7 @@ def compare(first: Path, second: Path) -> None:
         typer.echo(line)
 
 
-def verify(folder: Path, n_recompute: int, folders: dict[str, str | None], *, allow_code: bool = False) -> int:
+def verify(folder: Path, n_recompute: int, folders: dict[str, Any], *, allow_code: bool = False) -> int:
     """Print the problems of a run folder; 1 if there are any."""
     from suite.files import links_in
     from suite.report.page import rebuild_problems
