@@ -43,7 +43,7 @@ def code_hash(entries: tuple[str, ...]) -> str:
 
 @cache
 def reached(entries: tuple[str, ...]) -> frozenset[str]:
-    """Modules that the entries import, themselves included: of the suite, its kernels and baselines, or of an entry's package.
+    """Modules that the entries import, themselves included: of the suite, its kernels and baselines, and of an entry's package.
 
     Imports inside functions count, those for type checkers only do not; a string that names a module counts as its import.
     The packages around a module count, as their ``__init__`` runs before it.
@@ -61,14 +61,38 @@ def reached(entries: tuple[str, ...]) -> frozenset[str]:
 @cache
 def _imports(module: str) -> frozenset[str]:
     package, *_ = module.split(".")
-    if package not in _HOUSE and not _is_package(package):
-        return frozenset()
     around = {module.rpartition(".")[0]} - {""}
     if module == _EXECUTOR:
         return frozenset(around)
-    graph = _graph(*_HOUSE) if package in _HOUSE else _graph(package)
     named = set() if module in _TABLES else set(_QUOTED.findall(source_of(module).decode()))
+    if package not in _HOUSE and not _is_package(package):  # a single file, which no graph takes
+        return frozenset(_graph(*_HOUSE).modules & (named | _imported_names(module)))
+    graph = _graph(*dict.fromkeys((*_HOUSE, package)))
     return frozenset({*around, *graph.find_modules_directly_imported_by(module), *(graph.modules & named)})
+
+
+def _imported_names(module: str) -> set[str]:
+    """What a file's statements import by full names: modules, and names in modules; as in the graph, not for type checkers."""
+    found: set[str] = set()
+    todo: list[ast.AST] = [_parsed(module)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            todo += node.orelse
+        else:
+            todo += ast.iter_child_nodes(node)
+    return found
+
+
+def _parsed(module: str) -> ast.AST:
+    try:
+        return ast.parse(source_of(module))
+    except (SyntaxError, ValueError) as error:
+        raise InputError(f"imports of module {module} cannot be read: {error}; mend that file") from error
 
 
 @cache
