@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from suite import settings
-from suite.code import ANALYSIS, ENTRIES, code_hash, strings_of
+from suite.code import ANALYSIS, CLOSED, ENTRIES, code_hash, strings_of
 from suite.config import MatrixConfig, TaskConfig
 from suite.errors import InputError
 from suite.evaluation.groups import Leaf, expand_name
@@ -169,7 +169,8 @@ class LocalWorld:
         # an analysis is over all methods that its module names
         methods = [method] if method else strings_of(ANALYSIS, METHODS)
         targets = [METHODS.get(name, name).partition(":") for name in methods]
-        return code_hash((*ENTRIES[kind], *(module for module, colon, _ in targets if colon)))
+        entries = (*ENTRIES[kind], *(module for module, colon, _ in targets if colon))
+        return code_hash(entries, CLOSED.get(kind, ()))
 
 
 class StoredWorld(LocalWorld):

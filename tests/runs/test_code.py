@@ -71,6 +71,11 @@ EDITS = {
     ("own/__init__.py", "", "import os\n"): {OWN},
     ("suite/speed/cpu.py", "", "#\n"): {SPEED},  # imported by its name, a string
     ("kernels_numba/gpu/attention.py", "", "#\n"): {SPEED},
+    ("kernels_numba/gpu/layers.py", "", "#\n"): {SPEED},  # accuracy is computed masked
+    ("kernels_numba/cpu_kernels.py", "", "#\n"): {SPEED},
+    ("kernels_numba/gpu/topk.py", "", "#\n"): CELLS | {REPORT},  # but it selects
+    ("suite/modeling/decode.py", "", "#\n"): ACCURACY | {SPEED},
+    ("suite/modeling/decode_probe.py", "", "#\n"): ACCURACY,
     ("suite/runs/executor.py", "", "#\n"): CELLS,
     ("suite/runs/assemble.py", "", "#\n"): set(),
     ("suite/report/frames.py", "", "#\n"): {REPORT},
