@@ -217,7 +217,10 @@ def verify(
     ] = 0,
     data_dir: DataDir = None,
     include_path: IncludePath = None,
-    model_dir: Annotated[str | None, typer.Option(help="Folder of the models that the run had as {model_dir}.")] = None,
+    model_dir: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder of the models that the run had as {model_dir}; the n-th one is {model_dir_n}."),
+    ] = None,
     allow_code: Annotated[
         bool,
         typer.Option("--allow-code", help="Let --recompute run Python that the run names: module:Class, own tasks."),

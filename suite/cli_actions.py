@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from kernels_numba import OPENMP_TOO_LATE
 from suite import settings
 from suite.config import PROFILES, MatrixConfig, build_config, load_config, models_of, override
 from suite.errors import InputError
@@ -70,6 +71,7 @@ def show_info() -> None:
 
     from suite.runs import provenance
 
+    late = f", but {' and '.join(OPENMP_TOO_LATE)} loaded before: import suite first" if OPENMP_TOO_LATE else ""
     gpu = provenance.gpu()
     cpu = provenance.cpu()
     lines = {
@@ -77,7 +79,7 @@ def show_info() -> None:
         **provenance.versions(),
         "cpu": f"{cpu.name}, {cpu.memory_bytes / 2**30:.0f} GiB of memory",
         "gpu": f"{gpu.name}, driver {gpu.driver}, {gpu.memory_bytes / 2**30:.0f} GiB" if gpu else "none",
-        "OMP_WAIT_POLICY": settings.openmp_waiting(),
+        "OMP_WAIT_POLICY": settings.openmp_policy() + late,
         "results": str(settings.results_dir()),
         "cache": str(settings.cache_dir()),
         "hub cache": str(settings.hub_cache_dir()) + (" (offline)" if settings.hub_offline() else ""),
@@ -220,7 +222,7 @@ def compare(first: Path, second: Path) -> None:
         typer.echo(line)
 
 
-def verify(folder: Path, n_recompute: int, folders: dict[str, str | None], *, allow_code: bool = False) -> int:
+def verify(folder: Path, n_recompute: int, folders: dict[str, Any], *, allow_code: bool = False) -> int:
     """Print the problems of a run folder; 1 if there are any."""
     from suite.files import links_in
     from suite.report.page import rebuild_problems

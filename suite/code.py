@@ -29,24 +29,28 @@ ENTRIES: dict[str, tuple[str, ...]] = {
     "speed": (_EXECUTOR, "suite.speed.cases", "suite.fitting.artifacts"),
     "report": ("suite.report.page",),
 }
+# Kernels for decode steps, which accuracy and its analysis never call: both are always masked. What decides so is hashed,
+# what it would import is not followed; the kernel that selects for the masked backend is `suite.methods.base`'s own.
+_DECODE = ("suite.modeling.decode", "suite.modeling.decode_probe")
+CLOSED: dict[str, tuple[str, ...]] = {"accuracy": _DECODE, "analysis": _DECODE}
 _QUOTED = re.compile(rf"""["']((?:{"|".join(_HOUSE)})(?:\.\w+)+)["']""")
 
 
 @cache
-def code_hash(entries: tuple[str, ...]) -> str:
+def code_hash(entries: tuple[str, ...], closed: tuple[str, ...] = ()) -> str:
     """First 16 hex digits of the SHA-256 over the source of all modules that are `reached` from ``entries``."""
     digest = hashlib.sha256()
-    for module in sorted(reached(entries)):
+    for module in sorted(reached(entries, closed)):
         digest.update(module.encode() + b"\0" + hashlib.sha256(source_of(module)).digest())
     return digest.hexdigest()[:16]
 
 
 @cache
-def reached(entries: tuple[str, ...]) -> frozenset[str]:
-    """Modules that the entries import, themselves included: of the suite, its kernels and baselines, or of an entry's package.
+def reached(entries: tuple[str, ...], closed: tuple[str, ...] = ()) -> frozenset[str]:
+    """Modules that the entries import, themselves included: of the suite, its kernels and baselines, and of an entry's package.
 
     Imports inside functions count, those for type checkers only do not; a string that names a module counts as its import.
-    The packages around a module count, as their ``__init__`` runs before it.
+    The packages around a module count, as their ``__init__`` runs before it. The imports of ``closed`` modules do not.
     """
     found: set[str] = set()
     todo = list(entries)
@@ -54,21 +58,46 @@ def reached(entries: tuple[str, ...]) -> frozenset[str]:
         module = todo.pop()
         if module not in found:
             found.add(module)
-            todo += _imports(module)
+            todo += _around(module) if module in (_EXECUTOR, *closed) else _imports(module)
     return frozenset(found)
+
+
+def _around(module: str) -> set[str]:
+    return {module.rpartition(".")[0]} - {""}
 
 
 @cache
 def _imports(module: str) -> frozenset[str]:
     package, *_ = module.split(".")
-    if package not in _HOUSE and not _is_package(package):
-        return frozenset()
-    around = {module.rpartition(".")[0]} - {""}
-    if module == _EXECUTOR:
-        return frozenset(around)
-    graph = _graph(*_HOUSE) if package in _HOUSE else _graph(package)
     named = set() if module in _TABLES else set(_QUOTED.findall(source_of(module).decode()))
-    return frozenset({*around, *graph.find_modules_directly_imported_by(module), *(graph.modules & named)})
+    if package not in _HOUSE and not _is_package(package):  # a single file, which no graph takes
+        return frozenset(_graph(*_HOUSE).modules & (named | _imported_names(module)))
+    graph = _graph(*dict.fromkeys((*_HOUSE, package)))
+    return frozenset({*_around(module), *graph.find_modules_directly_imported_by(module), *(graph.modules & named)})
+
+
+def _imported_names(module: str) -> set[str]:
+    """What a file's statements import by full names: modules, and names in modules; as in the graph, not for type checkers."""
+    found: set[str] = set()
+    todo: list[ast.AST] = [_parsed(module)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            todo += node.orelse
+        else:
+            todo += ast.iter_child_nodes(node)
+    return found
+
+
+def _parsed(module: str) -> ast.AST:
+    try:
+        return ast.parse(source_of(module))
+    except (SyntaxError, ValueError) as error:
+        raise InputError(f"imports of module {module} cannot be read: {error}; mend that file") from error
 
 
 @cache

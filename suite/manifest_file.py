@@ -96,9 +96,9 @@ def _wrong_types(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def _wrong_entries(table: Mapping[str, Any], kinds: Mapping[str, tuple[type, type]], place: str) -> Iterator[str]:
     for name, (kind, inside) in kinds.items():
-        value = table.get(name)
-        if value is None:
+        if name not in table or (table[name] is None and place):  # of the matrix, a null is the default
             continue
+        value = table[name]
         if not isinstance(value, kind):
             yield place + name
             continue

@@ -48,7 +48,14 @@ def hub_offline() -> bool:
     return any(os.environ.get(name, "").lower() in _YES for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
 
 
+def openmp_policy() -> str:
+    """How idle threads shall wait: ``OMP_WAIT_POLICY``, which `kernels_numba` sets."""
+    return os.environ.get("OMP_WAIT_POLICY", "")
+
+
 def openmp_waiting() -> str:
-    """How idle threads wait: ``OMP_WAIT_POLICY``, which `kernels_numba` sets, and which libraries were loaded before."""
-    late = f", but {' and '.join(OPENMP_TOO_LATE)} loaded before: import suite first" if OPENMP_TOO_LATE else ""
-    return os.environ.get("OMP_WAIT_POLICY", "") + late
+    """How idle threads wait: the policy, and ``(late)`` where OpenMP was loaded before it was set.
+
+    A key field of times on a CPU: no message, and no name of a library.
+    """
+    return openmp_policy() + (" (late)" if OPENMP_TOO_LATE else "")

@@ -33,20 +33,26 @@ def cache_folder() -> Path:
     return Path(root) / "ptx" if root else Path.home() / ".cache" / "countdown-suite" / "ptx"
 
 
-def sources() -> list[str]:
-    """Files of this folder that decide the PTX of a plan: those that the kernel and its device functions import."""
+def sources() -> list[Path]:
+    """Files of this package that decide the PTX of a plan: those that the kernel and its device functions import."""
     import grimp
 
     graph = grimp.build_graph("kernels_numba", cache_dir=None, exclude_type_checking_imports=True)
     modules = {*_ENTRIES, *(module for entry in _ENTRIES for module in graph.find_upstream_modules(entry))}
-    return sorted(f"{module.rpartition('.')[2]}.py" for module in modules)
+    return [_file(module) for module in sorted(modules)]
+
+
+def _file(module: str) -> Path:
+    _, *below = module.split(".")
+    path = Path(__file__).parents[1].joinpath(*below)
+    return path / "__init__.py" if path.is_dir() else path.with_name(f"{path.name}.py")
 
 
 @cache
 def _source_hash() -> str:
     digest = hashlib.sha256()
-    for name in sources():
-        digest.update((Path(__file__).parent / name).read_bytes())
+    for path in sources():
+        digest.update(path.read_bytes())
     digest.update(f"{version('numba')} {version('numba-cuda')}".encode())
     return digest.hexdigest()
 

@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from suite.errors import InputError
+from suite.errors import CellError, InputError
 from suite.evaluation.chat import request_options
 from suite.evaluation.lm_eval import SuiteLM
 from suite.evaluation.metrics import Items, Sample, collect
@@ -123,6 +123,7 @@ class BuiltTask:
         try:
             with quiet():
                 self.task.build_all_requests(samples=self.documents, **request_options(spec.chat, lm))
+            self._check_choices()
         except InputError:  # a ValueError that says it all
             raise
         except _BROKEN_DOCUMENT as error:
@@ -131,6 +132,23 @@ class BuiltTask:
         self.version = str(self.task.VERSION)
         self.num_fewshot = int(self.task.config.num_fewshot or 0)
         self.fewshot_split = split_of(self.task) if self.num_fewshot else None
+
+    def _check_choices(self) -> None:
+        """Refuse documents without a choice, which would vanish, and answers that are none of the choices."""
+        if self.task.OUTPUT_TYPE != "multiple_choice":
+            return
+        asked = {instance.doc_id for instance in self.task.instances}
+        place = f"task {self.spec.name} document"
+        for doc_id, index in enumerate(self.documents):
+            if doc_id not in asked:
+                raise InputError(f"{place} {index}: it has no choices; mend its data")
+        try:
+            choices = self.choices
+        except _BROKEN_DOCUMENT as error:
+            raise InputError(f"{place}{self._broken_document()}: {_reason(error)}; mend its data") from error
+        for label, (n_choices, n_right) in choices.items():
+            if not n_right:
+                raise InputError(f"{place} {label}: its answer is none of its {n_choices} choices; mend its data")
 
     def _broken_document(self) -> str:
         """Which document has no prompt or answer, where one has none."""
@@ -163,8 +181,15 @@ class BuiltTask:
             for doc_id, instances in by_document.items():
                 document = instances[0].doc
                 answers = [i.filtered_resps[filter_name] for i in sorted(instances, key=lambda i: i.idx)]
-                for metric, value in self.task.process_results(document, answers).items():
-                    values[metric, filter_name].append((self._label(doc_id, document), value))
+                label = self._label(doc_id, document)
+                try:
+                    found = self.task.process_results(document, answers)
+                except _BROKEN_DOCUMENT as error:
+                    raise CellError(
+                        f"task {self.spec.name} document {label}: {_reason(error)}; mend its data"
+                    ) from error
+                for metric, value in found.items():
+                    values[metric, filter_name].append((label, value))
         return collect(self.task, values)
 
     def higher_is_better(self, metric: str) -> bool | None:
@@ -202,9 +227,8 @@ def _choices(task: Task, document: Any) -> tuple[int, int]:
     """Number of choices of a document and of right ones, by index or by text, as lm-eval's accuracy counts them."""
     choices = task.doc_to_choice(document)
     target = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
-    if not isinstance(target, list):
-        return len(choices), 1
-    right = {i for i in target if (0 <= i < len(choices) if isinstance(i, int) else i in choices)}
+    targets = target if isinstance(target, list) else [target]
+    right = {i for i in targets if (0 <= i < len(choices) if isinstance(i, int) else i in choices)}
     return len(choices), len(right)
 
 

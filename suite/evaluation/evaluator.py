@@ -47,6 +47,8 @@ class Evaluator:
     def __init__(self, loaded: LoadedModel, *, batch_size: int = 16, seed: int = 0) -> None:
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise InputError(f"batch_size {batch_size!r}: must be a whole number of sequences, at least 1")
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            raise InputError(f"seed {seed!r}: must be a whole number, at least 0")
         self.loaded = loaded
         self.seed = seed
         self.lm = SuiteLM(loaded, batch_size, seed)
@@ -88,6 +90,22 @@ class Evaluator:
                 scored, sparse = self.lm.scored, self.lm.sparse
             layers = [] if attached is None else attached.sparsity()
         return _result(task, built, values, sparse / scored if scored else None), layers
+
+    def refuse_two(self, task: TaskSpec, other: TaskSpec) -> None:
+        """Refuse one task with two numbers of examples, whose results would have one name.
+
+        Raises
+        ------
+        InputError
+            They have.
+        """
+        if task.num_fewshot == other.num_fewshot:
+            return
+        shots = sorted(self._build(one).num_fewshot for one in (task, other))
+        if shots[0] != shots[1]:
+            raise InputError(
+                f"task {task.name} is asked for with num_fewshot {shots[0]} and {shots[1]}: evaluate them in two calls"
+            )
 
     def _build(self, task: TaskSpec) -> BuiltTask | BuiltText:
         key = repr(task)
@@ -216,23 +234,25 @@ def evaluate(
         "fewshot_as_multiturn": fewshot_as_multiturn,
     }
     evaluator = Evaluator(loaded, batch_size=batch_size, seed=seed)
+    expansions = [expand_name(name, include_path) for name in tasks]
+    specs: dict[str, TaskSpec] = {}
+    for leaf in dict.fromkeys(leaf for expansion in expansions for leaf in expansion.tasks):
+        spec = resolve_task(
+            leaf.name,
+            data_dir=data_dir,
+            include_path=include_path,
+            num_fewshot=leaf.num_fewshot,
+            limit=limit,
+            chat=chat_options(leaf.name, **chat),
+        )
+        evaluator.refuse_two(specs.setdefault(leaf.name, spec), spec)
     results: dict[str, Any] = {}
-    for name in tasks:
-        expansion = expand_name(name, include_path)
-        for leaf in expansion.tasks:
-            if leaf.name in results:
-                continue
-            spec = resolve_task(
-                leaf.name,
-                data_dir=data_dir,
-                include_path=include_path,
-                num_fewshot=leaf.num_fewshot,
-                limit=limit,
-                chat=chat_options(leaf.name, **chat),
-            )
-            data_fingerprint(spec)  # reads every row: a broken one is refused by its line, as by the command line
-            with torch.inference_mode():
-                results[leaf.name], _ = evaluator.run(spec, method, mode=mode, state=state, scope=scope)
+    for expansion in expansions:
+        for name in dict.fromkeys(leaf.name for leaf in expansion.tasks):
+            if name not in results:
+                data_fingerprint(specs[name])  # reads every row: a broken one is refused by its line
+                with torch.inference_mode():
+                    results[name], _ = evaluator.run(specs[name], method, mode=mode, state=state, scope=scope)
         for group in expansion.groups:
             if (averages := aggregate(group, results)) is not None:
                 results[group.name] = averages

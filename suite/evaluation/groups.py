@@ -52,7 +52,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Expansion:
-    """What a name stands for: tasks, each once, and the groups that are named or lie inside."""
+    """What a name stands for: tasks, each once for every number of examples, and the groups named or inside."""
 
     tasks: tuple[Leaf, ...]
     groups: tuple[Group, ...] = ()
@@ -80,12 +80,11 @@ def expand_name(name: str, include_path: str | Path | None = None) -> Expansion:
         names = [name]
         if index.find(name) is None:
             return Expansion((Leaf(name),))
-    tasks: dict[str, Leaf] = {}
+    tasks: list[Leaf] = []
     groups: dict[str, Group] = {}
     for one in names:
-        for leaf in _Walk(index, groups).leaves(one, {}, ()):
-            tasks.setdefault(leaf.name, leaf)
-    return Expansion(tuple(tasks.values()), tuple(groups.values()))
+        tasks += _Walk(index, groups).leaves(one, {}, ())
+    return Expansion(tuple(dict.fromkeys(tasks)), tuple(groups.values()))
 
 
 class _Index:

@@ -173,13 +173,17 @@ class SuiteLM(HFLM):
         self._check_options(options)
         named = contextlib.nullcontext() if self.attached is None else self.attached.documents(documents)
         with named, torch.inference_mode():
-            output = self._model_generate(
-                context=ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                stop=until,
-                max_length=ids.shape[1] + n_new,
-                **options,
-            )
+            try:
+                output = self._model_generate(
+                    context=ids.to(self.device),
+                    attention_mask=mask.to(self.device),
+                    stop=until,
+                    max_length=ids.shape[1] + n_new,
+                    **options,
+                )
+            except (TypeError, ValueError) as error:
+                reason = next(iter(str(error).splitlines()), "")
+                raise CellError(f"generation_kwargs {requests[0].args[1]}: {reason}") from error
         answers = output[:, ids.shape[1] :].tolist()
         self._count_generated(answers)
         decoded = (self.tok_decode(answer) for answer in answers)

@@ -24,9 +24,10 @@ from suite.statistics import is_log_space, resample_items, resampling_group
 
 Sample = tuple[str, float, float | None]  # document, value, weight (None: 1)
 Aggregation = Callable[[list[Any]], Any]
-N_RESAMPLES = 1000
+# How many there are follows from the aggregation alone, so that a slow machine's row has what a fast one's has.
+N_RESAMPLES = 1000  # lm-eval's own aggregations and tasks' functions
 N_RESAMPLES_OF_TEXTS = 100  # as lm-eval takes: .3 s each for a thousand documents
-LONGEST_S = 60.0
+LONGEST_S = 600.0  # a protection, not a budget: one metric of one cell
 _TEXTS = ("bleu", "chrf", "chrf++", "ter")
 _LOG_SPACE = (lm_eval_metrics.perplexity, lm_eval_metrics.weighted_perplexity)
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
@@ -102,7 +103,8 @@ class Items:
         except FAILURES as error:
             return None, f"no interval for {self.metric}: of resampled documents, {self._failure(error)}"
         if found is None:
-            return None, f"no interval for {self.metric}: {n_resamples} resamples take over {LONGEST_S:.0f} s"
+            limit = f"stopped at the hard limit of {LONGEST_S:.0f} s, before all {n_resamples} resamples were made"
+            return None, f"no interval for {self.metric}: {limit}"
         if not np.isfinite(found).all():
             return None, f"no interval for {self.metric}: {self.aggregation} of resampled documents is not finite"
         return found.tolist(), ""

@@ -39,6 +39,7 @@ class Shots:
     def __init__(self, task: Any) -> None:
         self._sampler, self._name, self._split = task.sampler, task.config.task, split_of(task)
         self._document: Any = None
+        self._said = lambda doc: (repr(task.doc_to_text(doc)), repr(task.doc_to_target(doc)))
         shots = task.fewshot_cfg
         if self._split.endswith(SCORED) and shots.process_docs not in (None, task.config.process_docs):
             raise InputError(
@@ -58,12 +59,13 @@ class Shots:
         """``n`` examples, as the task's own sampler draws them where it leaves the document out."""
         document = self._document
         scored = self._split.endswith(SCORED)
+        asked = self._said(document)
         try:
             drawn = self._sampler.sample(n, eval_doc=document if scored else None)
-            if document in drawn:  # a split that holds the document again
-                drawn = self._sampler.rnd.sample([d for d in self._sampler.df if d != document], n)
+            if any(self._said(d) == asked for d in drawn):  # a split that holds it again, perhaps under another id
+                drawn = self._sampler.rnd.sample([d for d in self._sampler.df if self._said(d) != asked], n)
         except (ValueError, AssertionError) as error:
-            others = sum(d != document for d in self._sampler.df)
+            others = sum(self._said(d) != asked for d in self._sampler.df)
             raise InputError(
                 f"task {self._name}: num_fewshot {n} is more than the {others} examples of split {self._split} "
                 f"beside the document; give at most {others}"

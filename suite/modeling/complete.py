@@ -46,10 +46,13 @@ def _some(keys: Iterable[str]) -> str:
 @contextmanager
 def no_report() -> Iterator[None]:
     """Keep transformers from printing a table of what `check_complete` says in one line."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    # the second warns of layers that are not spread over GPUs, where there is nothing to spread
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
+    before = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

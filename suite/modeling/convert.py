@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from suite.errors import InputError
 from suite.modeling.complete import check_complete, no_report
-from suite.modeling.gguf_header import read_gguf_header
+from suite.modeling.gguf_header import read_gguf_header, unread_settings
 from suite.modeling.sources import file_sha256
 from suite.settings import cache_dir
 
@@ -114,10 +114,29 @@ def _load_gguf(gguf: Path) -> tuple[PreTrainedModel, Any]:
             model, info = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **source
             )
-    except (ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+    except Exception as error:
         raise InputError(f"model file {gguf}: transformers cannot read it: {first_line(error)}") from error
     check_complete(str(gguf), info)
+    _check_all_read(gguf, model)
     return model.eval(), tokenizer
+
+
+def _check_all_read(gguf: Path, model: PreTrainedModel) -> None:
+    """Refuse a file with tensors or settings that transformers passes over: they may change what the model computes."""
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    header = read_gguf_header(gguf)
+    processor = reading.TENSOR_PROCESSORS.get(header.architecture, reading.TensorProcessor)(config={})
+    known = reading.get_gguf_hf_weights_map(model, processor)
+    settings = reading.GGUF_CONFIG_MAPPING.get(header.architecture, {})
+    unread = [name for name in header.tensors if name not in known]
+    unread += unread_settings(header, settings)
+    if unread:
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        raise InputError(
+            f"model file {gguf}: transformers does not read its {', '.join(unread[:3])}{more}: without it the model "
+            "computes something else; take the model's safetensors"
+        )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, gguf: Path, *, adds_bos: bool) -> None:

@@ -27,7 +27,8 @@ def without_compile(model: nn.Module) -> Callable[[], None]:
 def with_right_prefill(model: nn.Module, scope: str) -> Callable[[], None]:
     """Let `generate` refuse what hides from the scope's rule which pass is the prefill; returns the undoing.
 
-    A prefill is the pass without a past: in chunks only the first has none, and without a cache every pass.
+    A prefill is the pass without a past: in chunks only the first has none, and without a cache every pass. With
+    candidates of another model or of the prompt, passes after it check several tokens, which may be thrown away.
     """
     generate: Any = getattr(model, "generate", None)
     if generate is None:
@@ -44,6 +45,9 @@ def with_right_prefill(model: nn.Module, scope: str) -> Callable[[], None]:
 
         if setting("prefill_chunk_size") is not None:
             raise InputError(f"generate with prefill_chunk_size in scope {scope}: leave it out, or use scope all")
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if setting(name) is not None:
+                raise InputError(f"generate with {name} in scope {scope}: leave it out, or use scope all")
         if setting("use_cache") is False:
             raise InputError(f"generate with use_cache=False in scope {scope}: leave it out, or use scope all")
         return generate(*args, **kwargs)

@@ -10,7 +10,7 @@ import mmap
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class GGUFHeader:
     size_bytes: int
     adds_bos: bool  # texts begin with the token <bos>: tokenizer.ggml.add_bos_token
     dropped: tuple[str, ...] = ()  # what changes the model's output and transformers does not read
+    tensors: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # None for arrays
 
     @property
     def has_tokenizer(self) -> bool:
@@ -81,6 +83,40 @@ def _dropped(architecture: str, metadata: Mapping[str, Any], tensors: Sequence[s
     return tuple(found)
 
 
+def unread_settings(header: GGUFHeader, read: Mapping[str, Any]) -> list[str]:
+    """Keys of the architecture that are not among those that are ``read``, unless they say what holds without them."""
+    said = {
+        key.removeprefix(f"{header.architecture}."): value
+        for key, value in header.metadata.items()
+        if key.startswith(f"{header.architecture}.")
+    }
+    heads, width = said.get("attention.head_count"), said.get("embedding_length")
+    one_head = said.get("attention.key_length", said.get("rope.dimension_count"))
+    if isinstance(heads, int) and isinstance(width, int) and heads and one_head is None:
+        one_head = width // heads
+    context = said.get("context_length")
+    holds = {
+        "attention.key_length": lambda value: value in (said.get("rope.dimension_count", value), one_head),
+        "attention.value_length": lambda value: value == one_head,
+        "attention.sliding_window": lambda value: isinstance(context, int) and (value or context) >= context,
+        "rope.scaling.type": lambda value: value == "none",
+        "rope.scaling.factor": lambda value: value in (0, 1) or said.get("rope.scaling.type") == "none",
+        "rope.scaling.original_context_length": lambda value: said.get("rope.scaling.type") in (None, "none"),
+        "rope.scaling.finetuned": lambda value: True,
+        "expert_count": lambda value: value == 0,
+        "expert_used_count": lambda value: value == 0,
+        "tensor_data_layout": lambda value: True,
+        "vocab_size": lambda value: True,
+    }
+    if "logit_softcapping" not in "".join(header.dropped):  # those that are transformers' own defaults
+        holds |= {f"{name}_logit_softcapping": lambda value: True for name in ("attn", "final")}
+    return [
+        f"{header.architecture}.{name}"
+        for name, value in said.items()
+        if name not in read and not (name in holds and holds[name](value))
+    ]
+
+
 class _Reader:
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self._data = data
@@ -106,7 +142,8 @@ class _Reader:
         adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", False))
         dropped = _dropped(architecture, metadata, self._tensors)
         self._check_layers(metadata.get(f"{architecture}.block_count"))
-        return GGUFHeader(architecture, frozenset(metadata), start + end, adds_bos, dropped)
+        tensors = tuple(self._tensors)
+        return GGUFHeader(architecture, frozenset(metadata), start + end, adds_bos, dropped, tensors, metadata)
 
     def _check_layers(self, said: Any) -> None:
         """Tensors of layers beyond ``block_count`` would be dropped without a word."""

@@ -115,7 +115,6 @@ def load_model(
 
 def _from_folder(ref: ModelRef, folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options = {"trust_remote_code": False, "local_files_only": True}
@@ -131,8 +130,10 @@ def _from_folder(ref: ModelRef, folder: Path, dtype: str, device: str) -> tuple[
                 device_map=None if device == "cpu" else device,
                 **options,
             )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        raise InputError(f"model {ref.spec} cannot be loaded: {first_line(error)}") from error
+    except Exception as error:
+        raise InputError(
+            f"model {ref.spec} cannot be loaded: {first_line(error)}; get the whole model again"
+        ) from error
     check_complete(ref.spec, info)
     return model, tokenizer
 

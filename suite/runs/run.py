@@ -144,7 +144,11 @@ def _refuse_foreign(folder: Path) -> None:
     if folder.is_file():
         raise InputError(f"cannot write {folder}: it is a file; give a new folder with --out")
     refuse_links(folder)
-    if not folder.is_dir() or all(map(is_part, folder.iterdir())):
+    try:  # before anything is measured
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make {folder}: {error.strerror}; give another folder with --out") from error
+    if all(map(is_part, folder.iterdir())):
         return
     try:
         owned(folder)

@@ -303,7 +303,7 @@ class Runner:
             self._put_bad_input(cell, str(error), time.perf_counter() - start)
         except (InputError, StoreFullError):
             raise
-        except Exception as error:  # noqa: BLE001  a cell may fail in any way, and the others must still run
+        except (Exception, SystemExit) as error:  # a cell may fail in any way, and the others must still run
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             self._say(f"failed: {cell.label}: {reason}")
             self._store.put(
@@ -329,7 +329,7 @@ class Runner:
             rows = self._executor.time(cells, self._fits)
         except InputError:
             raise
-        except Exception as error:  # noqa: BLE001  as in _recording
+        except (Exception, SystemExit) as error:  # as in _recording
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             self._say(f"failed: timing {cells[0].group}: {reason}")
             log, elapsed = traceback.format_exc(), time.perf_counter() - start

@@ -144,12 +144,11 @@ class CellStore:
             self._told.add(path.name)
             self._say(f"damaged cell {path.name} ({why}): treated as missing and computed again")
 
-    def newest(self) -> dict[tuple[str, str], Record]:
-        """The cell of every kind and method ("" where a kind has none) that was measured last."""
+    def records(self) -> list[Record]:
+        """All cells, the one that was measured last at the end."""
         keys = (path.name.removesuffix(".json.gz") for path in self.folder.glob("??/*.json.gz"))
         found = [record for key in keys if (record := self.get(key)) is not None]
-        found.sort(key=lambda record: str(record["created"]))
-        return {(str(r["kind"]), str(r["key_fields"].get("method", ""))): r for r in found}
+        return sorted(found, key=lambda record: str(record["created"]))
 
     def put(self, record: Record) -> None:
         """Store a record under its key, replacing what was there.

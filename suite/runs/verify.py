@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,8 +22,11 @@ from suite.runs.compare import Row, changed, read_rows
 from suite.runs.manifest import file_hashes, key_fields, read_manifest
 from suite.runs.matrix import Matrix
 from suite.runs.runner import Executor, Runner, Say
-from suite.runs.store import CellStore, sha256_of
+from suite.runs.store import CellStore, canonical, sha256_of
 from suite.statistics import statistic
+
+# Of models that no folder but the root holds together.
+_NUMBERED = re.compile(r"\{model_dir_([1-9]\d{0,3})\}")
 
 
 def verify_files(folder: Path) -> list[str]:
@@ -103,6 +107,7 @@ def config_of(folder: Path, overrides: Mapping[str, Any], *, allow_code: bool = 
     """Matrix that a run folder was made from; its placeholders ``{data_dir}``, ``{model_dir}`` ... must be overridden.
 
     A manifest may come from anywhere: it names no folder of this machine, and Python only with ``allow_code``.
+    ``model_dir`` of the overrides is a list: the n-th folder fills ``{model_dir_n}``, a single one ``{model_dir}``.
 
     Raises
     ------
@@ -111,21 +116,37 @@ def config_of(folder: Path, overrides: Mapping[str, Any], *, allow_code: bool = 
     """
     data = dict(read_manifest(folder)["config"])
     build_config(data, str(folder))  # the types of all that is looked at below
-    _refuse_folders(folder, data)
+    text = json.dumps(data)
+    _refuse_folders(folder, json.loads(_NUMBERED.sub("{model_dir}", text)))
     code = sorted(_third_party(data))
     if code and not allow_code:
         raise InputError(f"run {folder} runs Python of {code[0]}: read it, then give --allow-code")
-    given = {name: str(value) for name, value in overrides.items() if value is not None}
-    text = json.dumps(data)
-    for name in ("data_dir", "include_path", "model_dir"):
+    given = _model_folders(folder, text, overrides.get("model_dir") or [])
+    for name in ("data_dir", "include_path"):
         if f"{{{name}}}" in text:
-            if name not in given:
+            if overrides.get(name) is None:
                 raise InputError(f"run {folder} was made with a {name}: give --{name.replace('_', '-')}")
-            text = text.replace(f"{{{name}}}", json.dumps(given[name])[1:-1])
+            given[name] = str(overrides[name])
+    for name, value in given.items():
+        text = text.replace(f"{{{name}}}", json.dumps(value)[1:-1])
     return build_config(json.loads(text), str(folder))
 
 
 _PLACEHOLDERS = {("{data_dir}",), ("{include_path}",), ("{model_dir}",)}
+
+
+def _model_folders(folder: Path, config: str, given: Sequence[str]) -> dict[str, str]:
+    """What the folders of models stand for in the text of a matrix."""
+    numbers = {int(number) for number in _NUMBERED.findall(config)}
+    if not numbers and "{model_dir}" not in config:
+        return {}
+    n = max(numbers, default=1)
+    if len(given) != n:
+        wanted = "once" if n == 1 else f"{n} times"
+        raise InputError(
+            f"run {folder} has its models in {n} folder{'s' * (n > 1)}: give --model-dir {wanted}, not {len(given)}"
+        )
+    return {"model_dir": given[0], **{f"model_dir_{number}": one for number, one in enumerate(given, 1)}}
 
 
 def _refuse_folders(folder: Path, config: Mapping[str, Any]) -> None:
@@ -169,13 +190,13 @@ def recompute(
     -------
     list of problems; a cell whose key has changed since is measured all the same, and what changed is said.
     """
+    manifest = read_manifest(folder)
     rows: dict[tuple[str, ...], list[Row]] = {}
     for row in read_rows(folder, "accuracy.csv"):
         if row["status"] == "ok":
-            rows.setdefault(_row_identity(row), []).append(row)
+            rows.setdefault(_row_identity(row, key_fields(manifest, row["cell_id"])), []).append(row)
     cells = [cell for cell in expand(config, world) if _identity(cell) in rows]
     chosen = random.Random(seed).sample(cells, min(n_cells, len(cells)))
-    manifest = read_manifest(folder)
     problems = []
     with tempfile.TemporaryDirectory() as temporary:
         store = CellStore(Path(temporary))
@@ -208,11 +229,16 @@ def _identity(cell: AccuracyCell) -> tuple[str, ...]:
     named = cell.fit is not None and (cell.fit.options is not None or cell.fit.calibration != PYDOC)
     fit = (cell.fit_key or "")[:16] if named else ""
     setting = (cell.method, cell.mode, f"{cell.sparsity:g}", estimator, fit, cell.scope)
-    return (cell.model_name, cell.dtype, cell.task.name, *setting, str(cell.decided_seed))
+    return (cell.model_name, cell.dtype, _variant(cell.key_fields), *setting, str(cell.decided_seed))
 
 
-def _row_identity(row: Row) -> tuple[str, ...]:
+def _variant(fields: Mapping[str, Any]) -> str:
+    """A task as it was asked for: its name, examples, limit, chat and options; wherever its data are found."""
+    return canonical({name: value for name, value in fields["task"].items() if name not in ("data", "source")})
+
+
+def _row_identity(row: Row, fields: Mapping[str, Any]) -> tuple[str, ...]:
     fit = row["fit_id"] if row["predictor"] or row["calibration"] != PYDOC else ""
     target = f"{float(row['sparsity_target']):g}"
     setting = (row["method"], row["mode"], target, row["estimator"], fit, row["scope"])
-    return (row["model"], row["dtype"], row["task"], *setting, row["seed"])
+    return (row["model"], row["dtype"], _variant(fields), *setting, row["seed"])

@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from suite import settings
-from suite.code import ANALYSIS, ENTRIES, code_hash, strings_of
+from suite.code import ANALYSIS, CLOSED, ENTRIES, code_hash, strings_of
 from suite.config import MatrixConfig, TaskConfig
 from suite.errors import InputError
 from suite.evaluation.groups import Leaf, expand_name
@@ -169,7 +169,8 @@ class LocalWorld:
         # an analysis is over all methods that its module names
         methods = [method] if method else strings_of(ANALYSIS, METHODS)
         targets = [METHODS.get(name, name).partition(":") for name in methods]
-        return code_hash((*ENTRIES[kind], *(module for module, colon, _ in targets if colon)))
+        entries = (*ENTRIES[kind], *(module for module, colon, _ in targets if colon))
+        return code_hash(entries, CLOSED.get(kind, ()))
 
 
 class StoredWorld(LocalWorld):
@@ -185,7 +186,12 @@ class StoredWorld(LocalWorld):
 
     def __init__(self, config: MatrixConfig, store: CellStore) -> None:
         super().__init__(config.model_copy(update={"device": "cpu"}))
-        self._newest = store.newest()
+        records = store.records()
+        # of every kind and method, "" where a kind has none
+        self._newest = {(str(r["kind"]), str(r["key_fields"].get("method", ""))): r for r in records}
+        # of the speed cells on a CPU alone, whichever device the newest is of
+        waiting = [fields["openmp_waiting"] for r in records if "openmp_waiting" in (fields := r["key_fields"])]
+        self._waiting = str(waiting[-1]) if waiting else super().openmp_waiting()
         newest = self._newest_of("accuracy") or self._newest_of("speed")
         if newest is None:
             raise InputError(f"no cell below {store.folder}: copy the store of the machine that measured, or run")
@@ -201,9 +207,8 @@ class StoredWorld(LocalWorld):
         return provenance.Device(fields["device"], fields["device_name"], fields["driver_version"])
 
     def openmp_waiting(self) -> str:
-        """How the threads waited that the newest speed cell was timed with, if it is of a CPU."""
-        newest = self._newest_of("speed")
-        return str((newest["key_fields"] if newest else {}).get("openmp_waiting") or super().openmp_waiting())
+        """How the threads waited that the newest speed cell of a CPU was timed with."""
+        return self._waiting
 
     def _newest_of(self, kind: str) -> Record | None:
         records = [record for (one, _), record in self._newest.items() if one == kind]

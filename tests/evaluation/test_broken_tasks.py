@@ -58,3 +58,26 @@ def test_a_null_in_own_data_is_named_and_not_scored_as_the_word_none(tiny, tmp_p
         InputError, match=r"^task own document 1: a field of its prompt or answer is null; mend its data$"
     ):
         evaluate(tiny, ["own"], DENSE, include_path=choices_task(tmp_path, rows))
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"choices": []}, "document 1: it has no choices"),
+        ({"gold": 9}, "document 1: its answer is none of its 2 choices"),
+        ({"gold": -1}, "document 1: its answer is none of its 2 choices"),
+        ({"gold": "maybe"}, "document 1: its answer is none of its 2 choices"),
+    ],
+)
+def test_a_document_without_choices_or_a_right_one_is_named(tiny, tmp_path, broken, message):
+    """One vanished from the mean, the others were scored 0."""
+    rows = [{"q": q, "choices": ["a", "b"], "gold": 0} for q in "xy"]
+    rows[1] |= broken
+    with pytest.raises(InputError, match=f"^task own {message}; mend its data$"):
+        evaluate(tiny, ["own"], DENSE, include_path=choices_task(tmp_path, rows))
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, True])
+def test_a_seed_is_a_whole_number(tiny, seed):
+    with pytest.raises(InputError, match="must be a whole number, at least 0"):
+        evaluate(tiny, ["decode_perplexity"], DENSE, seed=seed)

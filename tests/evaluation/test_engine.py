@@ -2,11 +2,14 @@
 
 import copy
 import itertools
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from suite import evaluate
 from suite.errors import CellError
 from suite.evaluation.engine import Scorer
 from suite.evaluation.plan import Request, batches
@@ -225,3 +228,16 @@ def test_batches_hold_every_request_once_within_the_limits():
         assert len(batch) == 1 or max(len(asked[i].tokens) for i in batch) * len(batch) <= 80
     lengths = [len(asked[i].tokens) for i in itertools.chain(*seen)]
     assert lengths == sorted(lengths, reverse=True)
+
+
+def test_accuracy_calls_no_kernel_of_decode_steps(tiny, monkeypatch):
+    """Its cells' keys do not cover them (`suite.code.CLOSED`)."""
+    cats = get_method("cats", sparsity=0.5)
+    fit = SimpleNamespace(method="cats", sparsity=0.5, thresholds=torch.full((2,), 1e-3))
+    for name in ("kernels_numba.cpu", "kernels_numba.gpu.layers", "kernels_numba.gpu.counts"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it raises
+    with pytest.raises(ImportError), attach(tiny.model, cats, fit, backend="numba"):
+        pass
+    for state in (None, fit):
+        found = evaluate(tiny, ["pack_generation", "pack_last_word"], cats, state=state, limit=2)
+        assert [result.n_samples for result in found.values()] == [2, 2]

@@ -105,6 +105,28 @@ def test_a_group_without_averages_has_its_tasks_alone(tiny, folder):
     assert set(evaluate(tiny, ["both", "own_b"], get_method("dense"), include_path=folder)) == {"own_a", "own_b"}
 
 
+def test_a_task_with_two_numbers_of_examples_is_two_cells_and_no_one_result(tiny, folder, monkeypatch):
+    group(folder, "shots", [{"task": "own_a", "num_fewshot": 1}, {"task": "own_b", "num_fewshot": 1}])
+    group(folder, "twice", ["both", "shots"])
+    leaves = [(leaf.name, leaf.num_fewshot) for leaf in expand_name("twice", folder).tasks]
+    assert leaves == [("own_a", None), ("own_b", 0), ("own_a", 1), ("own_b", 1)]
+    block = {"methods": ["dense"], "sparsities": [0.5], "tasks": ["twice"]}
+    config = {"name": "g", "models": [{"id": "embedded"}], "include_path": str(folder), "accuracy": [block]}
+    world = LocalWorld(build_config(config, "test"))
+    world.weights = lambda spec: "weights"
+    assert sorted((c.task.name, c.task.num_fewshot or 0) for c in expand(world.config, world)) == sorted(
+        (name, n or 0) for name, n in leaves
+    )
+
+    def runs(*_, **__):
+        raise AssertionError("a task was run before the names were looked through")
+
+    monkeypatch.setattr("suite.evaluation.evaluator.Evaluator.run", runs)
+    for names_ in (["twice"], ["both", "shots"], ["own_a", "both", "shots"]):
+        with pytest.raises(InputError, match="task own_a is asked for with num_fewshot 0 and 1: evaluate them in two"):
+            evaluate(tiny, names_, get_method("dense"), include_path=folder)
+
+
 @pytest.mark.parametrize(
     ("members", "settings", "message"),
     [

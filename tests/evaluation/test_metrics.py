@@ -1,6 +1,8 @@
 """Metrics that are no means, directions and chance: equal to lm-eval's own model and evaluator on the same tasks."""
 
 import json
+from itertools import count
+from types import SimpleNamespace
 
 import lm_eval
 import numpy as np
@@ -110,6 +112,21 @@ def test_what_cannot_be_resampled_has_a_value_and_the_reason(aggregate, reason):
     assert np.isfinite(found.value)
     assert found.resampled is found.stderr is None
     assert reason in found.reason
+
+
+@pytest.mark.parametrize(("seconds", "n"), [(0.0, 1000), (0.55, 1000), (0.65, None)])
+def test_a_slow_machine_has_the_same_intervals_up_to_the_hard_limit(monkeypatch, seconds, n):
+    clock = SimpleNamespace(monotonic=lambda ticks=count(): seconds * next(ticks))  # one reading for each resample
+    monkeypatch.setattr("suite.statistics.time", clock)
+    found = Items("m", "t", ["0", "1", "2"], [1.0, 2.0, 3.0], sum).measure()
+    if n is None:
+        assert found.resampled is found.stderr is None
+        assert (
+            found.reason == "no interval for m: stopped at the hard limit of 600 s, before all 1000 resamples were made"
+        )
+    else:
+        assert len(found.resampled) == n
+        assert found.reason == ""
 
 
 def test_one_document_has_a_value_alone():

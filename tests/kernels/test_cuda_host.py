@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 pytest.importorskip("llvmlite")
 
-from kernels_numba.gpu import checks, layers, op
+from kernels_numba.gpu import checks, compiled, layers, op
 from kernels_numba.gpu.plan import STAMPS, Plan
 
 
@@ -248,3 +249,14 @@ def test_reasons_why_the_kernels_cannot_run(monkeypatch, there, capability, brok
     import re
 
     assert re.match(message, checks.unavailable())
+
+
+def test_the_key_of_ptx_has_every_module_by_its_full_name(monkeypatch):
+    root = Path(compiled.__file__).parents[1]
+    assert {root / "gpu" / "kernel.py", root / "gpu" / "device.py", root / "gpu" / "lanes.py"} <= set(
+        compiled.sources()
+    )
+    monkeypatch.setattr(compiled, "_ENTRIES", ("kernels_numba.cpu", "kernels_numba.gpu.op", "kernels_numba.gpu"))
+    found = set(compiled.sources())
+    assert {root / "checks.py", root / "gpu" / "checks.py", root / "cpu.py", root / "gpu" / "__init__.py"} <= found
+    assert all(path.is_file() for path in found)

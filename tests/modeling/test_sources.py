@@ -10,7 +10,7 @@ import transformers
 from suite.config import build_config, models_of
 from suite.errors import InputError
 from suite.modeling import convert
-from suite.modeling.gguf_header import read_gguf_header
+from suite.modeling.gguf_header import GGUFHeader, read_gguf_header, unread_settings
 from suite.modeling.loading import prepare_model, resolve_model, weights_fingerprint
 from suite.modeling.sources import file_sha256
 from suite.settings import cache_dir, hub_cache_dir, results_dir
@@ -193,3 +193,31 @@ def test_a_conversion_by_another_version_is_made_again(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(convert.importlib.metadata, "version", newer.__getitem__)
             assert not convert.is_intact(tmp_path, "a")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fits"),
+    [
+        ("attention.head_count", 4, True),
+        ("attention.value_length", 8, True),
+        ("attention.value_length", 16, False),
+        ("attention.sliding_window", 2048, True),  # as long as the context
+        ("attention.sliding_window", 512, False),
+        ("rope.scaling.factor", 4.0, False),
+        ("rope.scaling.factor", 1.0, True),
+        ("attention.scale", 0.1, False),
+        ("logit_scale", 0.5, False),
+        ("use_parallel_residual", True, False),
+        ("expert_count", 0, True),
+    ],
+)
+def test_settings_of_a_gguf_file_that_nobody_reads_are_named(key, value, fits):
+    read = dict.fromkeys(("attention.head_count", "embedding_length", "context_length", "block_count"), "x")
+    said = {
+        "llama.attention.head_count": 4,
+        "llama.embedding_length": 32,
+        "llama.context_length": 2048,
+        f"llama.{key}": value,
+    }
+    header = GGUFHeader("llama", frozenset(said), 0, False, (), (), said)
+    assert unread_settings(header, read) == ([] if fits else [f"llama.{key}"])

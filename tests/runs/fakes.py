@@ -64,7 +64,8 @@ class FakeWorld:
         return list(tasks)
 
     def task(self, task: TaskConfig) -> TaskSpec:
-        return TaskSpec(task.name, "pack", task.num_fewshot, task.limit, options=task.options)
+        chat = task.chat(task.name)
+        return TaskSpec(task.name, "pack", task.num_fewshot, task.limit, options=task.options, chat=chat)
 
     def data(self, task: TaskSpec) -> str:
         return f"data of {task.name}"

@@ -196,7 +196,7 @@ def test_a_manifest_names_no_folder_and_no_python(folder, config, message):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"config": manifest["config"] | config}))
     with pytest.raises(InputError, match=message):
-        config_of(folder, {"include_path": "mine", "data_dir": "mine", "model_dir": "mine"})
+        config_of(folder, {"include_path": "mine", "data_dir": "mine", "model_dir": ["mine"]})
 
 
 def test_a_foreign_folder_is_refused_before_anything_runs(tmp_path):

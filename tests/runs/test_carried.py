@@ -65,7 +65,8 @@ def test_speed_cells_keep_the_device_that_measured_them(tmp_path, monkeypatch):
         "device": "cuda", "device_name": "Some GPU", "driver_version": "1.2", "versions": {"torch": "another"}, "code": "abc",
     }  # fmt: skip
     store = CellStore(tmp_path)
-    monkeypatch.setattr(store, "newest", lambda: {("speed", "cats"): {"created": "2026", "key_fields": fields}})
+    records = [{"kind": "speed", "created": "2026", "key_fields": fields | {"method": "cats"}}]
+    monkeypatch.setattr(store, "records", lambda: records)
     config = build_config(
         {"name": "n", "title": "t", "speed": [{"shapes": ["llama-3.1-8b"], "methods": ["cats"], "sparsities": [0.5]}]},
         "here",
@@ -76,5 +77,6 @@ def test_speed_cells_keep_the_device_that_measured_them(tmp_path, monkeypatch):
     assert world.versions("speed") == {"torch": "another"}
     assert world.code("speed", "cats") == "abc"
     assert world.openmp_waiting() == settings.openmp_waiting()  # a GPU's cell says nothing of it
-    fields |= {"device": "cpu", "openmp_waiting": "active"}
+    of_a_cpu = fields | {"method": "cats", "device": "cpu", "openmp_waiting": "active"}
+    records.insert(0, {"kind": "speed", "created": "2025", "key_fields": of_a_cpu})
     assert StoredWorld(config, store).openmp_waiting() == "active"

@@ -21,7 +21,8 @@ from suite import code
 from suite.config import load_config
 from suite.runs.world import LocalWorld
 
-KINDS = [("accuracy", "cats"), ("accuracy", "m-countdown"), ("accuracy", "own.method:Own"), ("speed", "cats"), ("analysis", "")]
+OWN = [("accuracy", "own.method:Own"), ("accuracy", "alone:Own")]
+KINDS = [("accuracy", "cats"), ("accuracy", "m-countdown"), *OWN, ("speed", "cats"), ("analysis", "")]
 world = LocalWorld(load_config("embedded"))
 for name, old, new in json.loads(sys.argv[1]):
     path = Path(name)
@@ -34,9 +35,18 @@ for name, old, new in json.loads(sys.argv[1]):
     path.write_text(was) if was is not None else path.unlink()
 assert "torch" not in sys.modules
 """
-CATS, OURS, OWN, SPEED, ANALYSIS, REPORT = "cats", "m-countdown", "own", "speed", "analysis", "report"
-ACCURACY = {CATS, OURS, OWN}
+NAMES = CATS, OURS, OWN, ALONE, SPEED, ANALYSIS, REPORT = "cats m-countdown own alone speed analysis report".split()
+ACCURACY = {CATS, OURS, OWN, ALONE}
 CELLS = ACCURACY | {SPEED, ANALYSIS}
+# A user's single file: one import for checkers of types only, one inside a function.
+ALONE_TEXT = """
+from typing import TYPE_CHECKING
+import baselines.cats
+if TYPE_CHECKING:
+    from baselines.dejavu import DejaVu
+def later():
+    from baselines import dejavu_abs
+"""
 NEW_LINE = (
     '"dense": "suite.methods.dense:Dense",',
     '"new": "suite.methods.new:New",\n    "dense": "suite.methods.dense:Dense",',
@@ -49,7 +59,9 @@ EDITS = {
     ("suite/methods/base.py", "", "#\n"): CELLS | {REPORT},
     ("suite/methods/m_countdown.py", "", "#\n"): {OURS, ANALYSIS},
     ("suite/methods/s_countdown.py", "", "#\n"): set(),
-    ("baselines/cats.py", "", "#\n"): {CATS, SPEED, ANALYSIS},
+    ("baselines/cats.py", "", "#\n"): {CATS, OWN, ALONE, SPEED, ANALYSIS},  # the users' methods inherit from it
+    ("baselines/dejavu_abs.py", "", "#\n"): {ALONE},
+    ("baselines/dejavu.py", "", "#\n"): set(),
     ("suite/methods/new.py", "", "import suite.methods.base"): set(),
     ("suite/registry.py", *NEW_LINE): set(),
     ("suite/registry.py", "def get_method", "def get_method_"): CELLS | {REPORT},
@@ -59,6 +71,11 @@ EDITS = {
     ("own/__init__.py", "", "import os\n"): {OWN},
     ("suite/speed/cpu.py", "", "#\n"): {SPEED},  # imported by its name, a string
     ("kernels_numba/gpu/attention.py", "", "#\n"): {SPEED},
+    ("kernels_numba/gpu/layers.py", "", "#\n"): {SPEED},  # accuracy is computed masked
+    ("kernels_numba/cpu_kernels.py", "", "#\n"): {SPEED},
+    ("kernels_numba/gpu/topk.py", "", "#\n"): CELLS | {REPORT},  # but it selects
+    ("suite/modeling/decode.py", "", "#\n"): ACCURACY | {SPEED},
+    ("suite/modeling/decode_probe.py", "", "#\n"): ACCURACY,
     ("suite/runs/executor.py", "", "#\n"): CELLS,
     ("suite/runs/assemble.py", "", "#\n"): set(),
     ("suite/report/frames.py", "", "#\n"): {REPORT},
@@ -66,6 +83,7 @@ EDITS = {
     ("own/method.py", "", "#\n"): {OWN},
     ("own/helper.py", "", "#\n"): {OWN},
     ("own/other.py", "", "#\n"): set(),
+    ("alone.py", "", "#\n"): {ALONE},
 }  # fmt: skip
 
 
@@ -78,11 +96,12 @@ def changed(tmp_path_factory):
     (house / "own").mkdir()
     for name, text in (
         ("__init__", ""),
-        ("method", "from own.helper import a\n"),
+        ("method", "from baselines.cats import Cats\nfrom own.helper import a\n"),
         ("helper", "a = 1\n"),
         ("other", "#\n"),
     ):
         (house / "own" / f"{name}.py").write_text(text)
+    (house / "alone.py").write_text(ALONE_TEXT)
     edits = [("suite/cli.py", "", ""), *EDITS]
     command = [sys.executable, "-c", SCRIPT, json.dumps(edits)]
     environment = os.environ | {
@@ -92,9 +111,8 @@ def changed(tmp_path_factory):
     done = subprocess.run(command, cwd=house, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     before, *after = map(json.loads, done.stdout.splitlines())
-    names = (CATS, OURS, OWN, SPEED, ANALYSIS, REPORT)
     return {
-        edit: {name for name, old, new in zip(names, before, hashes, strict=True) if old != new}
+        edit: {name for name, old, new in zip(NAMES, before, hashes, strict=True) if old != new}
         for edit, hashes in zip(EDITS, after, strict=True)
     }
 

@@ -1,0 +1,62 @@
+"""Which rows of a run a cell that is measured again is held against, and which folders fill its placeholders."""
+
+import json
+
+import pytest
+
+from suite.cli import main
+from suite.runs.run import Options, run
+from suite.runs.verify import config_of, recompute
+from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
+
+
+def test_variants_of_one_task_are_told_apart(tmp_path):
+    variants = [{}, {"num_fewshot": 5}, {"limit": 3}, {"apply_chat_template": True}]
+    block = {"methods": ["dense", "cats"], "sparsities": [0.5], "tasks": [{"name": "t1"} | v for v in variants]}
+    folder = run(matrix(accuracy=[block]), FakeWorld(), FakeExecutor(), Options(tmp_path)).folder
+    said: list[str] = []
+    n_cells = 2 * 2 * len(variants)  # models, methods
+    assert recompute(folder, config_of(folder, {}), FakeWorld(), FakeExecutor(), n_cells, said.append) == []
+    assert said[-1] == f"{n_cells} cells measured again"
+
+
+def of_folders(folder, *ids):
+    """The run as if its models had these names in the manifest."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["config"]["models"] = [{"id": one} for one in ids]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def models_of(tmp_path, monkeypatch):
+    """Models that ``verify --recompute`` takes, by the names in the manifest and the folders given; else its exit code."""
+    folder = run(matrix(), FakeWorld(), FakeExecutor(), Options(tmp_path)).folder
+    found: list[str] = []
+    monkeypatch.setattr("suite.cli_actions._world", lambda config: None)
+    monkeypatch.setattr("suite.cli_actions._executor", lambda config: None)
+    monkeypatch.setattr("suite.report.page.rebuild_problems", lambda folder: [])
+    monkeypatch.setattr("suite.runs.verify.verify_files", lambda folder: [])
+    monkeypatch.setattr(
+        "suite.runs.verify.recompute", lambda _, config, *rest: found.extend(model.id for model in config.models) or []
+    )
+
+    def models(ids, folders):
+        of_folders(folder, *ids)
+        found.clear()
+        options = [text for one in folders for text in ("--model-dir", one)]
+        code = main(["verify", str(folder), "--recompute", "1", *options])
+        return code or list(found)
+
+    return models
+
+
+def test_models_of_several_folders_are_found_by_the_order_of_the_folders(models_of, capsys):
+    assert models_of(["{model_dir}/x", "{model_dir}/y/z"], ["/m"]) == ["/m/x", "/m/y/z"]
+    several = ["{model_dir_1}/x", "hub/name", "{model_dir_2}/x", "{model_dir_1}/z"]
+    assert models_of(several, ["/m", "/n"]) == ["/m/x", "hub/name", "/n/x", "/m/z"]
+    for given in ([], ["/m"], ["/m", "/n", "/o"]):
+        assert models_of(several, given) == 2
+        assert f"has its models in 2 folders: give --model-dir 2 times, not {len(given)}" in capsys.readouterr().err
+    assert models_of(["{model_dir}/x"], ["/m", "/n"]) == 2
+    assert "has its models in 1 folder: give --model-dir once, not 2" in capsys.readouterr().err
+    assert models_of(["{model_dir_1}/../x"], ["/m"]) == 2
