@@ -13,6 +13,7 @@ import pandas as pd
 from suite.evaluation.tasks import known_tasks
 from suite.registry import METHODS
 from suite.report.load import Results
+from suite.report.task_names import bare, with_variant_names
 from suite.statistics import FloatArray, Units, bootstrap_interval, paired_delta, resampling_group
 
 # What a setting is, beside its method; a column that varies within a block goes into the row's label.
@@ -37,8 +38,8 @@ def method_order(method: str) -> tuple[int, str]:
 
 def task_order(task: str) -> tuple[int, str]:
     """Sort key: the order that ``ls`` shows, then others by name."""
-    names = known_tasks()
-    return (names.index(task) if task in names else len(names), task)
+    names, name = known_tasks(), bare(task)
+    return (names.index(name) if name in names else len(names), task)
 
 
 def number(value: Any) -> float | None:
@@ -102,6 +103,7 @@ class Quality:
         accuracy = results.accuracy
         finite = np.isfinite(accuracy["value"].to_numpy(dtype=float))
         rows = accuracy[~((accuracy["status"] == "ok") & ~finite)].reset_index(drop=True)
+        rows = with_variant_names(rows, results.manifest)
         aside = is_aside(rows, results.manifest)
         self.every = rows.assign(label=rows["method"], aside=aside)
         self.rows = with_labels(rows[~aside])

@@ -23,6 +23,7 @@ from suite.report.load import load_results
 from suite.report.predictors import predictor_table
 from suite.report.series import Material
 from suite.report.tables import all_tables
+from suite.report.task_names import bare
 from suite.report.text import MISSING, markdown_table, percent, without_html
 from suite.statistics import METHOD_NAME
 
@@ -245,7 +246,7 @@ def _state(material: Material) -> str:
 
 def _warnings(material: Material) -> Iterator[str]:
     accuracy = material.quality.rows
-    tasks, sources = set(accuracy["task"]), set(accuracy["calibration"]) - {""}
+    tasks, sources = set(map(bare, accuracy["task"])), set(accuracy["calibration"]) - {""}
     pack = sorted(tasks & {*PACK_TASKS, DECODE_PERPLEXITY})
     if pack:
         yield (

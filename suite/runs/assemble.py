@@ -319,7 +319,7 @@ def _sorted(rows: list[Row], columns: Sequence[str]) -> list[Row]:
     names = [
         *("model", "dtype", "task", "level", "model_shape", "batch_size", "threads", "scope", "method", "mode"),
         *("sparsity_target", "estimator", "calibration", "backend", "variant", "clock", "seed", "filter", "metric"),
-        *("context_tokens", "predictor", "rank", "cache", "num_fewshot", "limit", "cell_id"),
+        *("context_tokens", "predictor", "rank", "cache", "num_fewshot", "chat", "limit", "cell_id"),
     ]
     present = [name for name in names if name in columns]
 
