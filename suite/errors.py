@@ -8,8 +8,8 @@ class InputError(ValueError):
     """Bad configuration or input; the message is one line with value, place and remedy (CLI exit 2)."""
 
 
-class TaskInputError(InputError):
-    """A task that cannot be prepared: in a run its cells are recorded as failed and the others go on."""
+class CellInputError(InputError):
+    """A task or model that cannot be prepared: in a run its cells are recorded as failed and the others go on."""
 
 
 class CellError(RuntimeError):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from suite.errors import CellError, InputError, TaskInputError
+from suite.errors import CellError, CellInputError, InputError
 from suite.evaluation.built_task import BuiltTask, sample_indices, samples_of
 from suite.evaluation.chat import chat_options
 from suite.evaluation.groups import aggregate, expand_name
@@ -52,7 +52,7 @@ class Evaluator:
         self.loaded = loaded
         self.seed = seed
         self.lm = SuiteLM(loaded, batch_size, seed)
-        self._built: dict[str, BuiltTask | BuiltText | TaskInputError] = {}
+        self._built: dict[str, BuiltTask | BuiltText | CellInputError] = {}
 
     def run(
         self,
@@ -113,9 +113,9 @@ class Evaluator:
             try:
                 self._built[key] = self._build_text(task) if task.is_text else BuiltTask(task, self.seed, self.lm)
             except InputError as error:  # kept, so that the hub is not asked again for every setting
-                self._built[key] = TaskInputError(str(error))
+                self._built[key] = CellInputError(str(error))
         found = self._built[key]
-        if isinstance(found, TaskInputError):
+        if isinstance(found, CellInputError):
             raise found
         return found
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from tqdm import tqdm
 
-from suite.errors import InputError, TaskInputError
+from suite.errors import CellInputError, InputError
 from suite.runs.analysis_cells import AnalysisCell
 from suite.runs.cells import AccuracyCell, FitRequest
 from suite.runs.matrix import Matrix, ModelCell
@@ -222,11 +222,18 @@ class Runner:
                             if session is None:
                                 try:
                                     session = stack.enter_context(self._executor.session(cell))
+                                except InputError as error:
+                                    # with other models it fails its own cells, and the others run
+                                    failure = CellInputError(str(error)) if self._has_other_models(cell) else error
+                                    raise failure from error
                                 except Exception as error:
                                     failure = error
                                     raise
                             self._measure(cell, session)
                     bar.update()
+
+    def _has_other_models(self, cell: ModelCell) -> bool:
+        return any(other.load_group != cell.load_group for other in self._matrix.of_models)
 
     def _shared_out(self, cells: Sequence[ModelCell]) -> Iterator[ModelCell]:
         """The cells, task by task; tasks that another process is at come last.
@@ -299,11 +306,11 @@ class Runner:
         start = time.perf_counter()
         try:
             yield
-        except TaskInputError as error:
+        except CellInputError as error:
             self._put_bad_input(cell, str(error), time.perf_counter() - start)
         except (InputError, StoreFullError):
             raise
-        except (Exception, SystemExit) as error:  # a cell may fail in any way, and the others must still run
+        except (Exception, SystemExit) as error:  # noqa: BLE001  a cell may fail in any way, and the others must still run
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             self._say(f"failed: {cell.label}: {reason}")
             self._store.put(
@@ -329,7 +336,7 @@ class Runner:
             rows = self._executor.time(cells, self._fits)
         except InputError:
             raise
-        except (Exception, SystemExit) as error:  # as in _recording
+        except (Exception, SystemExit) as error:  # noqa: BLE001  as in _recording
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             self._say(f"failed: timing {cells[0].group}: {reason}")
             log, elapsed = traceback.format_exc(), time.perf_counter() - start

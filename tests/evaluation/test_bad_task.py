@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from suite.errors import TaskInputError
+from suite.errors import CellInputError
 from suite.evaluation import evaluator as room
 from suite.evaluation.tasks import TaskSpec
 from suite.registry import get_method
@@ -21,6 +21,6 @@ def test_a_bad_document_is_a_bad_task_and_is_looked_for_once(tiny, tmp_path, mon
     monkeypatch.setattr(room, "BuiltTask", lambda *arguments: calls.append(arguments) or real(*arguments))
     evaluator = room.Evaluator(tiny, batch_size=2, seed=0)
     for _ in range(2):
-        with pytest.raises(TaskInputError, match="arc_easy cannot be loaded"):
+        with pytest.raises(CellInputError, match="arc_easy cannot be loaded"):
             evaluator.run(spec, get_method("dense"), mode="none")
     assert len(calls) == 1

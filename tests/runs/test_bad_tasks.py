@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from suite.cli import main
-from suite.errors import InputError, TaskInputError
+from suite.errors import CellInputError, InputError
 from suite.runs.manifest import seal
 from suite.runs.verify import verify_files
 from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
@@ -95,7 +95,7 @@ class Broken(FakeExecutor):
 
     def run(self, cell, fits):
         if cell.task.name in self.bad:
-            raise TaskInputError(f"{cell.task.name}: document 3 has no answer")
+            raise CellInputError(f"{cell.task.name}: document 3 has no answer")
         if cell.model == self.model:
             raise InputError(f"model {cell.model} has no gated MLP")
         return super().run(cell, fits)
@@ -115,6 +115,32 @@ def test_bad_input_in_mid_run_leaves_a_folder(tmp_path):
     (folder,) = tmp_path.glob("runs/*")
     assert [row["status"] for row in rows(folder)].count("ok") == 12
     assert said[-1].startswith("stopped: 12 of 24 cells are finished and kept in ")
+
+
+class Unloadable(FakeExecutor):
+    """Cannot load the named models."""
+
+    def __init__(self, *bad: str) -> None:
+        super().__init__()
+        self.bad = bad
+
+    def session(self, cell):
+        if cell.model in self.bad:
+            raise InputError(f"{cell.model}: tensor 'lm_head.weight' is missing")
+        return super().session(cell)
+
+
+def test_a_model_that_cannot_be_loaded_fails_its_cells_alone(tmp_path):
+    finished = go(tmp_path, Unloadable("a"))
+    assert (finished.n_ok, finished.n_failed, finished.n_missing) == (12, 12, 0)
+    failed = [row for row in rows(finished.folder) if row["status"] == "failed"]
+    assert {(row["model"], row["reason"]) for row in failed} == {("A", "a: tensor 'lm_head.weight' is missing")}
+    assert go(tmp_path, FakeExecutor()).n_ok == 24
+
+
+def test_models_of_which_none_can_be_loaded_are_bad_input(tmp_path):
+    with pytest.raises(InputError, match=r"tensor 'lm_head\.weight' is missing"):
+        go(tmp_path, Unloadable("a", "b"))
 
 
 def test_a_run_of_bad_tasks_alone_stops_with_its_reasons_and_leaves_a_folder(tmp_path):
