@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 SCHEMA_VERSION = 3  # of a run folder; a column is empty in folders that are older than it
 
@@ -18,6 +18,7 @@ Kind = Literal["text", "listed", "flag", "number", "exact", "count", "whole"]
 # origin: which run, cell or machine; setting: of model, method and fit, or the part of a cell that a row is of; task: what
 # was asked; fact: follows from these or may not change a number; derived: from other columns
 Role = Literal["origin", "setting", "task", "fact", "measured", "derived", "status"]
+Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 @dataclass(frozen=True)
@@ -132,12 +133,13 @@ class Table:
         """What tells a row of the file from all others; a column that the file lacks is empty."""
         return tuple(row.get(name, "") for name in self.identity)
 
-    def sorted(self, rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    def sorted(self, rows: Iterable[Row]) -> list[Row]:
         """Rows by identity, numbers as numbers, then by cell; never by what was measured."""
-        names = dict.fromkeys((*self.first, *self.identity, *(n for n in ("cell_id",) if n in self.names)))
-        names = [name for name in names if self.column(name).kind != "listed"]
+        last = ("cell_id",) if "cell_id" in self.names else ()
+        order = dict.fromkeys((*self.first, *self.identity, *last))
+        names = [name for name in order if self.column(name).kind != "listed"]
 
-        def key(row: Mapping[str, Any]) -> list[tuple[int, float, str]]:
+        def key(row: Row) -> list[tuple[int, float, str]]:
             values = [row.get(name) for name in names]
             return [
                 (0, float(v), "") if isinstance(v, (int, float)) and not isinstance(v, bool) else (1, 0.0, cell_text(v))
