@@ -10,6 +10,11 @@ ACCURACY = (
     "higher_is_better aggregation value stderr chance delta_dense delta_ci_low delta_ci_high "
     "n_samples limit batch_size seed status reason elapsed_s"
 ).split()
+GROUPS = (
+    "run_id group group_version model dtype method mode sparsity_target estimator predictor rank calibration scope chat "
+    "filter metric higher_is_better weight_by_size value stderr chance delta_dense delta_ci_low delta_ci_high "
+    "n_tasks n_samples limit batch_size seed status reason cell_ids"
+).split()
 SAMPLES = "cell_id task doc_id metric value item n_choices n_gold".split()
 SPEED = (
     "run_id cell_id level model model_shape d_model d_ff n_layers activation dtype method mode sparsity_target "

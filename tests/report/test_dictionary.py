@@ -11,7 +11,8 @@ README = Path(__file__).parents[2] / "results" / "README.md"
 
 
 @pytest.mark.parametrize(
-    "name", ["accuracy", "samples", "speed", "sparsity", "predictor", "claims", "cif_caf", "activations", "phases"]
+    "name",
+    ["accuracy", "groups", "samples", "speed", "sparsity", "predictor", "claims", "cif_caf", "activations", "phases"],
 )
 def test_every_column_is_explained(name):
     title = "samples.csv.gz" if name == "samples" else f"{name}.csv"
