@@ -189,6 +189,32 @@ ACCURACY = Table(
         "model dtype task batch_size scope method mode sparsity_target estimator calibration seed filter metric".split()
     ),
 )
+GROUPS = Table(
+    "groups.csv",
+    (
+        Column("run_id", "text", "origin", since=3),
+        Column("group", "text", "task", since=3),
+        Column("group_version", "text", "fact", since=3),
+        *_columns("model dtype method mode", "text", "setting", since=3),
+        Column("sparsity_target", "number", "setting", "share", since=3),
+        *_columns("estimator predictor", "text", "setting", since=3),
+        Column("rank", "whole", "setting", since=3),
+        *_columns("calibration scope chat", "text", "setting", since=3),
+        *_columns("filter metric", "text", "task", since=3),
+        *_columns("higher_is_better weight_by_size", "flag", "fact", since=3),
+        *_columns("value stderr chance delta_dense delta_ci_low delta_ci_high", "number", "derived", since=3),
+        Column("n_tasks", "count", "fact", since=3),
+        Column("n_samples", "count", "measured", "documents", since=3),
+        Column("limit", "whole", "setting", "documents", since=3),
+        Column("batch_size", "whole", "fact", since=3),
+        Column("seed", "whole", "setting", since=3),
+        *_columns("status reason", "text", "status", since=3),
+        Column("cell_ids", "text", "origin", since=3),
+    ),
+    first=tuple(
+        "model dtype group batch_size scope method mode sparsity_target estimator calibration seed filter metric".split()
+    ),
+)
 SAMPLES = Table(
     "samples.csv.gz",
     (
@@ -326,5 +352,18 @@ CIF_CAF = Table(
     ),
 )
 TABLES = (
-    *(ACCURACY, SAMPLES, SPEED, TIMINGS, PHASES, DECODE_CHECK, SPARSITY, PREDICTOR, CLAIMS, ACTIVATIONS, CIF_CAF),
+    *(
+        ACCURACY,
+        GROUPS,
+        SAMPLES,
+        SPEED,
+        TIMINGS,
+        PHASES,
+        DECODE_CHECK,
+        SPARSITY,
+        PREDICTOR,
+        CLAIMS,
+        ACTIVATIONS,
+        CIF_CAF,
+    ),
 )

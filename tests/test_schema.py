@@ -62,7 +62,7 @@ def test_exact_numbers_keep_all_digits():
 
 
 def test_rows_are_sorted_by_every_column_that_tells_them_apart():
-    for table in (schema.ACCURACY, schema.SPEED):
+    for table in (schema.ACCURACY, schema.GROUPS, schema.SPEED):
         for name in table.identity:
             rows = [{"cell_id": "b", name: 1}, {"cell_id": "a", name: 2}]
             assert table.sorted(rows[::-1]) == rows, name

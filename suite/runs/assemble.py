@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from suite import schema
 from suite.errors import InputError
 from suite.evaluation.results import WEIGHT
 from suite.registry import method_class
+from suite.runs.aggregates import aggregate_rows
 from suite.runs.cells import AccuracyCell
 from suite.runs.matrix import Matrix
 from suite.runs.provenance import Scrubber
@@ -57,7 +59,7 @@ class Assembly:
         scrub: Scrubber,
     ) -> None:
         self._run_id, self._accuracy, self._speed = run_id, matrix.accuracy, matrix.speed
-        self._analysis, self._cells = matrix.analysis, matrix.cells
+        self._analysis, self._cells, self._groups = matrix.analysis, matrix.cells, matrix.groups
         self._records, self._scrub = records, scrub
         self._samples: dict[str, dict[str, dict[str, float]]] = {}
         self._dense = {cell.base: cell for cell in matrix.accuracy if cell.mode == "none"}
@@ -68,14 +70,19 @@ class Assembly:
         files = {table.file: csv_bytes(table, self._analysis_rows(table)) for table in analysed}
         phases, predictors = self._parts_of_rows("phases"), self._predictor_rows()
         checks = self._parts_of_rows("decode_check")
+        accuracy = {cell.id: self._rows_of(cell) for cell in self._accuracy}
+        groups = self._group_rows(accuracy)
         return (
             self._logs()
             | files
+            | ({"groups.csv": csv_bytes(schema.GROUPS, groups)} if groups else {})
             | ({"predictor.csv": csv_bytes(schema.PREDICTOR, predictors)} if predictors else {})
             | ({"phases.csv": csv_bytes(schema.PHASES, phases)} if phases else {})
             | ({"decode_check.csv": csv_bytes(schema.DECODE_CHECK, checks)} if checks else {})
             | {
-                "accuracy.csv": csv_bytes(schema.ACCURACY, schema.ACCURACY.sorted(self._accuracy_rows())),
+                "accuracy.csv": csv_bytes(
+                    schema.ACCURACY, schema.ACCURACY.sorted(chain.from_iterable(accuracy.values()))
+                ),
                 "samples.csv.gz": gzip_bytes(csv_bytes(schema.SAMPLES, self._sample_rows())),
                 "sparsity.csv": csv_bytes(schema.SPARSITY, self._sparsity_rows()),
                 "speed.csv": csv_bytes(schema.SPEED, schema.SPEED.sorted(self._speed_rows())),
@@ -90,8 +97,12 @@ class Assembly:
                 logs[f"logs/{cell.id}.txt"] = f"{cell.label}\n{self._scrub.text(record['log'])}".encode()
         return logs
 
-    def _accuracy_rows(self) -> list[Row]:
-        return [row for cell in self._accuracy for row in self._rows_of(cell)]
+    def _group_rows(self, accuracy: Mapping[str, Sequence[Row]]) -> list[Row]:
+        found: list[Row] = []
+        for one in self._groups:
+            samples = {cell.id: self._samples_of(cell) for cell in (*one.cells, *one.dense)}
+            found += aggregate_rows(one, accuracy, samples)
+        return schema.GROUPS.sorted(found)
 
     def _rows_of(self, cell: AccuracyCell) -> list[Row]:
         record = self._records[cell.key]
@@ -292,7 +303,7 @@ def _realized(cell: AccuracyCell, record: Record) -> float | None:
 
 
 def _bytes_share(cell: AccuracyCell, realized: float | None, predictor_share: float) -> float | None:
-    """MLP bytes per token over dense at the realised sparsity (PROTOCOL section 2), those of a predictor added."""
+    """MLP bytes per token over dense at the realised sparsity, those of a predictor added."""
     if cell.mode == "none":
         return 1.0
     if realized is None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from suite import schema
 from suite.config import MatrixConfig, TaskConfig, build_config
+from suite.evaluation.groups import Group
 from suite.evaluation.tasks import TaskSpec
 from suite.modeling.sources import ModelRef
 from suite.runs.analysis_cells import AnalysisCell
@@ -62,6 +63,9 @@ class FakeWorld:
 
     def members(self, tasks: Sequence[TaskConfig]) -> list[TaskConfig]:
         return list(tasks)
+
+    def groups(self, task: TaskConfig) -> tuple[Group, ...]:
+        return ()
 
     def task(self, task: TaskConfig) -> TaskSpec:
         chat = task.chat(task.name)
