@@ -11,6 +11,7 @@ from typing import Any
 from suite import schema
 from suite.errors import InputError
 from suite.evaluation.results import WEIGHT
+from suite.methods.cost import read_share
 from suite.registry import method_class
 from suite.runs.cells import AccuracyCell
 from suite.runs.matrix import Matrix
@@ -306,12 +307,12 @@ def _realized(cell: AccuracyCell, record: Record) -> float | None:
 
 
 def _bytes_share(cell: AccuracyCell, realized: float | None, predictor_share: float) -> float | None:
-    """MLP bytes per token over dense at the realised sparsity (PROTOCOL section 2), those of a predictor added."""
+    """MLP bytes per token over dense at the realised sparsity , those of a predictor added."""
     if cell.mode == "none":
         return 1.0
     if realized is None:
         return None
-    return (3 - 2 * realized) / 3 if method_class(cell.method).first_projection else 1 - realized + predictor_share
+    return read_share(method_class(cell.method).first_projection, realized) + predictor_share
 
 
 def _sorted(rows: list[Row], columns: Sequence[str]) -> list[Row]:
