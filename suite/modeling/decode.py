@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from suite.devices import dtype_name
 from suite.methods.base import Activations, Method, Mode, select_threshold
 from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
 from suite.modeling.modes import PredictorState
@@ -146,7 +147,7 @@ def why_not_numba(model: nn.Module, method: Method, mode: Mode, state: object) -
     if device.type not in _DTYPES:
         return f"there are kernels for cpu and cuda, the model is on {device}"
     if not dtypes <= set(_DTYPES[device.type]):
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[device.type])
+        known = ", ".join(dtype_name(dtype) for dtype in _DTYPES[device.type])
         return f"its kernels on {device.type} are for {known}"
     if reason := next(filter(None, (mlp.why_not_plain() for mlp in mlps)), ""):
         return f"its kernels compute from the weights alone, and {reason}"

@@ -12,6 +12,7 @@ from typing import Any
 from suite import schema
 from suite.errors import InputError
 from suite.evaluation.results import WEIGHT
+from suite.methods.cost import read_share
 from suite.registry import method_class
 from suite.runs.aggregates import aggregate_rows
 from suite.runs.cells import AccuracyCell
@@ -308,4 +309,4 @@ def _bytes_share(cell: AccuracyCell, realized: float | None, predictor_share: fl
         return 1.0
     if realized is None:
         return None
-    return (3 - 2 * realized) / 3 if method_class(cell.method).first_projection else 1 - realized + predictor_share
+    return read_share(method_class(cell.method).first_projection, realized) + predictor_share
