@@ -20,7 +20,7 @@ SPEED = (
 ).split()
 PHASES = "cell_id phase us_median us_q05 us_q95".split()
 DECODE_CHECK = "cell_id n_steps max_error bound kl_median kl_q95 kl_max top1_agreement".split()
-SPARSITY = "cell_id layer threshold sparsity_target sparsity_realized n_tokens".split()
+SPARSITY = "cell_id layer site threshold sparsity_target sparsity_realized n_tokens".split()
 PREDICTOR = (
     "fit_id model method predictor rank sparsity_target layer recall precision overlap_at_k mass_kept mass_kept_ideal "
     "sparsity_realized train_tokens loss fit_s peak_memory_mib"

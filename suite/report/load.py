@@ -14,6 +14,7 @@ from suite import schema
 from suite.errors import InputError
 from suite.manifest_file import NAME as MANIFEST
 from suite.manifest_file import read_manifest
+from suite.methods.base import NEURONS
 
 SAMPLES_FILE = "samples.csv.gz"
 # Columns of numbers; every other column is text. A missing number is NaN, a missing text is "".
@@ -105,6 +106,8 @@ def _read(path: Path, columns: list[str], *, old: bool = False) -> pd.DataFrame:
         zlib.error,
     ) as error:
         raise InputError(f"{path} is no readable CSV: {' '.join(str(error).split())}") from error
+    if columns is schema.SPARSITY and "site" not in frame:
+        frame = frame.assign(site=NEURONS)
     if old:
         frame = frame.assign(**{column: "" for column in columns if column in schema.SINCE_2 and column not in frame})
     missing = [column for column in columns if column not in frame]
