@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
-SCHEMA_VERSION = 3  # of a run folder; a column is empty in folders that are older than it
+SCHEMA_VERSION = 3  # of a run folder; folders of older ones are read as well
 
 # number: a float, written with 10 digits; exact: with all; count: a whole number that is counted or a size;
 # whole: a whole number that names a setting; listed: a text whose rows stay in the order in which they were made
@@ -28,6 +28,7 @@ class Column:
     Parameters
     ----------
     since : schema version that brought it
+    before : its text in the rows of older folders
     """
 
     name: str
@@ -35,6 +36,7 @@ class Column:
     role: Role
     unit: str = ""
     since: int = 1
+    before: str = ""
 
     @property
     def is_number(self) -> bool:
@@ -130,8 +132,8 @@ class Table:
         return self.columns[self.names.index(name)]
 
     def key(self, row: Mapping[str, str]) -> tuple[str, ...]:
-        """What tells a row of the file from all others; a column that the file lacks is empty."""
-        return tuple(row.get(name, "") for name in self.identity)
+        """What tells a row of the file from all others; a column that the file lacks is as in older folders."""
+        return tuple(row.get(name, self.column(name).before) for name in self.identity)
 
     def sorted(self, rows: Iterable[Row]) -> list[Row]:
         """Rows by identity, numbers as numbers, then by cell; never by what was measured."""
@@ -295,7 +297,7 @@ SPARSITY = Table(
     (
         Column("cell_id", "text", "setting"),
         Column("layer", "whole", "setting"),
-        Column("site", "text", "setting", since=3),
+        Column("site", "text", "setting", since=3, before="mlp.neurons"),
         Column("threshold", "number", "fact"),
         Column("sparsity_target", "number", "fact", "share"),
         Column("sparsity_realized", "number", "measured", "share"),

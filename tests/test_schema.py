@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from suite import schema
+from suite.methods.base import NEURONS
 
 REFERENCE = Path(__file__).parents[1] / "results" / "reference"
 UNITS = {"us": "us", "s": "s", "mib": "MiB", "share": "share"}
@@ -77,3 +78,9 @@ def test_columns_since():
     assert schema.SPARSITY.since(2) == [name for name in schema.SPARSITY.names if name != "site"]
     assert "chat" not in schema.ACCURACY.since(1)
     assert schema.ACCURACY.since(schema.SCHEMA_VERSION) == schema.ACCURACY.names
+
+
+def test_a_row_of_an_older_folder_is_of_the_site_there_was():
+    new = {"cell_id": "a", "layer": "0", "site": NEURONS}
+    old = {"cell_id": "a", "layer": "0"}
+    assert schema.SPARSITY.key(new) == schema.SPARSITY.key(old)
