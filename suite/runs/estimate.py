@@ -15,10 +15,10 @@ import psutil
 from suite import settings
 from suite.devices import DTYPE_BYTES, Device
 from suite.evaluation.tasks import LOCAL_TASKS, OWN_EXAMPLES
-from suite.runs.analysis_cells import AnalysisCell
-from suite.runs.cells import AccuracyCell, FitRequest
-from suite.runs.matrix import Matrix, ModelCell
-from suite.runs.speed_cells import TimedCell
+from suite.runs.cells.accuracy import AccuracyCell, FitRequest
+from suite.runs.cells.analysis import AnalysisCell
+from suite.runs.cells.matrix import Matrix, ModelCell
+from suite.runs.cells.speed import TimedCell
 from suite.runs.store import CellStore, Record, canonical
 
 if TYPE_CHECKING:

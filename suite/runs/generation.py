@@ -143,9 +143,9 @@ def _state(
 ) -> Fit | PredictorFit:
     """The method's fit, the one that the embedded profile's calibration gives; made if it is missing."""
     from suite.fitting.artifacts import load_fit
-    from suite.runs.cells import expand
-    from suite.runs.executor import LocalSession
-    from suite.runs.world import LocalWorld
+    from suite.runs.cells.accuracy import expand
+    from suite.runs.machine import LocalWorld
+    from suite.runs.work.worker import LocalSession
 
     embedded = load_config("embedded")  # its calibration, so that fits are shared with its runs
     block = {

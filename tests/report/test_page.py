@@ -17,7 +17,7 @@ from suite.report import figures, style
 from suite.report.load import load_results
 from suite.report.page import rebuild_problems, write_report
 from suite.report.series import Material
-from suite.runs.manifest import file_hashes
+from suite.runs.view.manifest import file_hashes
 from tests.report.synthetic import accuracy_row, hand_run, hits, manifest, speed_rows, write_run
 
 DENSE = ("dense", "none", 0.0, 0.0)

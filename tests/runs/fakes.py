@@ -17,8 +17,8 @@ from suite.devices import Device
 from suite.evaluation.groups import Group
 from suite.evaluation.tasks import TaskSpec
 from suite.modeling.sources import ModelRef
-from suite.runs.analysis_cells import AnalysisCell
-from suite.runs.cells import AccuracyCell, FitRequest
+from suite.runs.cells.accuracy import AccuracyCell, FitRequest
+from suite.runs.cells.analysis import AnalysisCell
 from suite.runs.runner import Outcome
 from suite.runs.store import sha256_of, write_atomically
 from suite.statistics import standard_error

@@ -19,7 +19,7 @@ import json, sys
 from pathlib import Path
 from suite import code
 from suite.config import load_config
-from suite.runs.world import LocalWorld
+from suite.runs.machine import LocalWorld
 
 OWN = [("accuracy", "own.method:Own"), ("accuracy", "alone:Own")]
 KINDS = [("accuracy", "cats"), ("accuracy", "m-countdown"), *OWN, ("speed", "cats"), ("analysis", "")]
@@ -76,7 +76,7 @@ EDITS = {
     ("kernels_numba/gpu/topk.py", "", "#\n"): CELLS | {REPORT},  # but it selects
     ("suite/modeling/decode.py", "", "#\n"): ACCURACY | {SPEED},
     ("suite/modeling/decode_probe.py", "", "#\n"): ACCURACY,
-    ("suite/runs/executor.py", "", "#\n"): CELLS,
+    ("suite/runs/work/worker.py", "", "#\n"): CELLS,
     ("suite/runs/assemble.py", "", "#\n"): set(),
     ("suite/report/frames.py", "", "#\n"): {REPORT},
     ("suite/cli.py", "", "#\n"): set(),
@@ -123,7 +123,9 @@ def test_a_hash_covers_what_decides_the_number_and_no_other_method(changed, edit
 
 
 def test_whatever_the_executor_uses_is_behind_an_entry():
-    used = code._graph("suite", "kernels_numba", "baselines").find_modules_directly_imported_by("suite.runs.executor")
+    used = code._graph("suite", "kernels_numba", "baselines").find_modules_directly_imported_by(
+        "suite.runs.work.worker"
+    )
     rooms = ("suite.evaluation.", "suite.fitting.", "suite.speed.", "suite.analysis.", "suite.modeling.")
     reached = frozenset().union(*(code.reached(code.ENTRIES[kind]) for kind in ("accuracy", "analysis", "speed")))
     assert {module for module in used if module.startswith(rooms)} <= reached

@@ -6,12 +6,12 @@ import pytest
 
 from suite.config import build_config
 from suite.errors import InputError
+from suite.runs.audit.verify import verify_files
 from suite.runs.estimate import estimate
-from suite.runs.manifest import file_hashes, read_manifest, seal
 from suite.runs.run import Options, make_fits, plan, run
 from suite.runs.runner import Outcome
 from suite.runs.store import CellStore
-from suite.runs.verify import verify_files
+from suite.runs.view.manifest import file_hashes, read_manifest, seal
 from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
 
 
@@ -314,7 +314,7 @@ def test_a_failed_check_has_no_time(tmp_path):
 
 def test_cases_without_a_gpu_are_rows_with_a_reason(tmp_path, monkeypatch):
     """The real timing room, which looks for the GPU before anything else."""
-    from suite.runs.executor import LocalExecutor
+    from suite.runs.work.worker import LocalExecutor
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     config = timing(backends=["torch", "numba-cuda"], dtypes=["bfloat16"])

@@ -13,7 +13,7 @@ from typing import Any
 
 from suite import schema
 from suite.errors import InputError
-from suite.runs.manifest import key_fields, read_manifest
+from suite.runs.view.manifest import key_fields, read_manifest
 
 _TOP = 10
 _LONGEST_CELL = 1 << 26  # characters: the item of a document may be a long text

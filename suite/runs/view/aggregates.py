@@ -12,7 +12,7 @@ from suite import schema
 from suite.config import MatrixConfig
 from suite.evaluation.groups import Group, Weighting, averaged, shares
 from suite.evaluation.results import WEIGHT
-from suite.runs.cells import AccuracyCell, World, prepare_task
+from suite.runs.cells.accuracy import AccuracyCell, World, prepare_task
 from suite.runs.store import canonical
 from suite.statistics import Units, bootstrap_interval, is_log_space, resampling_group
 

@@ -11,7 +11,7 @@ from suite.fitting.calibration import Calibration, fingerprints
 
 if TYPE_CHECKING:
     from suite.evaluation.tasks import TaskSpec
-    from suite.runs.cells import AccuracyCell
+    from suite.runs.cells.accuracy import AccuracyCell
 
 
 def refuse_evaluated_text(cells: Sequence[AccuracyCell]) -> None:

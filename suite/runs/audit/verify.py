@@ -16,13 +16,13 @@ from suite.errors import InputError
 from suite.evaluation.results import WEIGHT
 from suite.files import links_in
 from suite.fitting.calibration import PYDOC
-from suite.runs.audit import RELATIVE, read_samples, table_problems
-from suite.runs.cells import ID_LENGTH, AccuracyCell, World, expand
-from suite.runs.compare import Row, changed, read_rows
-from suite.runs.manifest import file_hashes, key_fields, read_manifest
-from suite.runs.matrix import Matrix
+from suite.runs.audit.compare import Row, changed, read_rows
+from suite.runs.audit.tables import RELATIVE, read_samples, table_problems
+from suite.runs.cells.accuracy import ID_LENGTH, AccuracyCell, World, expand
+from suite.runs.cells.matrix import Matrix
 from suite.runs.runner import Executor, Runner, Say
 from suite.runs.store import CellStore, canonical, sha256_of
+from suite.runs.view.manifest import file_hashes, key_fields, read_manifest
 from suite.statistics import statistic
 
 # Of models that no folder but the root holds together.

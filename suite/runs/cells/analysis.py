@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from suite.config import AnalysisConfig, MatrixConfig, ModelConfig, TaskConfig
 from suite.errors import InputError
 from suite.evaluation.tasks import DECODE_PERPLEXITY
-from suite.runs.cells import ID_LENGTH, PreparedTask, World, prepare_task
+from suite.runs.cells.accuracy import ID_LENGTH, PreparedTask, World, prepare_task
 from suite.runs.store import sha256_of
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from suite.errors import InputError
 from suite.registry import get_method
-from suite.runs.analysis_cells import AnalysisCell
-from suite.runs.cells import AccuracyCell, FitRequest
-from suite.runs.matrix import ModelCell
+from suite.runs.cells.accuracy import AccuracyCell, FitRequest
+from suite.runs.cells.analysis import AnalysisCell
+from suite.runs.cells.matrix import ModelCell
+from suite.runs.cells.speed import TimedCell
 from suite.runs.runner import Outcome
-from suite.runs.speed_cells import TimedCell
 
 if TYPE_CHECKING:
     from suite.evaluation.evaluator import Evaluator

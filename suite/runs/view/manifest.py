@@ -19,10 +19,11 @@ from suite.errors import InputError
 from suite.files import refuse_links
 from suite.fitting.calibration import Calibration
 from suite.manifest_file import NAME, whole
-from suite.runs import provenance
-from suite.runs.matrix import Matrix, ModelCell
-from suite.runs.speed_cells import TimedCell
+from suite.runs.cells.matrix import Matrix, ModelCell
+from suite.runs.cells.speed import TimedCell
+from suite.runs.machine import git_state
 from suite.runs.store import Record, sha256_of, write_atomically
+from suite.runs.view.scrub import Scrubber
 from suite.schema import SCHEMA_VERSION
 
 # What runs and reports write; whatever else lies in a run folder is the user's: never removed, and a problem to verify.
@@ -38,7 +39,7 @@ def build_manifest(
     matrix: Matrix,
     records: Mapping[str, Record | None],
     device: Device,
-    scrub: provenance.Scrubber,
+    scrub: Scrubber,
     argv: Sequence[str],
     packages: Mapping[str, str],
 ) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def build_manifest(
         "argv": [scrub.text(argument) for argument in argv],
         "config": resolved,
         "config_sha256": sha256_of(resolved),
-        "git": provenance.git_state(),
+        "git": git_state(),
         "report_code": code_hash(ENTRIES["report"]),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -93,7 +94,7 @@ def key_fields(manifest: Mapping[str, Any], cell_id: str) -> dict[str, Any]:
     return {**manifest["key_common"][cell["kind"]], **cell["fields"]}
 
 
-def _models(matrix: Matrix, scrub: provenance.Scrubber) -> dict[str, dict[str, Any]]:
+def _models(matrix: Matrix, scrub: Scrubber) -> dict[str, dict[str, Any]]:
     """What stands behind each name of the tables: the model as it was named, its weights, the types it was loaded in."""
     found: dict[str, dict[str, Any]] = {}
     for cell in matrix.of_models:
@@ -118,7 +119,7 @@ def _fits(matrix: Matrix, records: Mapping[str, Record | None]) -> dict[str, str
 
 
 def _cell(
-    cell: ModelCell | TimedCell, record: Record | None, common: Mapping[str, Any], scrub: provenance.Scrubber
+    cell: ModelCell | TimedCell, record: Record | None, common: Mapping[str, Any], scrub: Scrubber
 ) -> dict[str, Any]:
     own = {name: value for name, value in cell.key_fields.items() if name not in common}
     found: dict[str, Any] = {"kind": cell.kind, "label": cell.label, "fields": scrub.value(own)}

@@ -20,7 +20,7 @@ from suite.errors import InputError, named
 from suite.evaluation.tasks import ROLLING_TASKS, TaskSpec
 from suite.fitting.options import PredictorOptions
 from suite.registry import get_method, method_class
-from suite.runs.guard import refuse_evaluated_text
+from suite.runs.cells.guard import refuse_evaluated_text
 from suite.runs.store import canonical, sha256_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ ID_LENGTH = 16  # hex digits of a key that name a cell in the CSVs: 64 bits
 
 
 class World(Protocol):
-    """What keys are made of, as this machine has it; the runs' own is ``suite.runs.world.LocalWorld``."""
+    """What keys are made of, as this machine has it; the runs' own is ``suite.runs.machine.LocalWorld``."""
 
     device: Device
 

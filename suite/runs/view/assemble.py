@@ -15,11 +15,11 @@ from suite.evaluation.results import WEIGHT
 from suite.methods.base import NEURONS
 from suite.methods.cost import read_share
 from suite.registry import method_class
-from suite.runs.aggregates import aggregate_rows
-from suite.runs.cells import AccuracyCell
-from suite.runs.matrix import Matrix
-from suite.runs.provenance import Scrubber
+from suite.runs.cells.accuracy import AccuracyCell
+from suite.runs.cells.matrix import Matrix
 from suite.runs.store import Record, canonical
+from suite.runs.view.aggregates import aggregate_rows
+from suite.runs.view.scrub import Scrubber
 from suite.statistics import paired_delta, paired_delta_of_resampled, resampling_group
 
 Row = dict[str, Any]

@@ -11,7 +11,7 @@ from suite.config import MatrixConfig
 from suite.errors import InputError
 from suite.fitting.options import PredictorOptions
 from suite.registry import method_class
-from suite.runs.cells import FitRequest, World
+from suite.runs.cells.accuracy import FitRequest, World
 from suite.runs.store import sha256_of
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from suite.runs.aggregates import GroupCells
-from suite.runs.analysis_cells import AnalysisCell
-from suite.runs.cells import AccuracyCell, FitRequest
-from suite.runs.speed_cells import TimedCell
+from suite.runs.cells.accuracy import AccuracyCell, FitRequest
+from suite.runs.cells.analysis import AnalysisCell
+from suite.runs.cells.speed import TimedCell
+from suite.runs.view.aggregates import GroupCells
 
 ModelCell = AccuracyCell | AnalysisCell  # what needs a loaded model
 

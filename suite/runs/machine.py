@@ -1,10 +1,13 @@
-"""What the keys of cells are made of, as this machine has it: models, data, versions, code, device. Loads no torch."""
+"""What this machine has, of which keys of cells are made: models, data, versions, code, device. Loads no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib.metadata
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from suite import devices, settings
 from suite.code import ANALYSIS, CLOSED, ENTRIES, code_hash, strings_of
@@ -15,14 +18,51 @@ from suite.errors import InputError
 from suite.evaluation.groups import Expansion, Group, expand_name
 from suite.evaluation.tasks import data_fingerprint, resolve_task
 from suite.registry import METHODS
-from suite.runs import provenance
-from suite.runs.cells import FitRequest
+from suite.runs.cells.accuracy import FitRequest
 
 if TYPE_CHECKING:
     from suite.evaluation.tasks import TaskSpec
     from suite.fitting.calibration import Calibration
     from suite.modeling.loading import ModelRef
     from suite.runs.store import CellStore, Record
+
+ACCURACY_PACKAGES = ("torch", "transformers", "lm_eval")
+SPEED_PACKAGES = ("torch", "numba", "numba-cuda")
+_MANIFEST_PACKAGES = (
+    "countdown-suite", "torch", "transformers", "tokenizers", "lm_eval", "datasets", "numba", "llvmlite", "numba-cuda",
+    "numpy", "scipy", "pandas", "safetensors", "gguf",
+)  # fmt: skip
+
+
+@cache
+def version(package: str) -> str:
+    """Installed version of a distribution, "" if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def versions(packages: Iterable[str] = _MANIFEST_PACKAGES) -> dict[str, str]:
+    """Versions by distribution name."""
+    return {package: version(package) for package in packages}
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and dirty flag of the checkout that the suite runs from; nulls outside of one."""
+    root = settings.package_dir()
+    if shutil.which("git") is None or not (root / ".git").exists():
+        return {"commit": None, "dirty": None}
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+
+    head = git("rev-parse", "HEAD")
+    if head.returncode:
+        return {"commit": None, "dirty": None}
+    # results/ is what a run writes; it decides no number
+    changes = git("status", "--porcelain", "--", ".", ":(exclude)results").stdout.strip()
+    return {"commit": head.stdout.strip(), "dirty": bool(changes)}
 
 
 class LocalWorld:
@@ -170,7 +210,7 @@ class LocalWorld:
 
     def versions(self, kind: str) -> dict[str, str]:
         """Packages that decide numbers of a kind."""
-        return provenance.versions(provenance.ACCURACY_PACKAGES if kind == "accuracy" else provenance.SPEED_PACKAGES)
+        return versions(ACCURACY_PACKAGES if kind == "accuracy" else SPEED_PACKAGES)
 
     def code(self, kind: str, method: str) -> str:
         """Hash of the code that decides numbers of a kind, a method of the user's own included."""
