@@ -18,9 +18,9 @@ from dataclasses import replace
 import numpy as np
 from numba import cuda
 
-from kernels_numba.gpu import simulated
-from kernels_numba.gpu.kernel import ARGUMENTS, make_kernel
-from kernels_numba.gpu.plan import Plan
+from kernels_numba.gpu.mlp.kernel import ARGUMENTS, make_kernel
+from kernels_numba.gpu.mlp.plan import Plan
+from kernels_numba.gpu.ptx import simulated
 from kernels_numba.reference import activate, relative_error
 
 BASE = {"d_model": 40, "d_ff": 24, "dtype": "float32", "rows": 2, "neurons": 2, "depth": 2}

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from numba import cuda
 
-from kernels_numba.gpu import simulated
-from kernels_numba.gpu.counts import active_neurons
-from kernels_numba.gpu.kernel import ARGUMENTS, make_kernel
-from kernels_numba.gpu.plan import Plan
+from kernels_numba.gpu.host.active_set import active_neurons
+from kernels_numba.gpu.mlp.kernel import ARGUMENTS, make_kernel
+from kernels_numba.gpu.mlp.plan import Plan
+from kernels_numba.gpu.ptx import simulated
 from suite.modeling import attach as attaching
 from suite.modeling.attach import attach
 from suite.modeling.decode import ChoosingKernels

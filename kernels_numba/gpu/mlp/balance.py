@@ -11,9 +11,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from kernels_numba.gpu.combine import make_packets
-from kernels_numba.gpu.plan import Plan
-from kernels_numba.gpu.stream import HOLE
+from kernels_numba.gpu.mlp.plan import Plan
+from kernels_numba.gpu.mlp.ring import HOLE
+from kernels_numba.gpu.mlp.sparse_rows import make_packets
 
 
 def make_prefix(dev: Any) -> Any:

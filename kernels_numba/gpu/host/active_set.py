@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels_numba.gpu.plan import Plan
+from kernels_numba.gpu.mlp.plan import Plan
 
 _NEURON = (1 << 24) - 1
 

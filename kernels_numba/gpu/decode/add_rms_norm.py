@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import cuda, int64, void
 
-from kernels_numba.gpu.plan import BYTES
+from kernels_numba.gpu.mlp.plan import BYTES
 
 _MAX_THREADS = 1024
 # Addresses of: the hidden state, what is added, the weight of the norm of what is added, the weight of the norm, the new
@@ -88,7 +88,7 @@ def make_mean_square(plan: NormPlan, dev: Any) -> Any:
 
 
 def make_kernel(plan: NormPlan, dev: Any) -> Callable[..., None]:
-    """The undecorated kernel; ``dev`` is the module ``pieces`` or its twin."""
+    """The undecorated kernel; ``dev`` is the module ``ptx.vectors`` or its twin."""
     plan.check()
     pieces, inner = plan.pieces, plan.inner
     widen, store, load16 = dev.make_piece_widen(plan.dtype), dev.make_piece_store(plan.dtype), dev.load16

@@ -10,8 +10,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from kernels_numba.gpu.plan import CLAIMS, Plan
-from kernels_numba.gpu.stream import make_flags
+from kernels_numba.gpu.mlp.plan import CLAIMS, Plan
+from kernels_numba.gpu.mlp.ring import make_flags
 
 
 def make_claims(plan: Plan, dev: Any) -> SimpleNamespace:

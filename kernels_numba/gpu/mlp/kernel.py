@@ -12,13 +12,13 @@ from typing import Any
 
 from numba import cuda, float32, int32, int64, void
 
-from kernels_numba.gpu.choose import make_predictor_select
-from kernels_numba.gpu.claims import make_claims
-from kernels_numba.gpu.combine import make_recall, make_reduce, make_sparse, make_store_partial, make_take
-from kernels_numba.gpu.deal import make_dealt
-from kernels_numba.gpu.mixed import make_mixed
-from kernels_numba.gpu.plan import Plan
-from kernels_numba.gpu.stream import HOLE, make_flags, make_stamp, make_stream
+from kernels_numba.gpu.mlp.balance import make_dealt
+from kernels_numba.gpu.mlp.plan import Plan
+from kernels_numba.gpu.mlp.predictor import make_predictor_select
+from kernels_numba.gpu.mlp.ring import HOLE, make_flags, make_stamp, make_stream
+from kernels_numba.gpu.mlp.sparse_rows import make_recall, make_reduce, make_sparse, make_store_partial, make_take
+from kernels_numba.gpu.mlp.threshold import make_mixed
+from kernels_numba.gpu.mlp.work_queue import make_claims
 
 # Addresses, 0 where a kind does not use one: x, dense (first projection, or V of the predictor), U, a and b (other
 # projections), W_down transposed, residual, y, workspace, indices, values, count, distance of two tokens' values;
@@ -165,7 +165,7 @@ def make_listed_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
 
 
 def make_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
-    """The undecorated kernel function of a plan; ``dev`` is the module ``device`` or its twin ``simulated``."""
+    """The undecorated kernel function of a plan; ``dev`` is the module ``ptx.device`` or its twin."""
     plan.check()
     makers = {"threshold": make_threshold_kernel, "predictor": make_predictor_kernel}
     return makers.get(plan.kind, make_listed_kernel)(plan, dev)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from kernels_numba.gpu.plan import Plan
-from kernels_numba.gpu.stream import make_block_sum, make_flags, make_stamp, make_stream
+from kernels_numba.gpu.mlp.plan import Plan
+from kernels_numba.gpu.mlp.ring import make_block_sum, make_flags, make_stamp, make_stream
 
 
 def make_logits(plan: Plan, dev: Any) -> tuple[Any, Any, Any]:

@@ -72,7 +72,7 @@ class Plan:
         Write the clock of every block's first thread at each phase into the workspace (``STAMPS``).
     deterministic : bool
         ``threshold``: deal all rows out beforehand, so that every sum has one order. Else a block that is faster claims
-        more rows (``claims``). The other kinds are deterministic either way.
+        more rows (``work_queue``). The other kinds are deterministic either way.
     """
 
     kind: Kind

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels_numba.gpu.plan import STAMPS, Plan
+from kernels_numba.gpu.mlp.plan import STAMPS, Plan
 
 NEURON = (1 << 24) - 1  # a list entry: neuron in the low 24 bits, bit 24 + t set if token t keeps it; -1 is a hole
 HOLE = -1

@@ -1,7 +1,7 @@
 """Device code of CATS and M-COUNTDOWN: one loop for the dense rows that choose and for the rows of the neurons they find.
 
 The next free packet of the ring takes the rows of neurons if enough of them are waiting, else the next dense rows, so
-the stream of weights never pauses and the blocks end together: who finds more claims less (``claims``).
+the stream of weights never pauses and the blocks end together: who finds more claims less (``work_queue``).
 One thread notes what a packet holds and which dense packet is next; the others read it behind the next packet's barrier.
 It is of the last warp: the first has the list of found neurons to write at the same time.
 """
@@ -13,10 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from kernels_numba.gpu.claims import make_claims
-from kernels_numba.gpu.combine import make_coefficients
-from kernels_numba.gpu.plan import RESERVE, Plan
-from kernels_numba.gpu.stream import (
+from kernels_numba.gpu.mlp.plan import RESERVE, Plan
+from kernels_numba.gpu.mlp.ring import (
     HOLE,
     make_activation,
     make_block_sum,
@@ -25,6 +23,8 @@ from kernels_numba.gpu.stream import (
     make_stream,
     make_sync,
 )
+from kernels_numba.gpu.mlp.sparse_rows import make_coefficients
+from kernels_numba.gpu.mlp.work_queue import make_claims
 
 _DENSE = 1  # kinds of packets in flight, 4 bits each: 0 nothing, 1 dense rows, 1 + n the rows of n neurons
 

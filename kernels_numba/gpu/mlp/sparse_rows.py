@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from kernels_numba.gpu.plan import Plan
-from kernels_numba.gpu.stream import HOLE, make_activation, make_block_sum, make_stream, make_sync
+from kernels_numba.gpu.mlp.plan import Plan
+from kernels_numba.gpu.mlp.ring import HOLE, make_activation, make_block_sum, make_stream, make_sync
 
 
 def make_recall(plan: Plan, dev: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Device functions of the CUDA kernels: asynchronous copies, wide loads, dot products, grid flags; lanes in ``lanes``.
+"""Device functions of the CUDA kernels: asynchronous copies, wide loads, dot products, grid flags; lanes in ``warp``.
 
-What the PTX level adds to Numba, written with ``ptx``; ``simulated`` holds a twin of each function for Numba's simulator.
+What the PTX level adds to Numba, written with ``asm``; ``simulated`` holds a twin of each function for Numba's simulator.
 Addresses, of global and of shared memory alike, are plain integers. A "row" is one row of a weight matrix as the block
 sees it: every thread holds 16 bytes of it (``chunks`` times 16 if the row is longer than the block is wide).
 """
@@ -15,7 +15,8 @@ from numba import cuda
 from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 
-from kernels_numba.gpu.lanes import (  # noqa: F401  kernels reach every device function through this module
+from kernels_numba.gpu.ptx.asm import F32, I16, I32, I64, asm, instruction, offset, pack, shared_address, unpack
+from kernels_numba.gpu.ptx.warp import (  # noqa: F401  kernels reach every device function through this module
     ballot,
     device_function,
     lane_of,
@@ -24,7 +25,6 @@ from kernels_numba.gpu.lanes import (  # noqa: F401  kernels reach every device 
     make_lanes_spread,
     make_lanes_sum,
 )
-from kernels_numba.gpu.ptx import F32, I16, I32, I64, asm, instruction, offset, pack, shared_address, unpack
 
 syncthreads = cuda.syncthreads
 SPIN_LIMIT = -1  # wait for the other blocks as long as it takes

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
-from kernels_numba.gpu.plan import Kind, Plan, shared_limit
+from kernels_numba.gpu.mlp.plan import Kind, Plan, shared_limit
 
 _REGISTERS = 65536  # of an SM
 _BLOCK_RESERVED = 1024  # shared memory the system keeps for every block

@@ -24,12 +24,11 @@ import torch
 from torch import Tensor
 
 from kernels_numba.checks import check_apart, checked_threshold
-from kernels_numba.gpu.checks import NAMES, check_list, check_range, check_weight
-from kernels_numba.gpu.checks import unavailable as unavailable  # also this module's: callers ask before they bind
-from kernels_numba.gpu.compiled import Launch, Loaded, load_kernel
-from kernels_numba.gpu.counts import active_neurons
-from kernels_numba.gpu.plan import MAX_BATCH, STAMPS, TRACED, Kind, Plan
-from kernels_numba.gpu.tuned import device_facts, launch_tokens, tuned_plan
+from kernels_numba.gpu.host.active_set import active_neurons
+from kernels_numba.gpu.host.checks import NAMES, check_list, check_range, check_weight, unavailable
+from kernels_numba.gpu.host.jit import Launch, Loaded, load_kernel
+from kernels_numba.gpu.host.tuning import device_facts, launch_tokens, tuned_plan
+from kernels_numba.gpu.mlp.plan import MAX_BATCH, STAMPS, TRACED, Kind, Plan
 
 
 def transpose_down(w_down: Tensor, *, keep_dense: bool = True) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import cuda, int64, void
 
-from kernels_numba.gpu.plan import BYTES
+from kernels_numba.gpu.mlp.plan import BYTES
 
 THREADS = 512
 _WARPS, _AT_ONCE = THREADS // 32, 4  # warps; keys that a lane has in flight
@@ -351,7 +351,7 @@ SIGNATURE = void(*[int64] * 8)
 
 
 def make_kernel(plan: AttentionPlan, dev: Any) -> Callable[..., None]:
-    """The undecorated kernel; ``dev`` is the module ``pieces`` or its twin."""
+    """The undecorated kernel; ``dev`` is the module ``ptx.vectors`` or its twin."""
     plan.check()
     query, scores, softmax = (make(plan, dev) for make in (make_query, make_scores, make_softmax))
     mix, output = make_mix(plan, dev), make_output(plan, dev)
