@@ -21,29 +21,17 @@ from suite.runs.store import Record, canonical
 from suite.statistics import paired_delta, paired_delta_of_resampled, resampling_group
 
 Row = dict[str, Any]
-_ANALYSIS_FILES = {"cif_caf.csv": schema.CIF_CAF, "activations.csv": schema.ACTIVATIONS}
+_ANALYSES = (schema.CIF_CAF, schema.ACTIVATIONS)
 _OF_THE_KEY = ("device_name", "driver_version")  # measured rows have them too, the driver of a CPU as ""
 _NOT_RUN = {"status": "missing", "reason": "not run yet: run the same command again"}
 
 
-def cell_text(value: Any) -> str:
-    """Text of a CSV cell: empty for None, 10 significant digits for floats, the same on every machine."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return format(value, ".10g") if isinstance(value, float) else str(value)
-
-
-def csv_bytes(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, exact: str = "") -> bytes:
-    """CSV file with a header; ``exact`` names a float column written with all its digits (``repr``)."""
+def csv_bytes(table: schema.Table, rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """CSV file with a header."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow(
-            [repr(float(row[c])) if c == exact and row.get(c) is not None else cell_text(row.get(c)) for c in columns]
-        )
+    writer.writerow(table.names)
+    writer.writerows([column.text(row.get(column.name)) for column in table.columns] for row in rows)
     return text.getvalue().encode()
 
 
@@ -78,8 +66,8 @@ class Assembly:
 
     def files(self) -> dict[str, bytes]:
         """Content of the CSVs and the logs of failed cells; those of the analysis only where the matrix has one."""
-        analysis = {name: self._analysis_rows(columns) for name, columns in _ANALYSIS_FILES.items()}
-        files = {name: csv_bytes(_ANALYSIS_FILES[name], rows) for name, rows in analysis.items() if self._analysis}
+        analysed = _ANALYSES if self._analysis else ()
+        files = {table.file: csv_bytes(table, self._analysis_rows(table)) for table in analysed}
         phases, predictors = self._parts_of_rows("phases"), self._predictor_rows()
         checks = self._parts_of_rows("decode_check")
         accuracy = {cell.id: self._rows_of(cell) for cell in self._accuracy}
@@ -93,11 +81,11 @@ class Assembly:
             | ({"decode_check.csv": csv_bytes(schema.DECODE_CHECK, checks)} if checks else {})
             | {
                 "accuracy.csv": csv_bytes(
-                    schema.ACCURACY, _sorted([*chain.from_iterable(accuracy.values())], schema.ACCURACY)
+                    schema.ACCURACY, schema.ACCURACY.sorted(chain.from_iterable(accuracy.values()))
                 ),
-                "samples.csv.gz": gzip_bytes(csv_bytes(schema.SAMPLES, self._sample_rows(), exact="value")),
+                "samples.csv.gz": gzip_bytes(csv_bytes(schema.SAMPLES, self._sample_rows())),
                 "sparsity.csv": csv_bytes(schema.SPARSITY, self._sparsity_rows()),
-                "speed.csv": csv_bytes(schema.SPEED, _sorted(self._speed_rows(), schema.SPEED)),
+                "speed.csv": csv_bytes(schema.SPEED, schema.SPEED.sorted(self._speed_rows())),
             }
         )
 
@@ -114,7 +102,7 @@ class Assembly:
         for one in self._groups:
             samples = {cell.id: self._samples_of(cell) for cell in (*one.cells, *one.dense)}
             found += aggregate_rows(one, accuracy, samples)
-        return _sorted(found, schema.GROUPS)
+        return schema.GROUPS.sorted(found)
 
     def _rows_of(self, cell: AccuracyCell) -> list[Row]:
         record = self._records[cell.key]
@@ -240,17 +228,15 @@ class Assembly:
                 for layer in sorted(record["sparsity"], key=lambda layer: layer["layer"]):
                     yield {"cell_id": cell.id, "sparsity_target": cell.sparsity, **layer}
 
-    def _analysis_rows(self, columns: Sequence[str]) -> list[Row]:
-        """Rows of one file of the analysis; of both files' rows those that have its key column."""
+    def _analysis_rows(self, table: schema.Table) -> list[Row]:
+        """Rows of one file of the analysis; of both files' rows those that have its settings."""
         rows = []
         for cell in self._analysis:
             record = self._records[cell.key]
             if record is not None and record["status"] == "ok":
                 name = {"model": cell.model_name, "dtype": cell.dtype}
-                rows += [name | row for row in record["rows"] if columns[-2] in row]
-        return sorted(
-            rows, key=lambda row: [row["model"], *(row.get(c, "") for c in ("row_method", "layer", "sparsity"))]
-        )
+                rows += [name | row for row in record["rows"] if set(table.identity) <= {*name, *row}]
+        return table.sorted(rows)
 
     def _predictor_rows(self) -> list[Row]:
         """Rows of every predictor once, however many cells used it."""
@@ -267,7 +253,7 @@ class Assembly:
         for cell in self._speed:
             record = self._records[cell.key]
             common = {"run_id": self._run_id, "cell_id": cell.id}
-            fields = {c: v for c, v in cell.key_fields.items() if c in schema.SPEED} | common
+            fields = {c: v for c, v in cell.key_fields.items() if c in schema.SPEED.names} | common
             fields["sparsity_target"] = cell.case.sparsity
             if record is None:
                 rows.append(fields | _NOT_RUN)
@@ -323,34 +309,3 @@ def _bytes_share(cell: AccuracyCell, realized: float | None, predictor_share: fl
     if realized is None:
         return None
     return (3 - 2 * realized) / 3 if method_class(cell.method).first_projection else 1 - realized + predictor_share
-
-
-def _sorted(rows: list[Row], columns: Sequence[str]) -> list[Row]:
-    """Rows by identity: every column that names a setting, numbers as numbers; never by what was measured."""
-    names = [
-        *(
-            "model",
-            "dtype",
-            "task",
-            "group",
-            "level",
-            "model_shape",
-            "batch_size",
-            "threads",
-            "scope",
-            "method",
-            "mode",
-        ),
-        *("sparsity_target", "estimator", "calibration", "backend", "variant", "clock", "seed", "filter", "metric"),
-        *("context_tokens", "predictor", "rank", "cache", "num_fewshot", "chat", "limit", "cell_id"),
-    ]
-    present = [name for name in names if name in columns]
-
-    def key(row: Row) -> list[tuple[int, float, str]]:
-        values = [row.get(name) for name in present]
-        return [
-            (0, float(v), "") if isinstance(v, (int, float)) and not isinstance(v, bool) else (1, 0.0, cell_text(v))
-            for v in values
-        ]
-
-    return sorted(rows, key=key)

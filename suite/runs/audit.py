@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from suite import schema
 from suite.errors import InputError
 from suite.evaluation.results import WEIGHT
 from suite.runs.compare import Row, read_rows, rows_of
@@ -110,7 +111,9 @@ def _count_problems(name: str, rows: Sequence[Row], manifest: Mapping[str, Any],
 
 def _identity_problems(place: str, row: Row, fields: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     """Columns that name the setting against the key fields, which the cell's id is the hash of."""
-    expected = {name: fields[name] for name in _PLAIN if name in fields and name in row and fields[name] is not None}
+    table = schema.ACCURACY if fields["kind"] == "accuracy" else schema.SPEED
+    known_by = [name for name in table.named if name in fields and name in row]
+    expected = {name: fields[name] for name in known_by if fields[name] is not None}
     if expected.get("threads") == 0:  # a row of a GPU has none
         expected["threads"] = ""
     expected |= {"sparsity_target": fields.get("sparsity", 0.0)}
@@ -119,7 +122,9 @@ def _identity_problems(place: str, row: Row, fields: Mapping[str, Any], manifest
         expected |= {"task": task["name"], "data_fingerprint": task["data"], "limit": task["limit"] or ""}
         expected |= {"fit_id": (fields["fit"] or "")[:16]}
         if fields["fit"] is None:
-            expected |= {"seed": params.get("seed", fields["seed"])}
+            expected["seed"] = params.get("seed", fields["seed"])
+        else:  # the fit's own, which its key alone knows
+            expected.pop("seed")
         known = manifest.get("models", {}).get(row["model"], {}).get("weights")
         expected |= {} if known == fields["weights"] else {"model": "that of its weights"}
     problems = []
@@ -127,12 +132,6 @@ def _identity_problems(place: str, row: Row, fields: Mapping[str, Any], manifest
         if not _same(row.get(column, ""), value):
             problems.append(f"{place}: {column} is {row.get(column)!r}, its cell's key says {value!r}")
     return problems
-
-
-_PLAIN = (
-    *("method", "mode", "scope", "dtype", "batch_size", "level", "model_shape", "d_model", "d_ff", "n_layers"),
-    *("activation", "rank", "backend", "variant", "threads", "context_tokens", "clock", "cache"),
-)
 
 
 def _same(text: str, value: Any) -> bool:

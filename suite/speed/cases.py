@@ -130,7 +130,7 @@ def needed_bytes(case: SpeedCase, realised: float) -> float:
 
 def empty_row(case: SpeedCase) -> Row:
     """Row of schema.SPEED with the case's own columns filled; what is not known is None, an empty cell."""
-    row: Row = {column: None for column in schema.SPEED if column not in ("run_id", "cell_id")}
+    row: Row = {column: None for column in schema.SPEED.names if column not in ("run_id", "cell_id")}
     row.update({name: value for name, value in case.key_fields().items() if name in row})
     row["sparsity_target"] = case.sparsity
     if case.device != "cpu":
@@ -374,5 +374,5 @@ def benchmark(
     rows: list[Row] = []
     for _, group in groupby(cases, key=lambda case: case.group):
         rows += run_group(list(group), seed=seed, progress=progress)
-    columns = [column for column in schema.SPEED if column not in ("run_id", "cell_id")]
+    columns = [column for column in schema.SPEED.names if column not in ("run_id", "cell_id")]
     return pd.DataFrame(rows, columns=columns)

@@ -149,7 +149,7 @@ class FakeExecutor:
             for s in cell.config.sparsities
         ]
         spread = [
-            {"layer": i, "quantity": q, **{c: draw.random() for c in schema.ACTIVATIONS[4:-1]}, "n_tokens": 9}
+            {"layer": i, "quantity": q, **{c: draw.random() for c in schema.ACTIVATIONS.names[4:-1]}, "n_tokens": 9}
             for i in range(11)
             for q in ("abs_up", "abs_act", "abs_product")
         ]
