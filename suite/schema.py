@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
-SCHEMA_VERSION = 3  # of a run folder; a column is empty in folders that are older than it
+SCHEMA_VERSION = 3  # of a run folder; folders of older ones are read as well
 
 # number: a float, written with 10 digits; exact: with all; count: a whole number that is counted or a size;
 # whole: a whole number that names a setting; listed: a text whose rows stay in the order in which they were made
@@ -28,6 +28,7 @@ class Column:
     Parameters
     ----------
     since : schema version that brought it
+    before : its text in the rows of older folders
     """
 
     name: str
@@ -35,6 +36,7 @@ class Column:
     role: Role
     unit: str = ""
     since: int = 1
+    before: str = ""
 
     @property
     def is_number(self) -> bool:
@@ -130,8 +132,8 @@ class Table:
         return self.columns[self.names.index(name)]
 
     def key(self, row: Mapping[str, str]) -> tuple[str, ...]:
-        """What tells a row of the file from all others; a column that the file lacks is empty."""
-        return tuple(row.get(name, "") for name in self.identity)
+        """What tells a row of the file from all others; a column that the file lacks is as in older folders."""
+        return tuple(row.get(name, self.column(name).before) for name in self.identity)
 
     def sorted(self, rows: Iterable[Row]) -> list[Row]:
         """Rows by identity, numbers as numbers, then by cell; never by what was measured."""
@@ -192,26 +194,28 @@ ACCURACY = Table(
 GROUPS = Table(
     "groups.csv",
     (
-        Column("run_id", "text", "origin", since=2),
-        Column("group", "text", "task", since=2),
-        Column("group_version", "text", "fact", since=2),
-        *_columns("model dtype method mode", "text", "setting", since=2),
-        Column("sparsity_target", "number", "setting", "share", since=2),
-        *_columns("estimator predictor", "text", "setting", since=2),
-        Column("rank", "whole", "setting", since=2),
-        *_columns("calibration scope", "text", "setting", since=2),
-        *_columns("chat filter metric", "text", "task", since=2),
-        *_columns("higher_is_better weight_by_size", "flag", "fact", since=2),
-        *_columns("value stderr chance delta_dense delta_ci_low delta_ci_high", "number", "derived", since=2),
-        Column("n_tasks", "count", "fact", since=2),
-        Column("n_samples", "count", "derived", "documents", since=2),
-        Column("limit", "whole", "task", "documents", since=2),
-        Column("batch_size", "whole", "fact", since=2),
-        Column("seed", "whole", "setting", since=2),
-        *_columns("status reason", "text", "status", since=2),
-        Column("cell_ids", "text", "origin", since=2),
+        Column("run_id", "text", "origin", since=3),
+        Column("group", "text", "task", since=3),
+        Column("group_version", "text", "fact", since=3),
+        *_columns("model dtype method mode", "text", "setting", since=3),
+        Column("sparsity_target", "number", "setting", "share", since=3),
+        *_columns("estimator predictor", "text", "setting", since=3),
+        Column("rank", "whole", "setting", since=3),
+        *_columns("calibration scope chat", "text", "setting", since=3),
+        *_columns("filter metric", "text", "task", since=3),
+        *_columns("higher_is_better weight_by_size", "flag", "fact", since=3),
+        *_columns("value stderr chance delta_dense delta_ci_low delta_ci_high", "number", "derived", since=3),
+        Column("n_tasks", "count", "fact", since=3),
+        Column("n_samples", "count", "measured", "documents", since=3),
+        Column("limit", "whole", "setting", "documents", since=3),
+        Column("batch_size", "whole", "fact", since=3),
+        Column("seed", "whole", "setting", since=3),
+        *_columns("status reason", "text", "status", since=3),
+        Column("cell_ids", "text", "origin", since=3),
     ),
-    first=("model", "dtype", "group", "scope", "method", "mode", "sparsity_target", "filter", "metric"),
+    first=tuple(
+        "model dtype group batch_size scope method mode sparsity_target estimator calibration seed filter metric".split()
+    ),
 )
 SAMPLES = Table(
     "samples.csv.gz",
@@ -293,7 +297,7 @@ SPARSITY = Table(
     (
         Column("cell_id", "text", "setting"),
         Column("layer", "whole", "setting"),
-        Column("site", "text", "setting", since=3),
+        Column("site", "text", "setting", since=3, before="mlp.neurons"),
         Column("threshold", "number", "fact"),
         Column("sparsity_target", "number", "fact", "share"),
         Column("sparsity_realized", "number", "measured", "share"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from suite import schema
+from suite.methods.base import NEURONS
 
 REFERENCE = Path(__file__).parents[1] / "results" / "reference"
 UNITS = {"us": "us", "s": "s", "mib": "MiB", "share": "share"}
@@ -62,7 +63,7 @@ def test_exact_numbers_keep_all_digits():
 
 
 def test_rows_are_sorted_by_every_column_that_tells_them_apart():
-    for table in (schema.ACCURACY, schema.SPEED):
+    for table in (schema.ACCURACY, schema.GROUPS, schema.SPEED):
         for name in table.identity:
             rows = [{"cell_id": "b", name: 1}, {"cell_id": "a", name: 2}]
             assert table.sorted(rows[::-1]) == rows, name
@@ -77,3 +78,9 @@ def test_columns_since():
     assert schema.SPARSITY.since(2) == [name for name in schema.SPARSITY.names if name != "site"]
     assert "chat" not in schema.ACCURACY.since(1)
     assert schema.ACCURACY.since(schema.SCHEMA_VERSION) == schema.ACCURACY.names
+
+
+def test_a_row_of_an_older_folder_is_of_the_site_there_was():
+    new = {"cell_id": "a", "layer": "0", "site": NEURONS}
+    old = {"cell_id": "a", "layer": "0"}
+    assert schema.SPARSITY.key(new) == schema.SPARSITY.key(old)

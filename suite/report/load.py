@@ -38,6 +38,7 @@ class Results:
     activations: pd.DataFrame
     phases: pd.DataFrame
     decode_check: pd.DataFrame
+    groups: pd.DataFrame
     timings: pd.DataFrame
     manifest: Mapping[str, Any] = field(repr=False)
 
@@ -85,8 +86,8 @@ def _read(path: Path, table: schema.Table, version: int) -> pd.DataFrame:
         zlib.error,
     ) as error:
         raise InputError(f"{path} is no readable CSV: {' '.join(str(error).split())}") from error
-    needed = set(table.since(version))
-    frame = frame.assign(**{c: "" for c in table.names if c not in needed and c not in frame})
+    later = {c.name: c.before for c in table.columns if c.since > version and c.name not in frame}
+    frame = frame.assign(**later)
     missing = [column for column in table.names if column not in frame]
     if "status" in table.names and not missing and (frame["status"] == "").any():
         row = int((frame["status"] == "").to_numpy().argmax())

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from suite import schema
 from suite.config import MatrixConfig
 from suite.evaluation.groups import Group, Weighting, averaged, shares
 from suite.evaluation.results import WEIGHT
@@ -17,6 +18,7 @@ from suite.statistics import Units, bootstrap_interval, is_log_space, resampling
 
 Row = dict[str, Any]
 Samples = Mapping[str, Mapping[str, float]]  # value by document by metric
+_OF_THE_SETTING = ("run_id", *schema.GROUPS.settings, "batch_size")
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,3 @@ def _units(metric: str, chain: str, own: Samples, base: Samples) -> Units:
         [[weight.get(d, 1.0) for d in documents] for weight in weights],
         [resampling_group(d) for d in documents],
     )
-
-
-_OF_THE_SETTING = frozenset(
-    "run_id model dtype method mode sparsity_target estimator predictor rank calibration scope chat limit batch_size seed".split()
-)

@@ -12,6 +12,8 @@ from typing import Any
 from suite import schema
 from suite.errors import InputError
 from suite.evaluation.results import WEIGHT
+from suite.methods.base import NEURONS
+from suite.methods.cost import read_share
 from suite.registry import method_class
 from suite.runs.aggregates import aggregate_rows
 from suite.runs.cells import AccuracyCell
@@ -226,7 +228,8 @@ class Assembly:
             record = self._records[cell.key]
             if record is not None and record["status"] == "ok":
                 for layer in sorted(record["sparsity"], key=lambda layer: layer["layer"]):
-                    yield {"cell_id": cell.id, "sparsity_target": cell.sparsity, **layer}
+                    common = {"cell_id": cell.id, "sparsity_target": cell.sparsity, "site": NEURONS}  # of old cells
+                    yield common | layer
 
     def _analysis_rows(self, table: schema.Table) -> list[Row]:
         """Rows of one file of the analysis; of both files' rows those that have its settings."""
@@ -308,4 +311,4 @@ def _bytes_share(cell: AccuracyCell, realized: float | None, predictor_share: fl
         return 1.0
     if realized is None:
         return None
-    return (3 - 2 * realized) / 3 if method_class(cell.method).first_projection else 1 - realized + predictor_share
+    return read_share(method_class(cell.method).first_projection, realized) + predictor_share

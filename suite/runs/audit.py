@@ -243,7 +243,7 @@ def _group_problems(groups: Sequence[Row], rows: Sequence[Row]) -> Iterator[str]
         if unknown or not cells:
             yield f"{place}: cell {unknown[0] if unknown else ''} has no row in accuracy.csv"
             continue
-        for name in _OF_A_GROUP:
+        for name in schema.GROUPS.settings:
             if any(by_cell[cell][name] != row[name] for cell in cells):
                 yield f"{place}: {name} is {row[name]!r}, not that of its cells"
         all_ok = {by_cell[cell]["status"] for cell in cells} == {"ok"}
@@ -273,9 +273,6 @@ def _average_problems(place: str, row: Row, found: Sequence[Row]) -> Iterator[st
         if error:
             yield from _differs(place, row, error, stderr, "its tasks give")
     yield from _differs(place, row, "n_samples", sum(sizes), "its tasks have")
-
-
-_OF_A_GROUP = ("model", "dtype", "method", "mode", "sparsity_target", "scope")
 
 
 def _realised_problems(place: str, row: Row, layers: Sequence[Row]) -> Iterator[str]:

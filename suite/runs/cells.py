@@ -24,9 +24,9 @@ from suite.runs.guard import refuse_evaluated_text
 from suite.runs.store import canonical, sha256_of
 
 if TYPE_CHECKING:
+    from suite.devices import Device
     from suite.evaluation.groups import Group
     from suite.methods.base import Mode
-    from suite.runs.provenance import Device
 
 CellScope = Scope | Literal[""]  # "" for dense, which has no sparse position
 

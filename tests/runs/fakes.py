@@ -13,12 +13,12 @@ from typing import Any
 
 from suite import schema
 from suite.config import MatrixConfig, TaskConfig, build_config
+from suite.devices import Device
 from suite.evaluation.groups import Group
 from suite.evaluation.tasks import TaskSpec
 from suite.modeling.sources import ModelRef
 from suite.runs.analysis_cells import AnalysisCell
 from suite.runs.cells import AccuracyCell, FitRequest
-from suite.runs.provenance import Device
 from suite.runs.runner import Outcome
 from suite.runs.store import sha256_of, write_atomically
 from suite.statistics import standard_error

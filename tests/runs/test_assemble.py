@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from suite.devices import Device
 from suite.errors import InputError
-from suite.runs.provenance import Device
 from suite.schema import SPEED
 from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
 from tests.runs.test_runner import go, rows

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from suite import schema
+from suite.decoding.shapes import SHAPES
 from suite.errors import InputError
-from suite.speed.cases import SHAPES, default_threads, make_cases, needed_bytes, run_group
+from suite.speed.cases import default_threads, make_cases, needed_bytes, run_group
 
 MIB = 2.0**20
 

@@ -9,8 +9,9 @@ import pytest
 
 from kernels_numba import cpu as kernels
 from suite import schema
+from suite.decoding.shapes import SHAPES, Shape
 from suite.speed import cpu, timing
-from suite.speed.cases import SHAPES, Shape, benchmark, make_cases, needed_bytes, run_group
+from suite.speed.cases import benchmark, make_cases, needed_bytes, run_group
 
 D_MODEL, D_FF = 40, 200
 

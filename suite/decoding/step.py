@@ -1,6 +1,6 @@
 """A decode step over the weights of a Hugging Face model: batch 1, static cache, few launches, any MLP put in.
 
-What lies outside the large products comes from `suite.speed.step_parts`, on a GPU from `suite.speed.step_gpu`. The MLP is
+What lies outside the large products comes from `suite.decoding.parts`, on a GPU from `suite.decoding.parts_cuda`. The MLP is
 a callable, so that methods and dense differ in nothing else. Nothing waits for the device: a step can be captured in a CUDA
 graph, which then feeds itself its next token.
 """
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from suite.decoding.families import Family, family_of
+from suite.decoding.parts import CHUNK, Heads, Parts
 from suite.errors import InputError
 from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
-from suite.speed.step_parts import CHUNK, Heads, Parts
 
 Mlp = Callable[[int, Tensor], Tensor]  # (layer, x of shape (1, d_model)) -> y
 
@@ -46,27 +47,25 @@ def fuse(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
 class _Attention:
     """Attention of one layer, with its own weights and cache."""
 
-    def __init__(self, block: nn.Module, rotary: tuple[Tensor, Tensor], length: int, offset: float, n_kv: int) -> None:
-        own: Any = block.get_submodule("self_attn")
-        fused = hasattr(own, "qkv_proj")
-        self.weight, self.bias = fuse([own.qkv_proj] if fused else [own.q_proj, own.k_proj, own.v_proj])
+    def __init__(self, own: Any, family: Family, config: Any, rotary: tuple[Tensor, Tensor], length: int) -> None:
+        self.weight, self.bias = fuse([own.get_submodule(name) for name in family.qkv])
         self.out: Tensor = own.o_proj.weight
         self._out_bias: Tensor | None = own.o_proj.bias
-        shape = (2, n_kv, length, own.head_dim)
-        norms = (own.q_norm.weight, own.k_norm.weight) if hasattr(own, "q_norm") else None
+        n_kv = int(config.num_key_value_heads)
+        queries, keys = family.head_norms or ("", "")
         self.heads = Heads(
             n_heads=len(self.weight) // own.head_dim - 2 * n_kv,
             n_kv=n_kv,
             head_dim=own.head_dim,
             cos=rotary[0],
             sin=rotary[1],
-            cache=torch.zeros(shape, dtype=self.weight.dtype, device=self.weight.device),
+            cache=torch.zeros((2, n_kv, length, own.head_dim), dtype=self.weight.dtype, device=self.weight.device),
             scale=float(own.scaling),
             cap=getattr(own, "attn_logit_softcapping", None),
             window=getattr(own, "sliding_window", None),
-            norms=norms,
-            offset=offset,
-            eps=0.0 if norms is None else _eps(own.q_norm),
+            norms=None if not queries else (_weight(own, queries), _weight(own, keys)),
+            offset=family.norm_offset,
+            eps=float(config.rms_norm_eps),
         )
 
     def __call__(self, x: Tensor, position: Tensor, parts: Parts) -> Tensor:
@@ -85,8 +84,18 @@ def _first_names(mlp: GatedMLP) -> tuple[str, ...]:
     return ("gate_up_proj",) if mlp.fused else ("gate_proj", "up_proj")
 
 
-def _eps(norm: Any) -> float:
-    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
+def _weight(module: nn.Module, name: str) -> Tensor:
+    return module.get_submodule(name).get_parameter("weight")
+
+
+class _Norms:
+    """Weights of the norms of one layer; None where the architecture has no such norm."""
+
+    def __init__(self, block: nn.Module, family: Family) -> None:
+        self.before_attention = _weight(block, "input_layernorm")
+        self.before_mlp = _weight(block, family.before_mlp)
+        self.after_attention = _weight(block, family.after_attention) if family.after_attention else None
+        self.after_mlp = _weight(block, family.after_mlp) if family.after_mlp else None
 
 
 class DecodeModel:
@@ -109,6 +118,7 @@ class DecodeModel:
     """
 
     def __init__(self, model: nn.Module, length: int, parts: Parts | None = None) -> None:
+        self._family = family_of(model)
         self.model, self.length = model, CHUNK * math.ceil(length / CHUNK)
         inner: Any = model.get_submodule("model")
         self._inner = inner
@@ -120,13 +130,12 @@ class DecodeModel:
         if length > context:
             raise InputError(f"{length} tokens: over the context of {context} of {type(model).__name__}; use fewer")
         self.blocks: list[Any] = list(inner.layers)
-        self._offset = _norm_offset(self._inner.norm)
-        self._norm_eps = _eps(self._inner.norm)
+        self._norm_eps = float(config.rms_norm_eps)
         self._cap = getattr(config, "final_logit_softcapping", None)
         self.attentions = [
-            _Attention(block, self._rotary(block), self.length, self._offset, int(config.num_key_value_heads))
-            for block in self.blocks
+            _Attention(block.self_attn, self._family, config, self._rotary(block), self.length) for block in self.blocks
         ]
+        self._norms = [_Norms(block, self._family) for block in self.blocks]
         self._gate_up = [fuse([mlp.module.get_submodule(name) for name in _first_names(mlp)]) for mlp in self.mlps]
         self._down = [fuse([mlp.module.get_submodule("down_proj")]) for mlp in self.mlps]
         self.head: Tensor = model.get_submodule("lm_head").get_parameter("weight")
@@ -137,10 +146,10 @@ class DecodeModel:
     def _parts(self) -> Parts:
         """On a GPU those in few launches, with the fastest products of this model's weights."""
         if self.device.type != "cuda":
-            return Parts(self._offset, self._norm_eps)
-        from suite.speed.step_gpu import GpuParts  # late: needs CUDA
+            return Parts(self._family.norm_offset, self._norm_eps)
+        from suite.decoding.parts_cuda import GpuParts  # late: needs CUDA
 
-        parts = GpuParts(self._offset, self._norm_eps, self.mlps[0].d_model, self.dtype)
+        parts = GpuParts(self._family.norm_offset, self._norm_eps, self.mlps[0].d_model, self.dtype)
         kinds = [[a.weight for a in self.attentions], [a.out for a in self.attentions]]
         kinds += [[weight for weight, _ in layers] for layers in (self._gate_up, self._down)]
         with torch.no_grad():
@@ -162,21 +171,6 @@ class DecodeModel:
     @cached_property
     def _rotations(self) -> dict[str | None, tuple[Tensor, Tensor]]:
         return {}
-
-    @cached_property
-    def _embedding_scale(self) -> Tensor | None:
-        """Factor between the embedding and the first layer's input, where the model itself applies one."""
-        seen: list[Tensor] = []
-        handle = self.blocks[0].register_forward_pre_hook(
-            lambda _module, args, kwargs: seen.append((args or (kwargs["hidden_states"],))[0]), with_kwargs=True
-        )
-        ids = torch.ones(1, 1, dtype=torch.int64, device=self.device)
-        with torch.no_grad():
-            self.model(input_ids=ids, use_cache=False)
-            plain = self._inner.embed_tokens(ids)
-        handle.remove()
-        root = torch.tensor(plain.shape[-1] ** 0.5, dtype=self.dtype, device=self.device)
-        return None if torch.equal(seen[0], plain) else root
 
     @torch.no_grad()
     def prefill(self, ids: Tensor) -> Tensor:
@@ -215,19 +209,12 @@ class DecodeModel:
     def hidden(self, mlp: Mlp) -> Tensor:
         """Normed hidden state of the next token, shape (1, d_model); writes its keys and values."""
         hidden = self._inner.embed_tokens(self.token)
-        if self._embedding_scale is not None:
-            hidden = hidden * self._embedding_scale
-        x = self.parts.norm(hidden, self.blocks[0].input_layernorm.weight)
-        for layer, (block, attention) in enumerate(zip(self.blocks, self.attentions, strict=True)):
-            last = layer + 1 == len(self.blocks)
-            after = self._inner.norm if last else self.blocks[layer + 1].input_layernorm
-            around = hasattr(block, "pre_feedforward_layernorm")  # Gemma norms what attention and MLP give, too
-            before = block.pre_feedforward_layernorm if around else block.post_attention_layernorm
-            inner = block.post_attention_layernorm.weight if around else None
-            y = attention(x, self.position, self.parts)
-            hidden, x = self.parts.add_norm(hidden, y, inner, before.weight)
-            inner = block.post_feedforward_layernorm.weight if around else None
-            hidden, x = self.parts.add_norm(hidden, mlp(layer, x), inner, after.weight)
+        x = self.parts.norm(hidden, self._norms[0].before_attention)
+        following = [norms.before_attention for norms in self._norms[1:]] + [self._inner.norm.weight]
+        for layer, (norms, after) in enumerate(zip(self._norms, following, strict=True)):
+            y = self.attentions[layer](x, self.position, self.parts)
+            hidden, x = self.parts.add_norm(hidden, y, norms.after_attention, norms.before_mlp)
+            hidden, x = self.parts.add_norm(hidden, mlp(layer, x), norms.after_mlp, after)
         return x
 
     def logits(self, hidden: Tensor, *, wide: bool = False) -> Tensor:
@@ -240,12 +227,3 @@ class DecodeModel:
         """One greedy step: token and position become the next ones."""
         self.token.copy_(self.parts.next_token(self.hidden(mlp), self.head))
         self.position.add_(1)
-
-
-def _norm_offset(norm: Any) -> float:
-    """1 where the scale is ``1 + weight`` (Gemma), else 0: seen from its values."""
-    ones = torch.ones(1, len(norm.weight), dtype=norm.weight.dtype, device=norm.weight.device)
-    with torch.no_grad():
-        scale = norm(ones)[0].float()
-    weight = norm.weight.detach().float()
-    return 1.0 if float((scale - weight - 1).abs().sum()) < float((scale - weight).abs().sum()) else 0.0

@@ -1,6 +1,6 @@
 """What lies between the large products of a decode step, in plain torch: any device, any architecture.
 
-`suite.speed.step_gpu` has the same parts in few launches.
+`suite.decoding.parts_cuda` has the same parts in few launches.
 """
 
 from __future__ import annotations

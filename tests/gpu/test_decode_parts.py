@@ -8,8 +8,8 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from suite.speed.step_gpu import GpuParts
-from suite.speed.step_parts import Heads, Parts
+from suite.decoding.parts import Heads, Parts
+from suite.decoding.parts_cuda import GpuParts
 
 # n_heads, n_kv, head_dim, rotary_dim, cap, window, norms: the four families of the paper, and what else there is
 HEADS = {

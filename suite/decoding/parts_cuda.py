@@ -18,11 +18,11 @@ from torch.nn import functional
 from kernels_numba.gpu.decode.add_rms_norm import NormPlan
 from kernels_numba.gpu.decode.attention import AttentionPlan
 from kernels_numba.gpu.host.decode import AddNorm, DecodeAttention
-from suite.speed.gpu_timing import captured
-from suite.speed.step_parts import Heads, Parts, act, head_norms, norm
+from suite.decoding.graphs import captured
+from suite.decoding.parts import Heads, Parts, act, head_norms, norm
+from suite.devices import dtype_name
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _REPEATS = 5
 _SHORT = 1536  # tokens of a cache that each query may read for itself
 
@@ -45,7 +45,7 @@ class GpuParts(Parts):
         self._norm = torch.compile(norm, dynamic=False)
         self._act = torch.compile(act, dynamic=False)
         self._head_norms = torch.compile(head_norms, dynamic=False)
-        self._add_norms = [_add_norm(NormPlan(d_model, _NAMES[dtype], offset, eps, inner=i)) for i in (False, True)]
+        self._add_norms = [_add_norm(NormPlan(d_model, dtype_name(dtype), offset, eps, inner=i)) for i in (False, True)]
         self._attentions: WeakKeyDictionary[Heads, DecodeAttention | None] = WeakKeyDictionary()
 
     def measure(self, weights: Sequence[Sequence[Tensor]]) -> None:
@@ -97,7 +97,7 @@ def _attention(heads: Heads) -> DecodeAttention | None:
     _, n_kv, length, head_dim = heads.cache.shape
     short, group = length <= _SHORT, heads.n_heads // n_kv
     plan = AttentionPlan(
-        n_kv, group, head_dim, heads.cos.shape[-1], length, _NAMES[heads.cache.dtype], heads.scale, heads.cap,
+        n_kv, group, head_dim, heads.cos.shape[-1], length, dtype_name(heads.cache.dtype), heads.scale, heads.cap,
         heads.window, queries=1 if short else group, split=512 if short else 256,
     )  # fmt: skip
     try:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from suite.decoding.families import FAMILIES
+from suite.decoding.step import DecodeModel
 from suite.errors import InputError
 from suite.modeling.gated_mlp import find_gated_mlps
-from suite.speed.step import DecodeModel
 from tests.conftest import _SHAPE, CONFIGS, D_FF
 
 
@@ -87,3 +88,15 @@ def test_too_long_is_refused():
         DecodeModel(model, 17)
     with pytest.raises(InputError, match="must be 1 to 255"):
         DecodeModel(model, 16).prefill(prompt(256))
+
+
+def test_an_architecture_without_an_entry_is_refused_in_one_line():
+    model = build("llama")
+    model.config.model_type = "llamma"
+    with pytest.raises(InputError, match="architecture 'llamma' has no decode step; did you mean 'llama'") as refused:
+        DecodeModel(model, 32)
+    assert "\n" not in str(refused.value)
+
+
+def test_every_family_has_a_tiny_twin():
+    assert {config.model_type for config in CONFIGS.values()} == set(FAMILIES)
