@@ -168,7 +168,7 @@ def test_a_changed_plan_is_what_is_launched_and_its_phases_can_be_read():
     layer(matrix(1, 128))
     plan, workspace = layer.last_launch
     assert (plan.trace, plan.overlap) == (True, False)
-    at = plan.workspace["trace"]
+    at = plan.workspace.trace
     stamps = workspace[at : at + plan.n_blocks * len(STAMPS) * 8].view(torch.int64).view(plan.n_blocks, len(STAMPS))
     stamps.copy_(torch.arange(len(STAMPS)).square().expand_as(stamps))
     assert [int(cycles[0]) for cycles in layer.phases().values()] == [1, 15, 9, 11]

@@ -60,7 +60,7 @@ class DecodeAttention:
         out = torch.empty(1, plan.n_kv * plan.group * plan.head_dim, dtype=qkv.dtype, device=qkv.device)
         tensors = (qkv, position, *self._kept, self._partial, self._counter, out)
         grid = plan.n_heads * plan.n_splits
-        launch = _attention(plan)[grid, attention.THREADS, current_stream(qkv), plan.shared["total"]]
+        launch = _attention(plan)[grid, attention.THREADS, current_stream(qkv), plan.shared.total]
         launch(*(tensor.data_ptr() for tensor in tensors))
         return out
 

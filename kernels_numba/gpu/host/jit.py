@@ -162,7 +162,7 @@ def load_kernel(plan: Plan, device: int) -> Loaded:
         module = _checked(driver.cuModuleLoadData(text.encode() + b"\0"), "loading a kernel")
         function = _checked(driver.cuModuleGetFunction(module, match[1].encode()), "finding the kernel")
         attribute = driver.CUfunction_attribute
-        shared = plan.shared["total"]
+        shared = plan.shared.total
         _checked(
             driver.cuFuncSetAttribute(function, attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared),
             f"asking for {shared} bytes of shared memory (limit {shared_limit(plan.capability)})",
@@ -203,7 +203,7 @@ class Launch:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = plan.n_blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = plan.launch_threads, 1, 1
-        config.sharedMemBytes = plan.shared["total"]
+        config.sharedMemBytes = plan.shared.total
         if plan.overlap:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

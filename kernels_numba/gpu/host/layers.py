@@ -119,7 +119,7 @@ class Layer:
         plan, workspace = self.last_launch
         if not plan.trace:
             raise ValueError("trace is off: change_plan(trace=True) before the launch")
-        at = plan.workspace["trace"]
+        at = plan.workspace.trace
         stamps = workspace[at : at + plan.n_blocks * len(STAMPS) * 8].view(torch.int64).view(plan.n_blocks, len(STAMPS))
         return {
             name: stamps[:, STAMPS.index(end)] - stamps[:, STAMPS.index(begin)]
@@ -129,7 +129,7 @@ class Layer:
     def _launch(self, batch: int) -> tuple[Loaded, Launch, Tensor]:
         if batch not in self._launches:
             loaded = load_kernel(self._plan(batch), self.device.index or 0)
-            workspace = torch.zeros(loaded.plan.workspace["total"], dtype=torch.uint8, device=self.device)
+            workspace = torch.zeros(loaded.plan.workspace.total, dtype=torch.uint8, device=self.device)
             launch = Launch(loaded, self._addresses | {"workspace": workspace.data_ptr()})
             self._launches[batch] = loaded, launch, workspace
         return self._launches[batch]

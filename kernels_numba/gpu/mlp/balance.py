@@ -12,26 +12,47 @@ from types import SimpleNamespace
 from typing import Any
 
 from kernels_numba.gpu.mlp.plan import Plan
-from kernels_numba.gpu.mlp.ring import HOLE
-from kernels_numba.gpu.mlp.sparse_rows import make_packets
+from kernels_numba.gpu.mlp.sparse_rows import make_copy_work, make_use_work
+from kernels_numba.gpu.mlp.work_list import HOLE
 
 
 def make_prefix(dev: Any) -> Any:
     """``prefix(value, lane)``: sum over the lanes before this one, and over all lanes."""
-    lane_of = dev.lane_of
 
     @dev.device_function
     def prefix(value, lane):
         total = value
         by = 1
         while by < 32:
-            other = lane_of(total, lane - by)
+            other = dev.lane_of(total, lane - by)
             if lane >= by:
                 total += other
             by *= 2
-        return total - value, lane_of(total, 31)
+        return total - value, dev.lane_of(total, 31)
 
     return prefix
+
+
+def make_counts(plan: Plan, dev: Any) -> SimpleNamespace:
+    """``fetch(...)``: ask for all blocks' counts; ``check(...)``: wait for those that had not been told by then."""
+    n_blocks, threads, words = plan.n_blocks, plan.threads, -(-plan.n_blocks // 2)
+    at, area, copy = plan.shared, plan.workspace, dev.make_copy(plan.hint)
+
+    @dev.device_function
+    def fetch(shared, workspace, tid):
+        for i in range(tid, words, threads):
+            copy(shared + at.counts + i * 16, workspace + area.counts + i * 16, 16)
+
+    @dev.device_function
+    def check(shared, workspace, epoch, tid):
+        for i in range(tid, words, threads):
+            for c in range(2 * i, min(2 * i + 2, n_blocks)):
+                place = shared + at.counts + c * 8
+                if dev.shared_load_i32(place + 4) != epoch:
+                    dev.shared_store_i32(place, dev.wait_tagged_i32(workspace + area.counts + c * 8, epoch))
+        dev.syncthreads()
+
+    return SimpleNamespace(fetch=fetch, check=check)
 
 
 def make_shares(plan: Plan, dev: Any) -> Any:
@@ -39,11 +60,11 @@ def make_shares(plan: Plan, dev: Any) -> Any:
 
     What a block has started when it learns the counts it keeps in any case.
     """
-    started, counts_at, load = 2 * plan.held, plan.shared["counts"], dev.shared_load_i32
+    started, at = 2 * plan.held, plan.shared
 
     @dev.device_function
     def shares(shared, c, share, extra):
-        n = load(shared + counts_at + c * 8)
+        n = dev.shared_load_i32(shared + at.counts + c * 8)
         quota = share + (1 if c < extra else 0)
         kept = min(n, max(quota, started))
         return n - kept, max(0, quota - kept), kept
@@ -51,40 +72,15 @@ def make_shares(plan: Plan, dev: Any) -> Any:
     return shares
 
 
-def make_deal(plan: Plan, dev: Any) -> SimpleNamespace:
-    """``fetch_counts(...)``, then ``deal(...)``, then ``collect(...)``, each a trip round the ring after the one before.
-
-    ``deal`` returns how many of its own neurons the block keeps and how many it is dealt: what blocks have above their
-    share goes to those below, both in the order of the blocks.
-    """
-    n_blocks, threads, words, groups = plan.n_blocks, plan.threads, -(-plan.n_blocks // 2), -(-plan.n_blocks // 32)
-    rows, spare, work_at = plan.d_ff // plan.n_blocks, plan.d_ff % plan.n_blocks, plan.shared["work"]
-    counts_at, source_at, received_at = (plan.shared[k] for k in ("counts", "source", "received"))
-    counts_ws, index_ws = plan.workspace["counts"], plan.workspace["index"]
-    load, store, wait_for = dev.shared_load_i32, dev.shared_store_i32, dev.wait_tagged_i32
-    copy, sync, prefix, shares = dev.make_copy(plan.hint), dev.syncthreads, make_prefix(dev), make_shares(plan, dev)
-
-    @dev.device_function
-    def fetch_counts(shared, workspace, tid):
-        for i in range(tid, words, threads):
-            copy(shared + counts_at + i * 16, workspace + counts_ws + i * 16, 16)
-
-    @dev.device_function
-    def check_counts(shared, workspace, epoch, tid):
-        """What had not been told when it was fetched."""
-        for i in range(tid, words, threads):
-            for c in range(2 * i, min(2 * i + 2, n_blocks)):
-                place = shared + counts_at + c * 8
-                if load(place + 4) != epoch:
-                    store(place, wait_for(workspace + counts_ws + c * 8, epoch))
-        sync()
+def make_bounds(plan: Plan, dev: Any) -> Any:
+    """``bounds(...)``: even share, blocks with one more, and which of all the neurons to be dealt are this block's."""
+    n_blocks, at, prefix, shares = plan.n_blocks, plan.shared, make_prefix(dev), make_shares(plan, dev)
 
     @dev.device_function
     def bounds(shared, block, lane):
-        """Even share, blocks with one more, and which of all the neurons to be dealt are this block's."""
         total, above, before = 0, 0, 0
         for c in range(lane, n_blocks, 32):
-            total += load(shared + counts_at + c * 8)
+            total += dev.shared_load_i32(shared + at.counts + c * 8)
         total = prefix(total, lane)[1]
         share, extra = total // n_blocks, total % n_blocks
         for c in range(lane, n_blocks, 32):
@@ -94,6 +90,19 @@ def make_deal(plan: Plan, dev: Any) -> SimpleNamespace:
         above, before = prefix(above, lane)[1], prefix(before, lane)[1]
         return share, extra, before, min(before + shares(shared, block, share, extra)[1], above)
 
+    return bounds
+
+
+def make_deal(plan: Plan, dev: Any) -> Any:
+    """``deal(...)``: ask for the entries dealt to the block; returns how many of its own it keeps and how many it is dealt.
+
+    What blocks have above their share goes to those below, both in the order of the blocks.
+    """
+    n_blocks, threads, groups = plan.n_blocks, plan.threads, -(-plan.n_blocks // 32)
+    rows, spare, at, area = plan.d_ff // plan.n_blocks, plan.d_ff % plan.n_blocks, plan.shared, plan.workspace
+    copy, prefix, shares = dev.make_copy(plan.hint), make_prefix(dev), make_shares(plan, dev)
+    check_counts, bounds = make_counts(plan, dev).check, make_bounds(plan, dev)
+
     @dev.device_function
     def deal(shared, workspace, epoch, found, block, tid):
         lane, passed = tid & 31, 0
@@ -101,7 +110,7 @@ def make_deal(plan: Plan, dev: Any) -> SimpleNamespace:
         share, extra, begin, end = bounds(shared, block, lane)
         kept = shares(shared, block, share, extra)[2]
         for i in range(kept + tid, found, threads):
-            store(shared + work_at + i * 4, HOLE)
+            dev.shared_store_i32(shared + at.work + i * 4, HOLE)
         if begin < end:
             for g in range(groups):
                 c, over, from_place = g * 32 + lane, 0, 0
@@ -112,48 +121,59 @@ def make_deal(plan: Plan, dev: Any) -> SimpleNamespace:
                 before += passed
                 if tid < 32:
                     for n in range(max(before, begin), min(before + over, end)):
-                        store(shared + source_at + (n - begin) * 4, from_place + n - before)
+                        dev.shared_store_i32(shared + at.source + (n - begin) * 4, from_place + n - before)
                 passed += everyone
-        sync()
+        dev.syncthreads()
         for j in range(tid, end - begin, threads):
-            place = load(shared + source_at + j * 4)
-            copy(shared + received_at + j * 16, workspace + index_ws + place // 2 * 16, 16)
+            place = dev.shared_load_i32(shared + at.source + j * 4)
+            copy(shared + at.received + j * 16, workspace + area.entries + place // 2 * 16, 16)
         return kept, max(0, end - begin)
 
+    return deal
+
+
+def make_collect(plan: Plan, dev: Any) -> Any:
+    """``collect(...)``: the entries dealt to the block into its work list, from place ``begin`` on."""
+    threads, at, area = plan.threads, plan.shared, plan.workspace
+
     @dev.device_function
-    def collect(shared, workspace, epoch, at, received, tid):
+    def collect(shared, workspace, epoch, begin, received, tid):
         for j in range(tid, received, threads):
-            place = load(shared + source_at + j * 4)
-            word = shared + received_at + j * 16 + place % 2 * 8
-            entry = load(word)
-            if load(word + 4) != epoch:
-                entry = wait_for(workspace + index_ws + place * 8, epoch)
-            store(shared + work_at + (at + j) * 4, entry)
-        sync()
+            place = dev.shared_load_i32(shared + at.source + j * 4)
+            word = shared + at.received + j * 16 + place % 2 * 8
+            entry = dev.shared_load_i32(word)
+            if dev.shared_load_i32(word + 4) != epoch:
+                entry = dev.wait_tagged_i32(workspace + area.entries + place * 8, epoch)
+            dev.shared_store_i32(shared + at.work + (begin + j) * 4, entry)
+        dev.syncthreads()
 
-    return SimpleNamespace(fetch_counts=fetch_counts, deal=deal, collect=collect)
+    return collect
 
 
-def make_dealt(plan: Plan, dev: Any) -> Any:
-    """``dealt(...)``: stream the rows of the block's ``found`` neurons and of those it is dealt; returns the thread's y."""
-    neurons, depth, ring_at, received_at = plan.neurons, plan.depth, plan.shared["ring"], plan.received_at
-    packet_bytes, (use, copy_work) = plan.slots * plan.slot_bytes, make_packets(plan, dev)
+def make_balanced(plan: Plan, dev: Any) -> Any:
+    """``balanced(...)``: stream the rows of the block's ``found`` neurons and of those it is dealt; the thread's y.
+
+    Counts are fetched, neurons dealt and entries collected each a trip round the ring after the one before.
+    """
+    neurons, depth, at, received_at, packet_bytes = (
+        plan.neurons, plan.depth, plan.shared, plan.received_at, plan.packet_bytes,
+    )  # fmt: skip
     zeros, deal_at, collect_at = dev.make_zeros(plan.batch * plan.chunks * plan.vector), plan.depth, 2 * plan.depth
-    commit, wait, drain = dev.copy_commit, dev.make_copy_wait(plan.depth - 1), dev.make_copy_wait(0)
-    dealer, least = make_deal(plan, dev), (2 * plan.depth + 1) * plan.neurons
-    fetch_counts, deal, collect = dealer.fetch_counts, dealer.deal, dealer.collect
+    wait, drain, least = dev.make_copy_wait(plan.depth - 1), dev.make_copy_wait(0), (2 * plan.depth + 1) * plan.neurons
+    use_work, copy_work = make_use_work(plan, dev), make_copy_work(plan, dev)
+    fetch_counts, deal, collect = make_counts(plan, dev).fetch, make_deal(plan, dev), make_collect(plan, dev)
 
     @dev.device_function
-    def dealt(shared, workspace, epoch, found, a, b, down, block, tid):
+    def balanced(shared, workspace, epoch, found, a, b, down, block, tid):
         y, end, received, ring, parity, p = zeros(), found, 0, 0, 0, 0
         for i in range(depth):
-            copy_work(shared, shared + ring_at + i * packet_bytes, i, end, a, b, down, tid)
-            commit()
+            copy_work(shared, shared + at.ring + i * packet_bytes, i, end, a, b, down, tid)
+            dev.copy_commit()
         last = max(end, least)  # the entries dealt come with packet ``collect_at``
         while p * neurons < last:
-            packet = shared + ring_at + ring * packet_bytes
+            packet = shared + at.ring + ring * packet_bytes
             wait()
-            y, parity = use(shared, packet, p, parity, y, tid)
+            y, parity = use_work(shared, packet, p, parity, y, tid)
             if p == 0:
                 fetch_counts(shared, workspace, tid)
             elif p == deal_at:
@@ -165,10 +185,10 @@ def make_dealt(plan: Plan, dev: Any) -> Any:
                 end += received
                 last = end
             copy_work(shared, packet, p + depth, end, a, b, down, tid)
-            commit()
+            dev.copy_commit()
             p += 1
             ring = ring + 1 if ring + 1 < depth else 0
         drain()  # the reduction uses the ring's memory
         return y
 
-    return dealt
+    return balanced

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from kernels_numba.gpu.ptx.dtypes import elements
 from kernels_numba.gpu.ptx.simulated import (  # noqa: F401  kernels reach every device function through this module
-    all_lanes,
     device_function,
     divide,
     exp2,
@@ -29,15 +29,10 @@ from kernels_numba.gpu.ptx.simulated import (  # noqa: F401  kernels reach every
     shared_store_i32,
     store_f32,
     syncthreads,
-    thread_index,
     view,
     widen,
 )
-
-
-def elements(dtype: str) -> int:
-    """As in ``vectors``."""
-    return 4 if dtype == "float32" else 8
+from kernels_numba.gpu.ptx.simulated_warp import all_lanes, thread_index
 
 
 def prefetch(address: int) -> None:

@@ -32,6 +32,7 @@ from kernels_numba.gpu.ptx.device import (  # noqa: F401  kernels reach every de
     syncthreads,
     widen,
 )
+from kernels_numba.gpu.ptx.dtypes import elements
 from kernels_numba.gpu.ptx.warp import device_function, lane_xor, shuffle  # noqa: F401
 
 prefetch = instruction("prefetch.global.L2 [$0];", types.void, types.int64)
@@ -39,11 +40,6 @@ prefetch = instruction("prefetch.global.L2 [$0];", types.void, types.int64)
 atomic_add = instruction("atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;", types.int32, types.int64, types.int32)
 
 _WORDS = types.UniTuple(types.int32, 4)
-
-
-def elements(dtype: str) -> int:
-    """Elements of a piece."""
-    return 4 if dtype == "float32" else 8
 
 
 def make_piece_widen(dtype: str) -> Callable[..., Any]:
