@@ -28,6 +28,7 @@ class Results:
 
     folder: Path
     accuracy: pd.DataFrame
+    groups: pd.DataFrame
     samples: pd.DataFrame
     speed: pd.DataFrame
     sparsity: pd.DataFrame

@@ -151,7 +151,9 @@ def _refuse_foreign(folder: Path) -> None:
     try:  # before anything is measured
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make {folder}: {error.strerror}; give another folder with --out") from error
+        raise InputError(
+            f"cannot write {folder}: {error.strerror}; give another folder with --results or --out"
+        ) from error
     if all(map(is_part, folder.iterdir())):
         return
     try:

@@ -175,7 +175,7 @@ def unavailable(device: str) -> str:
     """Reason why nothing can run on a device; empty if it can."""
     if device == "cpu":
         return ""
-    from kernels_numba.gpu.layers import unavailable as no_cuda
+    from kernels_numba.gpu.host.checks import unavailable as no_cuda
 
     return no_cuda()
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels_numba.gpu import layers as kernels
-from kernels_numba.gpu.compiled import compile_together
-from kernels_numba.gpu.op import DownProjection
+from kernels_numba.gpu.host import checks
+from kernels_numba.gpu.host import layers as kernels
+from kernels_numba.gpu.host.down_proj import DownProjection
+from kernels_numba.gpu.host.jit import compile_together
 from kernels_numba.reference import UNIT_ROUNDOFF, wrongly_selected
 from suite.devices import DTYPES, torch_dtype
 from suite.methods.base import kept_count
@@ -33,7 +34,7 @@ _METHODS = ("dense", "d-countdown", "given", *_FIRST)
 
 def unavailable() -> str:
     """Reason why nothing can run here; empty if it can."""
-    return kernels.unavailable()
+    return checks.unavailable()
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
-from kernels_numba.gpu.plan import Kind, Plan, shared_limit
+from kernels_numba.gpu.mlp.plan import Kind, Plan, shared_limit
 
 _REGISTERS = 65536  # of an SM
 _BLOCK_RESERVED = 1024  # shared memory the system keeps for every block
@@ -68,11 +68,11 @@ def tuned_plan(
     if batch == 1 and capability >= (9, 0) and plan.threads <= 640:
         for depth in (3, 2):
             half = replace(plan, depth=depth, resident=2, overlap=True)
-            if half.shared["total"] + _BLOCK_RESERVED <= (limit + _BLOCK_RESERVED) // 2:
+            if half.shared.total + _BLOCK_RESERVED <= (limit + _BLOCK_RESERVED) // 2:
                 return half.check()
     for depth in (3, 2, 1):
         whole = replace(plan, depth=depth, overlap=capability >= (9, 0))
-        if whole.shared["total"] <= limit:
+        if whole.shared.total <= limit:
             return whole.check()
     return replace(plan, depth=1).check()
 

@@ -10,7 +10,7 @@ from numba import cuda
 from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 
-from kernels_numba.gpu.ptx import F32, I32, asm, pack, unpack
+from kernels_numba.gpu.ptx.asm import F32, I32, asm, pack, unpack
 
 device_function = cuda.jit(device=True, forceinline=True)
 _FULL_WARP = 0xFFFFFFFF

@@ -1,4 +1,4 @@
-"""Device functions on 16-byte pieces in registers, for the kernels around the MLP; twins in ``simulated_pieces``.
+"""Device functions on 16-byte pieces in registers, for the kernels around the MLP; twins in ``simulated_vectors``.
 
 A piece is 8 elements (float32: 4). Tuples of fp32 stand for register arrays: every index is a constant.
 """
@@ -12,7 +12,8 @@ from llvmlite import ir
 from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 
-from kernels_numba.gpu.device import (  # noqa: F401  kernels reach every device function through this module
+from kernels_numba.gpu.ptx.asm import F32, I32, asm, instruction, offset, pack, shared_address, unpack
+from kernels_numba.gpu.ptx.device import (  # noqa: F401  kernels reach every device function through this module
     divide,
     exp2,
     launch_dependents,
@@ -31,19 +32,14 @@ from kernels_numba.gpu.device import (  # noqa: F401  kernels reach every device
     syncthreads,
     widen,
 )
-from kernels_numba.gpu.lanes import device_function, lane_xor, shuffle  # noqa: F401
-from kernels_numba.gpu.ptx import F32, I32, asm, instruction, offset, pack, shared_address, unpack
+from kernels_numba.gpu.ptx.dtypes import elements
+from kernels_numba.gpu.ptx.warp import device_function, lane_xor, shuffle  # noqa: F401
 
 prefetch = instruction("prefetch.global.L2 [$0];", types.void, types.int64)
 # What the block wrote before its barrier is seen by who finds the count raised.
 atomic_add = instruction("atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;", types.int32, types.int64, types.int32)
 
 _WORDS = types.UniTuple(types.int32, 4)
-
-
-def elements(dtype: str) -> int:
-    """Elements of a piece."""
-    return 4 if dtype == "float32" else 8
 
 
 def make_piece_widen(dtype: str) -> Callable[..., Any]:

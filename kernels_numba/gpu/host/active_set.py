@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels_numba.gpu.plan import Plan
+from kernels_numba.gpu.mlp.plan import Plan
 
 _NEURON = (1 << 24) - 1
 
 
 def _words(plan: Plan, workspace: Tensor, area: str, n: int) -> Tensor:
     """The first ``n`` words of an area, int32."""
-    at = plan.workspace[area]
+    at: int = getattr(plan.workspace, area)
     return workspace[at : at + n * 4].view(torch.int32)
 
 
@@ -38,7 +38,7 @@ def _kept(plan: Plan, workspace: Tensor) -> tuple[Tensor | None, Tensor]:
     """Neurons and, bit t for token t, who keeps each, both (d_ff,) int32; None: the neurons 0, 1, ... themselves."""
     if plan.kind == "threshold":
         return None, _words(plan, workspace, "kept", plan.d_ff)
-    entries = _words(plan, workspace, "index", 2 * plan.d_ff)[::2]  # neuron + token bits << 24
+    entries = _words(plan, workspace, "entries", 2 * plan.d_ff)[::2]  # neuron + token bits << 24
     return entries & _NEURON, torch.where(_used(plan, workspace), entries >> 24, 0)
 
 

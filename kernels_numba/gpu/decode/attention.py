@@ -9,17 +9,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cuda, int64, void
 
-from kernels_numba.gpu.plan import BYTES
+from kernels_numba.gpu.ptx.dtypes import BYTES
 
 THREADS = 512
 _WARPS, _AT_ONCE = THREADS // 32, 4  # warps; keys that a lane has in flight
 _LOG2_E = math.log2(math.e)
 _SHARED = 48 << 10
+
+
+class Shared(NamedTuple):
+    """Areas of a block's shared memory, byte offsets, and their total."""
+
+    query: int  # turned and scaled queries, fp32
+    largest: int  # largest score of each query
+    sum: int  # sum of the powers below it
+    last: int  # whether this block is the last of its queries'
+    score: int  # scores, then their powers
+    mix: int  # replaces the scores: every warp's mix of the values
+    total: int
 
 
 @dataclass(frozen=True)
@@ -90,20 +102,12 @@ class AttentionPlan:
         return self.split + _AT_ONCE * self.keys
 
     @property
-    def shared(self) -> dict[str, int]:
-        """Offset of every area of shared memory, and ``total``."""
+    def shared(self) -> Shared:
+        """Areas of a block's shared memory."""
         width = self.queries * self.head_dim
-        sizes = {
-            "query": width,
-            "largest": 8,
-            "sum": 8,
-            "last": 8,
-            "score": max(self.queries * self.row, _WARPS * width),
-        }
-        at, total = {}, 0
-        for name, size in sizes.items():
-            at[name], total = total, total + 4 * size
-        return at | {"mix": at["score"], "total": total}  # the mix replaces the scores
+        query, reserved, score = 4 * width, 4 * 8, 4 * max(self.queries * self.row, _WARPS * width)
+        at = query + 3 * reserved
+        return Shared(0, query, query + reserved, query + 2 * reserved, at, at, at + score)
 
     @property
     def partial_floats(self) -> int:
@@ -113,7 +117,7 @@ class AttentionPlan:
     def check(self) -> AttentionPlan:
         """Raise ValueError for a shape that the kernel does not take."""
         pieces = self.head_dim * self.element / 16
-        if pieces not in (4, 8, 16, 32) or self.group % self.queries or self.shared["total"] > _SHARED:
+        if pieces not in (4, 8, 16, 32) or self.group % self.queries or self.shared.total > _SHARED:
             raise ValueError(
                 f"head_dim={self.head_dim} in {self.dtype} with {self.queries} of {self.group} queries a block: the kernel "
                 f"takes heads of 64, 128, 256 or 512 bytes and what fits {_SHARED >> 10} KiB; use the torch functions"
@@ -128,13 +132,8 @@ def make_query(plan: AttentionPlan, dev: Any) -> Any:
     """
     head, half, n_kv, queries = plan.head_dim, plan.rotary_dim // 2, plan.n_kv, plan.queries
     n_queries = plan.n_kv * plan.group
-    rotary, size, at = plan.rotary_dim, plan.element, plan.shared["query"]
-    load, store, shared_store, scale = (
-        dev.make_load_narrow(plan.dtype),
-        dev.make_store_narrow(plan.dtype),
-        dev.shared_store_f32,
-        np.float32(plan.scale),
-    )
+    rotary, size, at = plan.rotary_dim, plan.element, plan.shared
+    load, store, scale = dev.make_load_narrow(plan.dtype), dev.make_store_narrow(plan.dtype), np.float32(plan.scale)
     cache_half = plan.n_kv * plan.length * plan.head_dim * plan.element
 
     @dev.device_function
@@ -152,7 +151,7 @@ def make_query(plan: AttentionPlan, dev: Any) -> Any:
     def query(shared, qkv, cos, sin, number, kv_head, mine, cache_row, tid):
         for i in range(tid, queries * head, THREADS):
             row = qkv + (number * queries + i // head) * head * size
-            shared_store(shared + at + i * 4, turned(row, i % head, cos, sin) * scale)
+            dev.shared_store_f32(shared + at.query + i * 4, turned(row, i % head, cos, sin) * scale)
         if mine:
             keys = qkv + (n_queries + kv_head) * head * size
             for d in range(tid, head, THREADS):
@@ -165,26 +164,25 @@ def make_query(plan: AttentionPlan, dev: Any) -> Any:
 def make_scores(plan: AttentionPlan, dev: Any) -> Any:
     """``scores(...)``: products of the queries with keys ``begin`` up to ``end`` into shared memory."""
     lanes, keys, queries, head_bytes = plan.lanes, plan.keys, plan.queries, plan.head_dim * plan.element
-    vector = 16 // plan.element
-    query_at, score_at = plan.shared["query"], plan.shared["score"]
+    vector, at = 16 // plan.element, plan.shared
     load_query, _ = dev.make_shared_floats(queries, vector, plan.head_dim * 4)
     _, store_scores = dev.make_shared_floats(queries, 1, plan.row * 4)
-    dot, total, load16 = dev.make_piece_dot(plan.dtype, queries), dev.make_lanes_total(queries, 1, lanes), dev.load16
+    dot, total = dev.make_piece_dot(plan.dtype, queries), dev.make_lanes_total(queries, 1, lanes)
 
     @dev.device_function
     def scores(shared, cache_head, first, begin, end, tid):
         piece, own = tid % lanes, tid // lanes
-        q = load_query(shared + query_at + piece * vector * 4)
-        at = cache_head + piece * 16
+        q = load_query(shared + at.query + piece * vector * 4)
+        mine = cache_head + piece * 16
         for start in range(begin, end, keys * 4):
             k0, k1, k2, k3 = start + own, start + own + keys, start + own + 2 * keys, start + own + 3 * keys
-            w0 = load16(at + min(k0, end - 1) * head_bytes)
-            w1 = load16(at + min(k1, end - 1) * head_bytes)
-            w2 = load16(at + min(k2, end - 1) * head_bytes)
-            w3 = load16(at + min(k3, end - 1) * head_bytes)
+            w0 = dev.load16(mine + min(k0, end - 1) * head_bytes)
+            w1 = dev.load16(mine + min(k1, end - 1) * head_bytes)
+            w2 = dev.load16(mine + min(k2, end - 1) * head_bytes)
+            w3 = dev.load16(mine + min(k3, end - 1) * head_bytes)
             s0, s1, s2, s3 = total(dot(w0, q)), total(dot(w1, q)), total(dot(w2, q)), total(dot(w3, q))
             if piece == 0:
-                place = shared + score_at
+                place = shared + at.score
                 store_scores(place + (k0 - first) * 4, s0)
                 store_scores(place + (k1 - first) * 4, s1)
                 store_scores(place + (k2 - first) * 4, s2)
@@ -197,10 +195,7 @@ def make_softmax(plan: AttentionPlan, dev: Any) -> Any:
     """``softmax(...)``: scores to powers below their largest, zeros outside ``begin`` to ``end``; a warp a query."""
     queries, row, capped = plan.queries, plan.row, plan.cap is not None
     cap = np.float32(plan.cap or 1.0)
-    score_at, largest_at, sum_at = (plan.shared[name] for name in ("score", "largest", "sum"))
-    load, store, lane_xor, exp2, divide = (
-        dev.shared_load_f32, dev.shared_store_f32, dev.lane_xor, dev.exp2, dev.divide,
-    )  # fmt: skip
+    at = plan.shared
     log2_e, lowest, zero, one, two = (np.float32(v) for v in (_LOG2_E, -3.0e38, 0.0, 1.0, 2.0))
     twice, past = np.float32(2 * _LOG2_E), _AT_ONCE * plan.keys
 
@@ -208,20 +203,20 @@ def make_softmax(plan: AttentionPlan, dev: Any) -> Any:
     def softmax(shared, begin, end, tid):
         """``begin`` and ``end`` counted from the block's first key; no key at all gives a sum of 0."""
         lane, warp = tid & 31, tid >> 5
-        place, mine = shared + score_at + warp * row * 4, warp < queries
+        place, mine = shared + at.score + warp * row * 4, warp < queries
         largest = lowest
         for i in range(lane, end, 32):
             if mine and begin <= i:
-                score = load(place + i * 4)
+                score = dev.shared_load_f32(place + i * 4)
                 if capped:
-                    score = cap * (one - divide(two, exp2(score / cap * twice) + one))
+                    score = cap * (one - dev.divide(two, dev.exp2(score / cap * twice) + one))
                 score *= log2_e
-                store(place + i * 4, score)
+                dev.shared_store_f32(place + i * 4, score)
                 if not score <= largest:  # NaN comes through
                     largest = score
         bit = 1
         while bit < 32:
-            other = lane_xor(largest, bit)
+            other = dev.lane_xor(largest, bit)
             if not other <= largest:
                 largest = other
             bit *= 2
@@ -230,16 +225,16 @@ def make_softmax(plan: AttentionPlan, dev: Any) -> Any:
             if mine:
                 power = zero
                 if begin <= i and i < end:
-                    power = exp2(load(place + i * 4) - largest)
-                store(place + i * 4, power)
+                    power = dev.exp2(dev.shared_load_f32(place + i * 4) - largest)
+                dev.shared_store_f32(place + i * 4, power)
                 total += power
         bit = 1
         while bit < 32:
-            total += lane_xor(total, bit)
+            total += dev.lane_xor(total, bit)
             bit *= 2
         if mine and lane == 0:
-            store(shared + largest_at + warp * 4, largest)
-            store(shared + sum_at + warp * 4, total)
+            dev.shared_store_f32(shared + at.largest + warp * 4, largest)
+            dev.shared_store_f32(shared + at.sum + warp * 4, total)
 
     return softmax
 
@@ -248,30 +243,30 @@ def make_mix(plan: AttentionPlan, dev: Any) -> Any:
     """``mix(...)``: every warp's sum of powers times values, (warps, queries, head_dim) in shared memory."""
     lanes, keys, queries, head_bytes = plan.lanes, plan.keys, plan.queries, plan.head_dim * plan.element
     vector, width = 16 // plan.element, plan.queries * plan.head_dim * 4
-    score_at, mix_at = plan.shared["score"], plan.shared["mix"]
+    at = plan.shared
     load_powers, _ = dev.make_shared_floats(queries, 1, plan.row * 4)
     _, store_mix = dev.make_shared_floats(queries, vector, plan.head_dim * 4)
-    add, zeros, load16 = dev.make_piece_add(plan.dtype, queries), dev.make_zeros(queries * vector), dev.load16
-    total, sync = dev.make_lanes_total(queries * vector, lanes, 32), dev.syncthreads
+    add, zeros = dev.make_piece_add(plan.dtype, queries), dev.make_zeros(queries * vector)
+    total = dev.make_lanes_total(queries * vector, lanes, 32)
 
     @dev.device_function
     def mix(shared, values_head, first, begin, end, tid):
         piece, own = tid % lanes, tid // lanes
-        at, powers, sums = values_head + piece * 16, shared + score_at, zeros()
+        mine, powers, sums = values_head + piece * 16, shared + at.score, zeros()
         for start in range(begin, end, keys * 4):
             k0, k1, k2, k3 = start + own, start + own + keys, start + own + 2 * keys, start + own + 3 * keys
-            w0 = load16(at + min(k0, end - 1) * head_bytes)
-            w1 = load16(at + min(k1, end - 1) * head_bytes)
-            w2 = load16(at + min(k2, end - 1) * head_bytes)
-            w3 = load16(at + min(k3, end - 1) * head_bytes)
+            w0 = dev.load16(mine + min(k0, end - 1) * head_bytes)
+            w1 = dev.load16(mine + min(k1, end - 1) * head_bytes)
+            w2 = dev.load16(mine + min(k2, end - 1) * head_bytes)
+            w3 = dev.load16(mine + min(k3, end - 1) * head_bytes)
             sums = add(w0, load_powers(powers + (k0 - first) * 4), sums)
             sums = add(w1, load_powers(powers + (k1 - first) * 4), sums)
             sums = add(w2, load_powers(powers + (k2 - first) * 4), sums)
             sums = add(w3, load_powers(powers + (k3 - first) * 4), sums)
         sums = total(sums)
-        sync()
+        dev.syncthreads()
         if (tid & 31) < lanes:
-            store_mix(shared + mix_at + (tid >> 5) * width + piece * vector * 4, sums)
+            store_mix(shared + at.mix + (tid >> 5) * width + piece * vector * 4, sums)
 
     return mix
 
@@ -279,45 +274,40 @@ def make_mix(plan: AttentionPlan, dev: Any) -> Any:
 def make_combined(plan: AttentionPlan, dev: Any) -> Any:
     """``combined(parts, i)``: entry ``i`` of the mixes that all blocks left, each scaled to the largest score of all."""
     width, queries, head, n_splits = plan.queries * plan.head_dim, plan.queries, plan.head_dim, plan.n_splits
-    load, divide, exp2, zero = dev.load_f32, dev.divide, dev.exp2, np.float32(0.0)
-    block_bytes = (width + 2 * queries) * 4
+    block_bytes, zero = (width + 2 * queries) * 4, np.float32(0.0)
 
     @dev.device_function
     def combined(parts, i):
         q = i // head
-        largest = load(parts + (width + q) * 4)
+        largest = dev.load_f32(parts + (width + q) * 4)
         for s in range(1, n_splits):
-            other = load(parts + s * block_bytes + (width + q) * 4)
+            other = dev.load_f32(parts + s * block_bytes + (width + q) * 4)
             if not other <= largest:
                 largest = other
         total, below = zero, zero
         for s in range(n_splits):
             part = parts + s * block_bytes
-            share = load(part + (width + queries + q) * 4)
+            share = dev.load_f32(part + (width + queries + q) * 4)
             if share != zero:
-                weight = exp2(load(part + (width + q) * 4) - largest)
-                total += weight * load(part + i * 4)
+                weight = dev.exp2(dev.load_f32(part + (width + q) * 4) - largest)
+                total += weight * dev.load_f32(part + i * 4)
                 below += weight * share
-        return divide(total, below)
+        return dev.divide(total, below)
 
     return combined
 
 
 def make_output(plan: AttentionPlan, dev: Any) -> Any:
     """``output(...)``: the block's mix over its sum, or with several blocks for its queries the last one's total of all."""
-    width, queries, head, n_splits, size = (
-        plan.queries * plan.head_dim, plan.queries, plan.head_dim, plan.n_splits, plan.element,
-    )  # fmt: skip
-    mix_at, largest_at, sum_at, last_at = (plan.shared[name] for name in ("mix", "largest", "sum", "last"))
-    load, load_i, store_i, global_store = dev.shared_load_f32, dev.shared_load_i32, dev.shared_store_i32, dev.store_f32
-    store, divide, atomic_add, sync = dev.make_store_narrow(plan.dtype), dev.divide, dev.atomic_add, dev.syncthreads
-    block_bytes, zero, combined = (width + 2 * queries) * 4, np.float32(0.0), make_combined(plan, dev)
+    queries, head, n_splits, size, at = plan.queries, plan.head_dim, plan.n_splits, plan.element, plan.shared
+    width, block_bytes = queries * head, (queries * head + 2 * queries) * 4
+    store, zero, combined = dev.make_store_narrow(plan.dtype), np.float32(0.0), make_combined(plan, dev)
 
     @dev.device_function
     def block_mix(shared, i):
         total = zero
         for warp in range(_WARPS):
-            total += load(shared + mix_at + (warp * width + i) * 4)
+            total += dev.shared_load_f32(shared + at.mix + (warp * width + i) * 4)
         return total
 
     @dev.device_function
@@ -325,20 +315,23 @@ def make_output(plan: AttentionPlan, dev: Any) -> Any:
         place = out + number * width * size
         if n_splits == 1:
             for i in range(tid, width, THREADS):
-                store(place + i * size, divide(block_mix(shared, i), load(shared + sum_at + i // head * 4)))
+                store(
+                    place + i * size,
+                    dev.divide(block_mix(shared, i), dev.shared_load_f32(shared + at.sum + i // head * 4)),
+                )
             return
         parts = partial + number * n_splits * block_bytes
         mine = parts + split * block_bytes
         for i in range(tid, width, THREADS):
-            global_store(mine + i * 4, block_mix(shared, i))
+            dev.store_f32(mine + i * 4, block_mix(shared, i))
         if tid < queries:
-            global_store(mine + (width + tid) * 4, load(shared + largest_at + tid * 4))
-            global_store(mine + (width + queries + tid) * 4, load(shared + sum_at + tid * 4))
-        sync()
+            dev.store_f32(mine + (width + tid) * 4, dev.shared_load_f32(shared + at.largest + tid * 4))
+            dev.store_f32(mine + (width + queries + tid) * 4, dev.shared_load_f32(shared + at.sum + tid * 4))
+        dev.syncthreads()
         if tid == 0:  # never cleared: every launch adds n_splits
-            store_i(shared + last_at, atomic_add(counter + number * 4, 1) % n_splits)
-        sync()
-        if load_i(shared + last_at) == n_splits - 1:
+            dev.shared_store_i32(shared + at.last, dev.atomic_add(counter + number * 4, 1) % n_splits)
+        dev.syncthreads()
+        if dev.shared_load_i32(shared + at.last) == n_splits - 1:
             for i in range(tid, width, THREADS):
                 store(place + i * size, combined(parts, i))
 
@@ -351,7 +344,7 @@ SIGNATURE = void(*[int64] * 8)
 
 
 def make_kernel(plan: AttentionPlan, dev: Any) -> Callable[..., None]:
-    """The undecorated kernel; ``dev`` is the module ``pieces`` or its twin."""
+    """The undecorated kernel; ``dev`` is the module ``ptx.vectors`` or its twin."""
     plan.check()
     query, scores, softmax = (make(plan, dev) for make in (make_query, make_scores, make_softmax))
     mix, output = make_mix(plan, dev), make_output(plan, dev)
@@ -360,32 +353,31 @@ def make_kernel(plan: AttentionPlan, dev: Any) -> Callable[..., None]:
     window, table_bytes = plan.window or 0, plan.rotary_dim * plan.element
     head_bytes, half_bytes = plan.head_dim * plan.element, plan.n_kv * plan.length * plan.head_dim * plan.element
     row_bytes = plan.length * head_bytes
-    load_i, shared_memory, sync, prefetch = dev.load_i32, dev.shared_memory, dev.syncthreads, dev.prefetch
 
     def kernel(qkv, position_at, cos, sin, kv_cache, partial, counter, out):
-        tid, block, shared = cuda.threadIdx.x, cuda.blockIdx.x, shared_memory()
+        tid, block, shared = cuda.threadIdx.x, cuda.blockIdx.x, dev.shared_memory()
         number, split = block // n_splits, block % n_splits
         kv_head = number // sharers
-        position, first = load_i(position_at), split * split_keys
+        position, first = dev.load_i32(position_at), split * split_keys
         begin, end = first, min(first + split_keys, position + 1)
         if window > 0:
             begin = max(begin, position - window + 1)
         at = kv_cache + kv_head * row_bytes
         for place in range(begin * head_bytes + tid * line, end * head_bytes, THREADS * line):
-            prefetch(at + place)  # while the queries turn
-            prefetch(at + half_bytes + place)
+            dev.prefetch(at + place)  # while the queries turn
+            dev.prefetch(at + half_bytes + place)
         mine = position >= first and position < first + split_keys
         query(
             shared, qkv, cos + position * table_bytes, sin + position * table_bytes, number, kv_head, mine,
             at + position * head_bytes, tid,
         )  # fmt: skip
-        sync()
+        dev.syncthreads()
         scores(shared, at, first, begin, end, tid)
-        sync()
+        dev.syncthreads()
         softmax(shared, begin - first, end - first, tid)
-        sync()
+        dev.syncthreads()
         mix(shared, at + half_bytes, first, begin, end, tid)
-        sync()
+        dev.syncthreads()
         output(shared, partial, counter, out, number, split, tid)
 
     return kernel

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from kernels_numba.checks import check_apart
-from kernels_numba.gpu.checks import NAMES, check_list, check_range
-from kernels_numba.gpu.layers import Layer, extent
-from kernels_numba.gpu.plan import Kind
+from kernels_numba.gpu.host.checks import NAMES, check_list, check_range
+from kernels_numba.gpu.host.layers import Layer, extent
+from kernels_numba.gpu.mlp.plan import Kind
 
 
 class DownProjection(Layer):

@@ -24,12 +24,11 @@ import torch
 from torch import Tensor
 
 from kernels_numba.checks import check_apart, checked_threshold
-from kernels_numba.gpu.checks import NAMES, check_list, check_range, check_weight
-from kernels_numba.gpu.checks import unavailable as unavailable  # also this module's: callers ask before they bind
-from kernels_numba.gpu.compiled import Launch, Loaded, load_kernel
-from kernels_numba.gpu.counts import active_neurons
-from kernels_numba.gpu.plan import MAX_BATCH, STAMPS, TRACED, Kind, Plan
-from kernels_numba.gpu.tuned import device_facts, launch_tokens, tuned_plan
+from kernels_numba.gpu.host.active_set import active_neurons
+from kernels_numba.gpu.host.checks import NAMES, check_list, check_range, check_weight, unavailable
+from kernels_numba.gpu.host.jit import Launch, Loaded, load_kernel
+from kernels_numba.gpu.host.tuning import device_facts, launch_tokens, tuned_plan
+from kernels_numba.gpu.mlp.plan import MAX_BATCH, STAMPS, TRACED, Kind, Plan
 
 
 def transpose_down(w_down: Tensor, *, keep_dense: bool = True) -> Tensor:
@@ -120,7 +119,7 @@ class Layer:
         plan, workspace = self.last_launch
         if not plan.trace:
             raise ValueError("trace is off: change_plan(trace=True) before the launch")
-        at = plan.workspace["trace"]
+        at = plan.workspace.trace
         stamps = workspace[at : at + plan.n_blocks * len(STAMPS) * 8].view(torch.int64).view(plan.n_blocks, len(STAMPS))
         return {
             name: stamps[:, STAMPS.index(end)] - stamps[:, STAMPS.index(begin)]
@@ -130,7 +129,7 @@ class Layer:
     def _launch(self, batch: int) -> tuple[Loaded, Launch, Tensor]:
         if batch not in self._launches:
             loaded = load_kernel(self._plan(batch), self.device.index or 0)
-            workspace = torch.zeros(loaded.plan.workspace["total"], dtype=torch.uint8, device=self.device)
+            workspace = torch.zeros(loaded.plan.workspace.total, dtype=torch.uint8, device=self.device)
             launch = Launch(loaded, self._addresses | {"workspace": workspace.data_ptr()})
             self._launches[batch] = loaded, launch, workspace
         return self._launches[batch]

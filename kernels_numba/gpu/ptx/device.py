@@ -1,6 +1,6 @@
-"""Device functions of the CUDA kernels: asynchronous copies, wide loads, dot products, grid flags; lanes in ``lanes``.
+"""Device functions of the CUDA kernels: asynchronous copies, wide loads, dot products, grid flags; lanes in ``warp``.
 
-What the PTX level adds to Numba, written with ``ptx``; ``simulated`` holds a twin of each function for Numba's simulator.
+What the PTX level adds to Numba, written with ``asm``; ``simulated`` holds a twin of each function for Numba's simulator.
 Addresses, of global and of shared memory alike, are plain integers. A "row" is one row of a weight matrix as the block
 sees it: every thread holds 16 bytes of it (``chunks`` times 16 if the row is longer than the block is wide).
 """
@@ -15,7 +15,9 @@ from numba import cuda
 from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 
-from kernels_numba.gpu.lanes import (  # noqa: F401  kernels reach every device function through this module
+from kernels_numba.gpu.ptx.asm import F32, I16, I32, I64, asm, instruction, offset, pack, shared_address, unpack
+from kernels_numba.gpu.ptx.dtypes import elements
+from kernels_numba.gpu.ptx.warp import (  # noqa: F401  kernels reach every device function through this module
     ballot,
     device_function,
     lane_of,
@@ -24,7 +26,6 @@ from kernels_numba.gpu.lanes import (  # noqa: F401  kernels reach every device 
     make_lanes_spread,
     make_lanes_sum,
 )
-from kernels_numba.gpu.ptx import F32, I16, I32, I64, asm, instruction, offset, pack, shared_address, unpack
 
 syncthreads = cuda.syncthreads
 SPIN_LIMIT = -1  # wait for the other blocks as long as it takes
@@ -226,7 +227,6 @@ def make_rows_dot(
 def make_rows_dot_f32(dtype: str, n_rows: int, batch: int, row_stride: int, z_stride: int) -> Callable[..., Any]:
     """``dot(rows, z)``: as ``make_rows_dot`` for one 16-byte piece a row and vectors stored in fp32."""
     kind = types.UniTuple(types.float32, n_rows * batch)
-    elements = 4 if dtype == "float32" else 8
 
     @intrinsic
     def rows_dot_f32(context: Any, rows: Any, z: Any) -> Any:
@@ -238,7 +238,7 @@ def make_rows_dot_f32(dtype: str, n_rows: int, batch: int, row_stride: int, z_st
             ]
             for b in range(batch):
                 vector: list[Any] = []
-                for part in range(elements // 4):
+                for part in range(elements(dtype) // 4):
                     place = shared_address(builder, offset(builder, args[1], b * z_stride + part * 16))
                     vector += [builder.bitcast(w, F32) for w in _load16(builder, place, "shared")]
                 for r in range(n_rows):
@@ -255,7 +255,7 @@ def make_rows_add(
     dtype: str, n_rows: int, batch: int, chunks: int, row_stride: int, chunk_stride: int
 ) -> Callable[..., Any]:
     """``add(rows, v, y)``: ``y[token] + sum_row v[row, token] * row`` for the thread's columns, as a new tuple."""
-    per_chunk = 4 if dtype == "float32" else 8
+    per_chunk = elements(dtype)
     n = batch * chunks * per_chunk
     kind = types.UniTuple(types.float32, n)
 
@@ -299,7 +299,7 @@ def make_store_columns(dtype: str, batch: int, chunks: int, token_stride: int, c
     ``address`` includes the thread's offset; piece c is written only if ``chunk + c * n_threads < n`` held by the caller
     through ``limit``: the number of this thread's pieces that exist.
     """
-    per_chunk = 4 if dtype == "float32" else 8
+    per_chunk = elements(dtype)
     kind = types.UniTuple(types.float32, batch * chunks * per_chunk)
 
     @intrinsic

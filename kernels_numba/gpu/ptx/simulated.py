@@ -1,73 +1,31 @@
 """Twins of the functions of ``device`` for Numba's CUDA simulator, which has no PTX, no warps and no bf16.
 
-Addresses are host addresses, checked against the buffers that ``allowed`` knows, so that a read or write out of bounds
-is an IndexError instead of luck. A warp is 32 neighbouring threads; its exchanges go through memory and barriers, so
-all threads of the block that work on rows must reach them together; the claiming warp, a real one here too, joins their
-barriers while it waits. Blocks run one after another: a wait for another block's arrival that has not happened yet raises.
+The claiming warp, a real one here too, joins the barriers of the others while it waits. Blocks run one after another: a
+wait for another block's arrival that has not happened yet raises.
 """
 
 from __future__ import annotations
 
 import ctypes
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-
-def device_function(function: Any) -> Any:
-    """Plain Python: only the kernel itself needs the simulator's decorator."""
-    return function
-
+from kernels_numba.gpu.ptx.dtypes import elements
+from kernels_numba.gpu.ptx.simulated_warp import (  # noqa: F401  kernels reach every device function through this module
+    ballot,
+    device_function,
+    lane_of,
+    lane_xor,
+    make_lanes_fold,
+    make_lanes_spread,
+    make_lanes_sum,
+)
+from kernels_numba.gpu.ptx.simulator import shared_memory, syncthreads, view  # noqa: F401
 
 SPIN_LIMIT = 1  # blocks run one after another: a flag that is not up never will be
-_buffers: list[tuple[int, int]] = []
-_shared: list[int] = []
-_exchange: dict[int, Any] = {}
-
-
-@contextmanager
-def allowed(*arrays: np.ndarray, shared_bytes: int) -> Iterator[None]:
-    """Buffers that kernels may touch while the context lasts, and the size of a block's shared memory."""
-    shared = np.full(shared_bytes // 4 + 8, 0x7FC00001, np.uint32)  # NaN, and no hole: nothing may count on zeros
-    low = -(-shared.ctypes.data // 16) * 16
-    _shared[:] = [low]
-    _buffers.append((low, low + shared_bytes))
-    _buffers.extend((a.ctypes.data, a.ctypes.data + a.nbytes) for a in arrays)
-    try:
-        yield
-    finally:
-        _buffers.clear()
-        _exchange.clear()
-
-
-def view(address: int, kind: Any, n: int = 1) -> Any:
-    """Array of ``n`` C values at an address of a known buffer."""
-    size = ctypes.sizeof(kind) * n
-    address = int(address)
-    if address % min(size, 16):
-        raise IndexError(f"address {address} is not aligned to {size} bytes")
-    if not any(low <= address and address + size <= high for low, high in _buffers):
-        raise IndexError(f"{size} bytes at {address}: outside every buffer of the launch")
-    return (kind * n).from_address(address)
-
-
-def shared_memory() -> int:
-    """Address of the block's shared memory."""
-    return _shared[0]
-
-
-def _thread() -> Any:
-    """The simulator's thread object of the caller: it knows its indices and how to wait for its block."""
-    return threading.current_thread()
-
-
-def syncthreads() -> None:
-    """Barrier of the block."""
-    _thread().syncthreads()
 
 
 def make_barrier(_threads: int) -> Callable[[], None]:
@@ -244,7 +202,7 @@ def make_rows_dot(
 
 def make_rows_dot_f32(dtype: str, n_rows: int, batch: int, row_stride: int, z_stride: int) -> Callable[..., Any]:
     """As in ``device``."""
-    n = 4 if dtype == "float32" else 8
+    n = elements(dtype)
 
     def rows_dot_f32(rows: int, z: int) -> tuple[Any, ...]:
         vectors = [np.array(view(z + b * z_stride, ctypes.c_float, n)[:], np.float32) for b in range(batch)]
@@ -282,7 +240,7 @@ def make_store_columns(
     dtype: str, batch: int, chunks: int, token_stride: int, chunk_stride: int
 ) -> Callable[..., None]:
     """As in ``device``."""
-    n = 4 if dtype == "float32" else 8
+    n = elements(dtype)
 
     def store_columns(address: int, y: tuple[Any, ...], limit: int) -> None:
         for c in range(min(limit, chunks)):
@@ -304,70 +262,6 @@ def make_sum_strided(n: int, stride: int) -> Callable[..., tuple[Any, ...]]:
         return tuple(total)
 
     return sum_strided
-
-
-# warps ----------------------------------------------------------------------------------------------------------------
-def thread_index() -> int:
-    """Number of this thread in its block."""
-    return int(_thread().threadIdx.x)
-
-
-def all_lanes(value: Any) -> list[Any]:
-    """Values of the 32 threads of this thread's warp."""
-    tid = thread_index()
-    _exchange[tid] = value
-    syncthreads()
-    lanes = [_exchange[(tid & ~31) + i] for i in range(32)]
-    syncthreads()
-    return lanes
-
-
-def make_lanes_sum(n: int) -> Callable[..., Any]:
-    """As in ``device``."""
-    width = 32 // (1 << (n - 1).bit_length())
-
-    def lanes_sum(values: tuple[Any, ...]) -> Any:
-        lanes, number = all_lanes(values), (thread_index() & 31) // width
-        with np.errstate(all="ignore"):
-            return np.float32(sum(lane[number] for lane in lanes)) if number < n else np.float32(0.0)
-
-    return lanes_sum
-
-
-def make_lanes_fold(width: int) -> Callable[..., Any]:
-    """As in ``device``."""
-
-    def lanes_fold(value: Any) -> Any:
-        lanes, first = all_lanes(value), (thread_index() & 31) // width * width
-        with np.errstate(all="ignore"):
-            return np.float32(sum(lanes[first : first + width]))
-
-    return lanes_fold
-
-
-def make_lanes_spread(n: int, stride: int) -> Callable[..., Any]:
-    """As in ``device``."""
-
-    def lanes_spread(value: Any) -> tuple[Any, ...]:
-        lanes = all_lanes(value)
-        return tuple(lanes[i * stride] for i in range(n))
-
-    return lanes_spread
-
-
-def lane_xor(value: Any, mask: int) -> Any:
-    """As in ``device``."""
-    return all_lanes(value)[(thread_index() & 31) ^ mask]
-
-
-def lane_of(value: int, lane: int) -> int:
-    """As in ``device``."""
-    return int(all_lanes(value)[lane & 31])
-
-
-def ballot(predicate: bool) -> int:
-    """As in ``device``."""
-    return sum(1 << i for i, lane in enumerate(all_lanes(bool(predicate))) if lane)
 
 
 def make_load_narrow(dtype: str) -> Callable[[int], Any]:

@@ -1,4 +1,4 @@
-"""Compile-time facts of one kernel: shape, packets, and where everything lies in shared and global memory."""
+"""Compile-time facts of one kernel: its shape and its packets, and from them everything that device code captures."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from kernels_numba.gpu.mlp.layout import Shared, Workspace, offsets
+from kernels_numba.gpu.ptx.dtypes import BYTES, elements
+
 Kind = Literal["threshold", "predictor", "given", "down"]
 Phase = Literal["project", "select", "sparse", "reduce"]
 PHASES: tuple[Phase, ...] = ("project", "select", "sparse", "reduce")  # project: z = V x of a predictor
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_BATCH = 8
 STAMPS = ("start", "filled", "first packet", "chosen", "summed", "all summed", "end")
 # Phases between stamps by kind; the first overlaps with the kernel in front if launches are dependent.
@@ -72,7 +74,7 @@ class Plan:
         Write the clock of every block's first thread at each phase into the workspace (``STAMPS``).
     deterministic : bool
         ``threshold``: deal all rows out beforehand, so that every sum has one order. Else a block that is faster claims
-        more rows (``claims``). The other kinds are deterministic either way.
+        more rows (``work_queue``). The other kinds are deterministic either way.
     """
 
     kind: Kind
@@ -105,7 +107,7 @@ class Plan:
     @property
     def vector(self) -> int:
         """Elements of a 16-byte piece."""
-        return 16 // self.element
+        return elements(self.dtype)
 
     @property
     def pieces(self) -> int:
@@ -199,9 +201,9 @@ class Plan:
         return max(dense, self.neurons * self.matrices)
 
     @property
-    def ring_bytes(self) -> int:
-        """Shared memory of all packets in flight."""
-        return self.depth * self.slots * self.slot_bytes
+    def packet_bytes(self) -> int:
+        """Shared memory of a packet."""
+        return self.slots * self.slot_bytes
 
     @property
     def dense_sums(self) -> int:
@@ -256,7 +258,7 @@ class Plan:
             return self.list_size
         return max(self.held, self.received_at) + self.block_rows + self.neurons
 
-    # shared memory, byte offsets --------------------------------------------------------------------------------------
+    # memory -----------------------------------------------------------------------------------------------------------
     def scratch_width(self, sums: int) -> int:
         """Floats that ``sums`` partial sums of every warp take."""
         lanes = 32 // sums
@@ -271,10 +273,10 @@ class Plan:
         return 4 * math.ceil(max(widths) / 4)
 
     @cached_property
-    def shared(self) -> dict[str, int]:
-        """Offset of every area, and ``total``."""
+    def shared(self) -> Shared:
+        """Areas of a block's shared memory."""
         sizes = {
-            "ring": self.ring_bytes,
+            "ring": self.depth * self.packet_bytes,
             "x": self.batch * self.slot_bytes,
             "z": self.batch * self.rank_padded * 4,
             "scratch": 2 * self.scratch_floats * 4,
@@ -285,42 +287,29 @@ class Plan:
             "work": self.work_size * 4,
             "work_value": self.work_size * self.batch * 4 if self.kind in ("threshold", "down") else 0,
         }
-        # the reduction runs when the ring is drained, so its scratch lies on top of it
+        # the last reduction runs when the ring is drained, so its columns lie on top of it
         sizes["ring"] = max(sizes["ring"], self.warps * self.column_lanes * 16)
         # neurons are dealt when the logits have been used
         deal = {"received": self.block_rows * 16, "counts": self.n_blocks * 8, "source": self.block_rows * 4}
         if self.deals:
-            sizes["logits"] = max(sizes["logits"], sum(16 * math.ceil(size / 16) for size in deal.values()))
-        offsets, at = {}, 0
-        for name, size in sizes.items():
-            offsets[name] = at
-            at += 16 * math.ceil(size / 16)
-        offsets["total"], at = at, offsets["logits"]
-        for name, size in deal.items():
-            offsets[name] = at
-            at += 16 * math.ceil(size / 16)
-        return offsets
+            sizes["logits"] = max(sizes["logits"], offsets(deal, 16)["total"])
+        at = offsets(sizes, 16)
+        return Shared(**offsets(deal, 16, at["logits"]) | at)
 
-    # global workspace, byte offsets -----------------------------------------------------------------------------------
     @cached_property
-    def workspace(self) -> dict[str, int]:
-        """Offset of every area, and ``total``."""
+    def workspace(self) -> Workspace:
+        """Areas of the workspace in global memory."""
         sizes = {
             "counts": self.n_blocks * 8,
             "done": self.n_blocks * 8,
             "z": self.batch * self.rank_padded * 8,
-            "index": self.d_ff * 8,
+            "entries": self.d_ff * 8,
             "kept": self.d_ff * 4,
             "claims": 2 * 128 if self.claims else 0,
             "partial": self.n_blocks * self.batch * self.d_model * 4,
             "trace": self.n_blocks * len(STAMPS) * 8 if self.trace else 0,
         }
-        offsets, at = {}, 0
-        for name, size in sizes.items():
-            offsets[name] = at
-            at += 128 * math.ceil(size / 128)
-        offsets["total"] = at
-        return offsets
+        return Workspace(**offsets(sizes, 128))
 
     # final reduction --------------------------------------------------------------------------------------------------
     @property
@@ -368,9 +357,9 @@ class Plan:
         if self.threads > 1024:
             raise ValueError(f"rank={self.rank}: a row of the predictor must fit in 1024 threads; use a lower rank")
         limit = shared_limit(self.capability)
-        if self.shared["total"] > limit:
+        if self.shared.total > limit:
             raise ValueError(
-                f"{self.shared['total']} bytes of shared memory: over the {limit} a block may have; lower depth"
+                f"{self.shared.total} bytes of shared memory: over the {limit} a block may have; lower depth"
             )
         return self
 

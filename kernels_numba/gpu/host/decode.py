@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from numba import cuda
 
-from kernels_numba.gpu import attention, norm, pieces
-from kernels_numba.gpu.attention import AttentionPlan
-from kernels_numba.gpu.norm import NormPlan
+from kernels_numba.gpu.decode import add_rms_norm, attention
+from kernels_numba.gpu.decode.add_rms_norm import NormPlan
+from kernels_numba.gpu.decode.attention import AttentionPlan
+from kernels_numba.gpu.ptx import vectors
 from kernels_numba.gpu.topk import current_stream
 
 if TYPE_CHECKING:
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 def _attention(plan: AttentionPlan) -> Any:
     """The kernel of a plan, compiled for the current device."""
     decorate = cuda.jit(attention.SIGNATURE, launch_bounds=(attention.THREADS, 1))
-    return decorate(attention.make_kernel(plan, pieces))
+    return decorate(attention.make_kernel(plan, vectors))
 
 
 @cache
 def _norm(plan: NormPlan) -> Any:
-    return cuda.jit(norm.SIGNATURE, launch_bounds=(plan.threads, 1))(norm.make_kernel(plan, pieces))
+    return cuda.jit(add_rms_norm.SIGNATURE, launch_bounds=(plan.threads, 1))(add_rms_norm.make_kernel(plan, vectors))
 
 
 class DecodeAttention:
@@ -59,7 +60,7 @@ class DecodeAttention:
         out = torch.empty(1, plan.n_kv * plan.group * plan.head_dim, dtype=qkv.dtype, device=qkv.device)
         tensors = (qkv, position, *self._kept, self._partial, self._counter, out)
         grid = plan.n_heads * plan.n_splits
-        launch = _attention(plan)[grid, attention.THREADS, current_stream(qkv), plan.shared["total"]]
+        launch = _attention(plan)[grid, attention.THREADS, current_stream(qkv), plan.shared.total]
         launch(*(tensor.data_ptr() for tensor in tensors))
         return out
 

@@ -1,4 +1,4 @@
-"""Twins of the functions of ``pieces`` for Numba's CUDA simulator; see ``simulated``."""
+"""Twins of the functions of ``vectors`` for Numba's CUDA simulator; see ``simulated``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from kernels_numba.gpu.simulated import (  # noqa: F401  kernels reach every device function through this module
-    all_lanes,
+from kernels_numba.gpu.ptx.dtypes import elements
+from kernels_numba.gpu.ptx.simulated import (  # noqa: F401  kernels reach every device function through this module
     device_function,
     divide,
     exp2,
@@ -29,15 +29,10 @@ from kernels_numba.gpu.simulated import (  # noqa: F401  kernels reach every dev
     shared_store_i32,
     store_f32,
     syncthreads,
-    thread_index,
     view,
     widen,
 )
-
-
-def elements(dtype: str) -> int:
-    """As in ``pieces``."""
-    return 4 if dtype == "float32" else 8
+from kernels_numba.gpu.ptx.simulated_warp import all_lanes, thread_index
 
 
 def prefetch(address: int) -> None:
@@ -58,12 +53,12 @@ def _row(words: tuple[int, ...], dtype: str) -> np.ndarray:
 
 
 def make_piece_widen(dtype: str) -> Callable[..., tuple[Any, ...]]:
-    """As in ``pieces``."""
+    """As in ``vectors``."""
     return lambda words: tuple(_row(words, dtype))
 
 
 def make_piece_store(dtype: str) -> Callable[..., None]:
-    """As in ``pieces``."""
+    """As in ``vectors``."""
     store, size = make_store_narrow(dtype), 16 // elements(dtype)
 
     def piece_store(address: int, values: tuple[Any, ...]) -> None:
@@ -74,7 +69,7 @@ def make_piece_store(dtype: str) -> Callable[..., None]:
 
 
 def make_piece_dot(dtype: str, n: int) -> Callable[..., tuple[Any, ...]]:
-    """As in ``pieces``."""
+    """As in ``vectors``."""
 
     def piece_dot(words: tuple[int, ...], vectors: tuple[Any, ...]) -> tuple[Any, ...]:
         with np.errstate(all="ignore"):
@@ -84,7 +79,7 @@ def make_piece_dot(dtype: str, n: int) -> Callable[..., tuple[Any, ...]]:
 
 
 def make_piece_add(dtype: str, n: int) -> Callable[..., tuple[Any, ...]]:
-    """As in ``pieces``."""
+    """As in ``vectors``."""
 
     def piece_add(words: tuple[int, ...], factors: tuple[Any, ...], total: tuple[Any, ...]) -> tuple[Any, ...]:
         with np.errstate(all="ignore"):
@@ -95,7 +90,7 @@ def make_piece_add(dtype: str, n: int) -> Callable[..., tuple[Any, ...]]:
 
 
 def make_shared_floats(n_rows: int, n: int, stride: int) -> tuple[Callable[..., Any], Callable[..., None]]:
-    """As in ``pieces``."""
+    """As in ``vectors``."""
     places = [row * stride + e * 4 for row in range(n_rows) for e in range(n)]
 
     def load(address: int) -> tuple[Any, ...]:
@@ -109,7 +104,7 @@ def make_shared_floats(n_rows: int, n: int, stride: int) -> tuple[Callable[..., 
 
 
 def make_lanes_total(n: int, begin: int, end: int) -> Callable[..., tuple[Any, ...]]:
-    """As in ``pieces``."""
+    """As in ``vectors``."""
     mask = end - begin  # the bits that may differ
 
     def lanes_total(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -122,12 +117,12 @@ def make_lanes_total(n: int, begin: int, end: int) -> Callable[..., tuple[Any, .
 
 
 def make_pieces_add(_dtype: str) -> Callable[..., tuple[Any, ...]]:
-    """As in ``pieces``."""
+    """As in ``vectors``."""
     return lambda a, b: tuple(np.array(a, np.float32) + np.array(b, np.float32))
 
 
 def make_pieces_scale(_dtype: str, by: float) -> Callable[..., tuple[Any, ...]]:
-    """As in ``pieces``."""
+    """As in ``vectors``."""
 
     def scale(values: tuple[Any, ...], weights: tuple[Any, ...], factor: Any) -> tuple[Any, ...]:
         return tuple(
@@ -138,7 +133,7 @@ def make_pieces_scale(_dtype: str, by: float) -> Callable[..., tuple[Any, ...]]:
 
 
 def make_pieces_round(dtype: str) -> Callable[..., tuple[Any, ...]]:
-    """As in ``pieces``."""
+    """As in ``vectors``."""
 
     def rounded(values: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(widen(narrow(value, dtype), dtype)[0] for value in values)
@@ -147,5 +142,5 @@ def make_pieces_round(dtype: str) -> Callable[..., tuple[Any, ...]]:
 
 
 def make_square_sum(_dtype: str) -> Callable[..., Any]:
-    """As in ``pieces``."""
+    """As in ``vectors``."""
     return lambda values: np.float32(np.square(np.array(values, np.float32)).sum())

@@ -1,8 +1,8 @@
 """The kernels: one persistent launch a layer, put together from the phases; read this file first.
 
-threshold:                               mixed -> (barrier) -> reduce
-predictor:  z -> (barrier) -> logits -> sparse with a deal -> (barrier) -> reduce
-given, down:                       take -> sparse -> (barrier) -> reduce
+threshold:                  choose_and_add -> (barrier) -> reduce
+predictor:  select (z -> barrier -> logits) -> balanced -> (barrier) -> reduce
+given, down:                take -> sparse -> (barrier) -> reduce
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from typing import Any
 
 from numba import cuda, float32, int32, int64, void
 
-from kernels_numba.gpu.choose import make_predictor_select
-from kernels_numba.gpu.claims import make_claims
-from kernels_numba.gpu.combine import make_recall, make_reduce, make_sparse, make_store_partial, make_take
-from kernels_numba.gpu.deal import make_dealt
-from kernels_numba.gpu.mixed import make_mixed
-from kernels_numba.gpu.plan import Plan
-from kernels_numba.gpu.stream import HOLE, make_flags, make_stamp, make_stream
+from kernels_numba.gpu.mlp.balance import make_balanced
+from kernels_numba.gpu.mlp.grid_barrier import make_flags
+from kernels_numba.gpu.mlp.plan import Plan
+from kernels_numba.gpu.mlp.predictor import make_predictor_select
+from kernels_numba.gpu.mlp.reduce import make_reduce, make_store_partial
+from kernels_numba.gpu.mlp.ring import make_tokens
+from kernels_numba.gpu.mlp.sparse_rows import make_sparse
+from kernels_numba.gpu.mlp.threshold import make_choose_and_add
+from kernels_numba.gpu.mlp.trace import make_stamp
+from kernels_numba.gpu.mlp.work_list import make_clear, make_recall, make_take
+from kernels_numba.gpu.mlp.work_queue import make_claim, make_clear_slots
 
 # Addresses, 0 where a kind does not use one: x, dense (first projection, or V of the predictor), U, a and b (other
 # projections), W_down transposed, residual, y, workspace, indices, values, count, distance of two tokens' values;
@@ -30,24 +34,10 @@ ARGUMENTS = (
 SIGNATURE = void(*[int64] * 13, float32, int32)
 
 
-def make_clear(plan: Plan, dev: Any) -> Any:
-    """``clear(...)``: no entry in the work list, as far as it is read before it is filled."""
-    work_at, threads, store = plan.shared["work"], plan.threads, dev.shared_store_i32
-    places, sync = plan.work_size if plan.kind == "predictor" else plan.held, dev.syncthreads
-
-    @dev.device_function
-    def clear(shared, tid):
-        for i in range(tid, places, threads):
-            store(shared + work_at + i * 4, HOLE)
-        sync()
-
-    return clear
-
-
 def make_finish(plan: Plan, dev: Any) -> Any:
     """``finish(...)``: the end of every kernel, from the block's share of y to the output."""
     store_partial, reduce = make_store_partial(plan, dev), make_reduce(plan, dev)
-    flags, done_ws, stamp = make_flags(plan, dev), plan.workspace["done"], make_stamp(plan, dev)
+    flags, area, stamp = make_flags(plan, dev), plan.workspace, make_stamp(plan, dev)
     raise_flag, wait, sums, reduces = flags.raise_flag, flags.wait, "sparse" in plan.phases, "reduce" in plan.phases
 
     @dev.device_function
@@ -56,8 +46,8 @@ def make_finish(plan: Plan, dev: Any) -> Any:
             stamp(workspace, block, 4, tid)
             store_partial(workspace, block, share, tid)
             if reduces:
-                raise_flag(workspace + done_ws, block, epoch, tid)
-                wait(workspace + done_ws, epoch, tid)
+                raise_flag(workspace + area.done, block, epoch, tid)
+                wait(workspace + area.done, epoch, tid)
                 stamp(workspace, block, 5, tid)
         if reduces:
             reduce(shared, workspace, residual, y, n_tokens, block, tid)
@@ -68,29 +58,30 @@ def make_finish(plan: Plan, dev: Any) -> Any:
 
 def make_threshold_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
     """Kernel of CATS and M-COUNTDOWN."""
-    claims, claimed, threads, whole_block = make_claims(plan, dev), plan.claims, plan.threads, dev.syncthreads
-    mixed, finish, claim, clear_slots = make_mixed(plan, dev), make_finish(plan, dev), claims.claim, claims.clear_slots
-    zeros, sums = dev.make_zeros(plan.batch * plan.chunks * plan.vector), "sparse" in plan.phases
-    counts_ws, store_i, stamp, overlap = plan.workspace["counts"], dev.store_i32, make_stamp(plan, dev), plan.overlap
-    shared_memory, launch_dependents = dev.shared_memory, dev.launch_dependents
+    claimed, threads, overlap, sums, area = (
+        plan.claims, plan.threads, plan.overlap, "sparse" in plan.phases, plan.workspace,
+    )  # fmt: skip
+    choose_and_add, finish, stamp = (make(plan, dev) for make in (make_choose_and_add, make_finish, make_stamp))
+    claim, clear_slots = make_claim(plan, dev), make_clear_slots(plan, dev)
+    zeros = dev.make_zeros(plan.batch * plan.chunks * plan.vector)
 
     def kernel(x, dense, u, a, b, down, residual, y, ws, indices, values, count, value_stride, threshold, n_tokens):
-        tid, block, shared = cuda.threadIdx.x, cuda.blockIdx.x, shared_memory()
+        tid, block, shared = cuda.threadIdx.x, cuda.blockIdx.x, dev.shared_memory()
         if overlap:
-            launch_dependents()
+            dev.launch_dependents()
         stamp(ws, block, 0, tid)
         if claimed:
             clear_slots(shared, tid)
-            whole_block()  # the last barrier of the claiming warp
+            dev.syncthreads()  # the last barrier of the claiming warp
         if claimed and tid >= threads:
             if tid == threads and sums:
                 claim(shared, ws, block)
         else:
             share, epoch = zeros(), 0
             if sums:
-                share, found, epoch = mixed(shared, ws, x, dense, a, b, down, threshold, n_tokens, block, tid)
+                share, found, epoch = choose_and_add(shared, ws, x, dense, a, b, down, threshold, n_tokens, block, tid)
                 if tid == 0:  # for who asks how many neurons were active
-                    store_i(ws + counts_ws + block * 8, found)
+                    dev.store_i32(ws + area.counts + block * 8, found)
             finish(shared, ws, epoch, share, residual, y, n_tokens, block, tid)
 
     return kernel
@@ -99,18 +90,22 @@ def make_threshold_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
 def make_predictor_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
     """Kernel of the predictor methods."""
     select, recall, clear = make_predictor_select(plan, dev), make_recall(plan, dev), make_clear(plan, dev)
-    dealt, (sparse, start), deals = make_dealt(plan, dev) if plan.deals else None, make_sparse(plan, dev), plan.deals
+    balanced, (sparse, start), deals = (
+        make_balanced(plan, dev) if plan.deals else None,
+        make_sparse(plan, dev),
+        plan.deals,
+    )
     finish, held_places = make_finish(plan, dev), plan.held
     read_epoch, stamp, overlap = make_flags(plan, dev).epoch, make_stamp(plan, dev), plan.overlap
     selects, sums = ("project" in plan.phases or "select" in plan.phases), ("sparse" in plan.phases)
     n_rows, spare = plan.d_ff // plan.n_blocks, plan.d_ff % plan.n_blocks
     zeros = dev.make_zeros(plan.batch * plan.chunks * plan.vector)
-    shared_memory, copy_x, launch_dependents = dev.shared_memory, make_stream(plan, dev).copy_x, dev.launch_dependents
+    copy_x = make_tokens(plan, dev).copy_x
 
     def kernel(x, dense, u, a, b, down, residual, y, ws, indices, values, count, value_stride, threshold, n_tokens):
-        tid, block, shared = cuda.threadIdx.x, cuda.blockIdx.x, shared_memory()
+        tid, block, shared = cuda.threadIdx.x, cuda.blockIdx.x, dev.shared_memory()
         if overlap:
-            launch_dependents()
+            dev.launch_dependents()
         stamp(ws, block, 0, tid)
         first, mine = block * n_rows + min(block, spare), n_rows + (1 if block < spare else 0)
         found, epoch, share = 0, 0, zeros()
@@ -124,7 +119,7 @@ def make_predictor_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
             copy_x(shared, x, n_tokens, tid)
         if sums:
             if deals:
-                share = dealt(shared, ws, epoch, found, a, b, down, block, tid)
+                share = balanced(shared, ws, epoch, found, a, b, down, block, tid)
             else:
                 start(shared, a, b, down, tid)
                 share = sparse(shared, max(0, found - held_places), 0, 0, a, b, down, tid)
@@ -138,17 +133,16 @@ def make_listed_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
     take, clear, finish = (make(plan, dev) for make in (make_take, make_clear, make_finish))
     sparse, start = make_sparse(plan, dev)
     overlap, dots, sums = plan.overlap, plan.kind == "given", "sparse" in plan.phases
-    shared_memory, copy_x, launch_dependents = dev.shared_memory, make_stream(plan, dev).copy_x, dev.launch_dependents
-    ready, read_epoch, stamp = dev.grid_dependency_wait, make_flags(plan, dev).epoch, make_stamp(plan, dev)
+    copy_x, read_epoch, stamp = make_tokens(plan, dev).copy_x, make_flags(plan, dev).epoch, make_stamp(plan, dev)
     zeros = dev.make_zeros(plan.batch * plan.chunks * plan.vector)
 
     def kernel(x, dense, u, a, b, down, residual, y, ws, indices, values, count, value_stride, threshold, n_tokens):
-        tid, block, shared = cuda.threadIdx.x, cuda.blockIdx.x, shared_memory()
+        tid, block, shared = cuda.threadIdx.x, cuda.blockIdx.x, dev.shared_memory()
         if overlap:
-            launch_dependents()
+            dev.launch_dependents()
         stamp(ws, block, 0, tid)
         if overlap:
-            ready()
+            dev.grid_dependency_wait()
         share, epoch = zeros(), 0
         if sums:
             clear(shared, tid)
@@ -165,7 +159,7 @@ def make_listed_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
 
 
 def make_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
-    """The undecorated kernel function of a plan; ``dev`` is the module ``device`` or its twin ``simulated``."""
+    """The undecorated kernel function of a plan; ``dev`` is the module ``ptx.device`` or its twin."""
     plan.check()
     makers = {"threshold": make_threshold_kernel, "predictor": make_predictor_kernel}
     return makers.get(plan.kind, make_listed_kernel)(plan, dev)

@@ -21,10 +21,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from kernels_numba.gpu.plan import Plan, shared_limit
+from kernels_numba.gpu.mlp.plan import Plan, shared_limit
 
 _TOOK = "// seconds to compile: "
-_ENTRIES = ("kernels_numba.gpu.kernel", "kernels_numba.gpu.device")  # what `make_ptx` compiles
+_ENTRIES = ("kernels_numba.gpu.mlp.kernel", "kernels_numba.gpu.ptx.device")  # what `make_ptx` compiles
 
 
 def cache_folder() -> Path:
@@ -44,7 +44,7 @@ def sources() -> list[Path]:
 
 def _file(module: str) -> Path:
     _, *below = module.split(".")
-    path = Path(__file__).parents[1].joinpath(*below)
+    path = Path(__file__).parents[2].joinpath(*below)
     return path / "__init__.py" if path.is_dir() else path.with_name(f"{path.name}.py")
 
 
@@ -61,8 +61,8 @@ def make_ptx(plan: Plan) -> str:
     """PTX text of the plan's kernel, by Numba."""
     from numba import cuda
 
-    from kernels_numba.gpu import device
-    from kernels_numba.gpu.kernel import SIGNATURE, make_kernel
+    from kernels_numba.gpu.mlp.kernel import SIGNATURE, make_kernel
+    from kernels_numba.gpu.ptx import device
 
     text, _ = cuda.compile(
         make_kernel(plan, device),
@@ -162,7 +162,7 @@ def load_kernel(plan: Plan, device: int) -> Loaded:
         module = _checked(driver.cuModuleLoadData(text.encode() + b"\0"), "loading a kernel")
         function = _checked(driver.cuModuleGetFunction(module, match[1].encode()), "finding the kernel")
         attribute = driver.CUfunction_attribute
-        shared = plan.shared["total"]
+        shared = plan.shared.total
         _checked(
             driver.cuFuncSetAttribute(function, attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared),
             f"asking for {shared} bytes of shared memory (limit {shared_limit(plan.capability)})",
@@ -192,7 +192,7 @@ class Launch:
     """
 
     def __init__(self, loaded: Loaded, arguments: dict[str, int | float]) -> None:
-        from kernels_numba.gpu.kernel import ARGUMENTS
+        from kernels_numba.gpu.mlp.kernel import ARGUMENTS
 
         self._names = ARGUMENTS
         kinds = [ctypes.c_int64] * 13 + [ctypes.c_float, ctypes.c_int32]
@@ -203,7 +203,7 @@ class Launch:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = plan.n_blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = plan.launch_threads, 1, 1
-        config.sharedMemBytes = plan.shared["total"]
+        config.sharedMemBytes = plan.shared.total
         if plan.overlap:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

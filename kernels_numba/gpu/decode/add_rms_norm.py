@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import cuda, int64, void
 
-from kernels_numba.gpu.plan import BYTES
+from kernels_numba.gpu.ptx.dtypes import BYTES, elements
 
 _MAX_THREADS = 1024
 # Addresses of: the hidden state, what is added, the weight of the norm of what is added, the weight of the norm, the new
@@ -67,46 +67,44 @@ def make_mean_square(plan: NormPlan, dev: Any) -> Any:
     """``mean_square(...)``: of the block's values, one piece a thread, in every thread."""
     warps, d_model, zero = plan.threads // 32, np.float32(plan.d_model), np.float32(0.0)
     square_sum = dev.make_square_sum(plan.dtype)
-    load, store, sync, lane_xor = dev.shared_load_f32, dev.shared_store_f32, dev.syncthreads, dev.lane_xor
 
     @dev.device_function
     def mean_square(shared, values, tid):
         total = square_sum(values)
         bit = 1
         while bit < 32:
-            total += lane_xor(total, bit)
+            total += dev.lane_xor(total, bit)
             bit *= 2
-        sync()
-        store(shared + (tid >> 5) * 4, total)
-        sync()
+        dev.syncthreads()
+        dev.shared_store_f32(shared + (tid >> 5) * 4, total)
+        dev.syncthreads()
         total = zero
         for warp in range(warps):
-            total += load(shared + warp * 4)
+            total += dev.shared_load_f32(shared + warp * 4)
         return total / d_model
 
     return mean_square
 
 
 def make_kernel(plan: NormPlan, dev: Any) -> Callable[..., None]:
-    """The undecorated kernel; ``dev`` is the module ``pieces`` or its twin."""
+    """The undecorated kernel; ``dev`` is the module ``ptx.vectors`` or its twin."""
     plan.check()
     pieces, inner = plan.pieces, plan.inner
-    widen, store, load16 = dev.make_piece_widen(plan.dtype), dev.make_piece_store(plan.dtype), dev.load16
+    widen, store = dev.make_piece_widen(plan.dtype), dev.make_piece_store(plan.dtype)
     added, rounded = dev.make_pieces_add(plan.dtype), dev.make_pieces_round(plan.dtype)
     scaled = dev.make_pieces_scale(plan.dtype, plan.offset)
     mean_square = make_mean_square(plan, dev)
-    zeros, eps, one = dev.make_zeros(dev.elements(plan.dtype)), np.float32(plan.eps), np.float32(1.0)
-    shared_memory, launch_dependents = dev.shared_memory, dev.launch_dependents
+    zeros, eps, one = dev.make_zeros(elements(plan.dtype)), np.float32(plan.eps), np.float32(1.0)
 
     def kernel(hidden, y, inner_weight, weight, new_hidden, normed):
-        tid, shared = cuda.threadIdx.x, shared_memory()
-        launch_dependents()
+        tid, shared = cuda.threadIdx.x, dev.shared_memory()
+        dev.launch_dependents()
         at, mine = tid * 16, tid < pieces
         old, more, scale, more_scale = zeros(), zeros(), zeros(), zeros()
         if mine:
-            old, more, scale = widen(load16(hidden + at)), widen(load16(y + at)), widen(load16(weight + at))
+            old, more, scale = widen(dev.load16(hidden + at)), widen(dev.load16(y + at)), widen(dev.load16(weight + at))
             if inner:
-                more_scale = widen(load16(inner_weight + at))
+                more_scale = widen(dev.load16(inner_weight + at))
         if inner:
             more = rounded(scaled(more, more_scale, one / math.sqrt(mean_square(shared, more, tid) + eps)))
         total = rounded(added(old, more))
