@@ -22,8 +22,7 @@ from suite.modeling.modes import PredictorState, ThresholdState, checked_thresho
 from suite.registry import get_method
 
 _CALIBRATION_STEPS = 12
-# (x of shape (1, d_model), activations of one token) -> set, bool (1, d_ff)
-Choose = Callable[[Tensor, Activations], Tensor]
+Choose = Callable[[Activations], Tensor]  # activations of one token -> set, bool (1, d_ff)
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,8 @@ class MaskedMlp:
     def __call__(self, layer: int, x: Tensor) -> Tensor:
         """The MLP's output, (1, d_model)."""
         mlp = self._decode.mlps[layer]
-        gate, up = mlp.gate_up(x)
-        key = torch.zeros(len(x), dtype=torch.int64, device=x.device)  # documents and positions, which key noise alone
-        activations = Activations(
-            gate=gate, act=mlp.act(gate), up=up, down_norms=mlp.down_norm2, layer=layer, documents=key, positions=key
-        )
-        return mlp.down(activations.product * self._choose(x, activations))
+        activations = mlp.activations(x)
+        return mlp.down(activations.product * self._choose(activations))
 
 
 class SparseMethod:
@@ -98,10 +93,10 @@ class SparseMethod:
         elif rank is not None:
             self.predictor = RandomPredictor.make(decode, rank, seed)
 
-    def score(self, x: Tensor, activations: Activations) -> Tensor:
+    def score(self, activations: Activations) -> Tensor:
         """What the threshold is set on, fp32, (1, d_ff): the predictor's logits, or the method's own score."""
         if self.predictor is not None:
-            logits: Tensor = self.predictor.logits(activations.layer, x)
+            logits: Tensor = self.predictor.logits(activations.site.layer, activations.input)
             return logits
         return self.method.score(activations).float()
 
@@ -109,8 +104,8 @@ class SparseMethod:
         """Thresholds that keep the target on decode steps with every layer sparse: the median kth score of some tokens."""
         seen: list[list[float]] = [[] for _ in self.decode.mlps]
 
-        def choose(x: Tensor, activations: Activations) -> Tensor:
-            score, thresholds = self.score(x, activations), seen[activations.layer]
+        def choose(activations: Activations) -> Tensor:
+            score, thresholds = self.score(activations), seen[activations.site.layer]
             k = kept_count(score.shape[-1], sparsity)
             top = score.topk(min(k + 1, score.shape[-1]), dim=-1).values[0]
             thresholds.append(float(top[k - 1 :].mean()) if len(top) > k else -math.inf)
@@ -122,9 +117,9 @@ class SparseMethod:
             self.decode.step(mlp)
         self.thresholds = torch.tensor([float(np.median(values)) for values in seen])
 
-    def choose(self, x: Tensor, activations: Activations) -> Tensor:
+    def choose(self, activations: Activations) -> Tensor:
         """The method's own set."""
-        return select_threshold(self.score(x, activations), float(self.thresholds[activations.layer]))
+        return select_threshold(self.score(activations), float(self.thresholds[activations.site.layer]))
 
     def kernels(self) -> DecodeKernels:
         """Kernels with the thresholds as they are now; on a GPU they hold one copy of W_down for all sparsities."""

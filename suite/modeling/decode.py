@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from suite.devices import dtype_name
-from suite.methods.base import Activations, Method, Mode, select_threshold
+from suite.methods.base import NEURONS, Activations, Method, Mode, Site, select_threshold
 from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
 from suite.modeling.modes import PredictorState
 
@@ -136,6 +136,8 @@ class Fallback:
 
 def why_not_numba(model: nn.Module, method: Method, mode: Mode, state: object) -> str:
     """Reason why the kernels cannot stand in for this method on this model; empty if they can."""
+    if method.sites != (NEURONS,):
+        return f"its kernels skip neurons, and {method.name} masks {' and '.join(method.sites)}"
     if mode != "practical":
         return f"it needs a threshold, and the mode is {mode}"
     mlps = find_gated_mlps(model)
@@ -182,14 +184,14 @@ def is_magnitude(method: Method) -> bool:
     """Whether the score is the magnitude of the first projection, seen from its values on a sample."""
     generator = torch.Generator().manual_seed(0)
     gate, act, up = (torch.randn(4, 64, generator=generator) for _ in range(3))
-    keys = torch.arange(4)
-    score = method.score(
-        Activations(
-            gate=gate, act=act, up=up, down_norms=lambda: torch.ones(64), layer=0, documents=keys, positions=keys
-        )
-    )
     magnitude = {"gate": act, "up": up}.get(method.first_projection or "")
-    return magnitude is not None and torch.equal(score.float(), magnitude.abs())
+    if magnitude is None or method.needs_calibration:
+        return False
+    keys = torch.arange(4)
+    values = {"input": gate, "gate": gate, "act": act, "up": up, "product": act * up}
+    site = Site(NEURONS, layer=0, width=64)
+    score = method.score(Activations(site, values, keys, keys, norms=lambda matrix, of: torch.ones(64)))
+    return torch.equal(score.float(), magnitude.abs())
 
 
 def decode_kernels(

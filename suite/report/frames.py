@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from suite import schema
 from suite.evaluation.tasks import known_tasks
 from suite.registry import METHODS
 from suite.report.load import Results
@@ -17,8 +18,8 @@ from suite.report.task_names import bare, with_variant_names
 from suite.statistics import FloatArray, Units, bootstrap_interval, paired_delta, resampling_group
 
 # What a setting is, beside its method; a column that varies within a block goes into the row's label.
-VARIANT = ["estimator", "predictor", "rank", "calibration", "seed"]
 BLOCK = ["model", "dtype", "scope", "mode", "sparsity_target"]
+VARIANT = [column for column in schema.ACCURACY.settings if column not in (*BLOCK, "method")]
 SETTING = [*BLOCK, "method", *VARIANT]
 SUMMARY_METRICS = ("acc_norm", "acc", "exact_match")
 TEXT_METRICS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "kl_dense", "top1_agreement")

@@ -12,7 +12,7 @@ from suite.config import MatrixConfig, TaskConfig
 from suite.decoding.shapes import has_weights
 from suite.devices import Device
 from suite.errors import InputError
-from suite.evaluation.groups import Leaf, expand_name
+from suite.evaluation.groups import Expansion, Group, expand_name
 from suite.evaluation.tasks import data_fingerprint, resolve_task
 from suite.registry import METHODS
 from suite.runs import provenance
@@ -46,7 +46,7 @@ class LocalWorld:
         self._names = cache(self._distinct_names)
         self.calibration = cache(self._calibration)
         self.calibration_fingerprint = cache(lambda source, tokens: self.calibration(source, tokens).fingerprint())
-        self._leaves = cache(lambda name, include_path: expand_name(name, include_path).tasks)
+        self._expansion = cache(expand_name)
         self._data: dict[str, str] = {}
 
     def _model(self, spec: str) -> ModelRef:
@@ -103,7 +103,7 @@ class LocalWorld:
         found: list[TaskConfig] = []
         for task in tasks:
             try:
-                leaves = self._leaves_of(task)
+                leaves = self._expand(task).tasks
             except InputError:  # which `task` raises again, for this task alone
                 found.append(task)
                 continue
@@ -114,12 +114,19 @@ class LocalWorld:
                     found.append(one)
         return found
 
-    def _leaves_of(self, task: TaskConfig) -> Sequence[Leaf]:
-        return self._leaves(task.name, None if task.source == "hub" else self.config.include_path)
+    def groups(self, task: TaskConfig) -> Sequence[Group]:
+        """Groups that a name stands for, those inside it included; none of a name that is wrong, which `task` says."""
+        try:
+            return self._expand(task).groups
+        except InputError:
+            return ()
+
+    def _expand(self, task: TaskConfig) -> Expansion:
+        return self._expansion(task.name, None if task.source == "hub" else self.config.include_path)
 
     def task(self, task: TaskConfig) -> TaskSpec:
         """Find a task's data; a source that was asked for must be where it is found."""
-        self._leaves_of(task)  # says what is wrong with a group
+        self._expand(task)  # says what is wrong with a group
         local = task.source != "hub"
         spec = resolve_task(
             task.name,

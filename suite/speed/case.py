@@ -13,6 +13,7 @@ import numpy as np
 from suite import schema
 from suite.devices import DTYPE_BYTES
 from suite.errors import InputError
+from suite.methods.base import NEURONS
 from suite.methods.cost import low_rank_weights, read_share
 from suite.registry import METHODS, did_you_mean, method_class
 
@@ -27,7 +28,7 @@ Progress = Callable[[str], None]
 
 # What is timed beside methods: a given active set, which is what a method with a predictor runs once it is known.
 GIVEN = "given"
-COLUMNS = [column for column in schema.SPEED if column not in ("run_id", "cell_id")]
+COLUMNS = [column for column in schema.SPEED.names if column not in ("run_id", "cell_id")]
 # Columns that only a timed case can have.
 _TIMED = frozenset(
     "rounds latency_us_median latency_us_q25 latency_us_q75 latency_us_min capture_s launch_us tokens_per_s mlp_share "
@@ -67,12 +68,14 @@ def kernel_of(method: str) -> Kernel:
     if ":" not in method and method not in METHODS:
         raise InputError(f"unknown speed method {method!r}{did_you_mean(method, [*METHODS, GIVEN])}")
     cls = method_class(method)
+    if cls.sites != (NEURONS,):
+        raise InputError(f"method {method!r} masks {' and '.join(cls.sites)}: the kernels skip neurons alone")
     if "practical" in cls.modes:
         if cls.needs_predictor:
             return Kernel.PREDICTOR
-        if cls.first_projection is not None:
+        if cls.first_projection in ("gate", "up"):
             return Kernel.THRESHOLD
-        raise InputError(f"method {method!r} has neither a first projection nor a predictor: no kernel runs it")
+        raise InputError(f"method {method!r} has neither one first projection nor a predictor: no kernel runs it")
     if "none" in cls.modes:
         return Kernel.DENSE
     raise InputError(f"method {method!r} has no practical mode: leave it out of the speed cases")
@@ -129,7 +132,8 @@ class SpeedCase:
     @property
     def first_projection(self) -> Projection | None:
         """Projection that is computed densely, and whose magnitude the threshold is set on."""
-        return method_class(self.method).first_projection if self.kernel is Kernel.THRESHOLD else None
+        first = method_class(self.method).first_projection if self.kernel is Kernel.THRESHOLD else None
+        return first if first != "both" else None
 
     @property
     def group(self) -> str:
@@ -156,7 +160,7 @@ def needed_bytes(case: SpeedCase, realised: float) -> float:
     weights = case.d_model * case.d_ff
     if case.level == "op":
         return weights * (1.0 - realised) * DTYPE_BYTES[case.dtype]
-    elements = 3 * weights * read_share(case.first_projection, realised)
+    elements = 3 * weights * read_share(None if case.method == GIVEN else method_class(case.method), realised)
     predictor = low_rank_weights(case.rank, case.d_model, case.d_ff) if case.rank else 0
     return (elements + predictor) * DTYPE_BYTES[case.dtype]
 

@@ -79,7 +79,7 @@ def check(
     n_steps = min(_REAL_STEPS if real else _STEPS, decode.length - start[1] - 1)
     found, tokens, sets = _follow_kernels(decode, kernels, start, n_steps)
     now: list[list[Tensor]] = [[]]
-    masked = MaskedMlp(decode, lambda _, activations: now[0][activations.layer])
+    masked = MaskedMlp(decode, lambda activations: now[0][activations.site.layer])
 
     def replay(mlp: Mlp) -> list[Tensor]:
         at = iter(sets)

@@ -130,7 +130,7 @@ def phase_rows(traces: Sequence[Mapping[str, Tensor]], cycles_per_us: float) -> 
     rows = []
     for name in traces[0]:
         cycles = torch.cat([trace[name] for trace in traces]).double().cpu().numpy()
-        rows.append(phase_row(name, cycles / cycles_per_us))
+        rows.append(phase_row(name, (cycles / cycles_per_us).tolist()))
     return rows
 
 

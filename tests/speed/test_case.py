@@ -72,7 +72,8 @@ def test_the_contract_of_a_method_decides_its_kernel():
     ("name", "message"),
     [
         ("random", "method 'random' has no practical mode: leave it out of the speed cases"),
-        ("tests.speed.own_methods:Unkerneled", "has neither a first projection nor a predictor: no kernel runs it"),
+        ("tests.speed.own_methods:Unkerneled", "has neither one first projection nor a predictor: no kernel runs it"),
+        ("tests.modeling.site_methods:Teal", "masks mlp.input and mlp.neurons: the kernels skip neurons alone"),
         ("giver", "unknown speed method 'giver'; did you mean 'given'"),
     ],
 )

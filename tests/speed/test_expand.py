@@ -129,8 +129,8 @@ def test_without_a_gpu_cuda_rows_are_skipped_with_the_reason(monkeypatch):
         assert "no CUDA device" in row["reason"]
         assert row["method"] == case.method
         assert row["latency_us_median"] is None
-        assert ["run_id", "cell_id", *row] == [c for c in schema.SPEED if c in ("run_id", "cell_id")] + list(row)
-        assert set(row) == set(schema.SPEED) - {"run_id", "cell_id"}
+        assert ["run_id", "cell_id", *row] == [c for c in schema.SPEED.names if c in ("run_id", "cell_id")] + list(row)
+        assert set(row) == set(schema.SPEED.names) - {"run_id", "cell_id"}
 
 
 def test_expanding_cases_loads_neither_torch_nor_numba():
