@@ -26,7 +26,7 @@ ANALYSIS = "suite.analysis.coefficients"
 ENTRIES: dict[str, tuple[str, ...]] = {
     "accuracy": (_EXECUTOR, "suite.evaluation.evaluator", "suite.fitting.thresholds", "suite.fitting.predictor"),
     "analysis": (_EXECUTOR, ANALYSIS, "suite.modeling.loading", "suite.data_files"),
-    "speed": (_EXECUTOR, "suite.speed.cases", "suite.fitting.artifacts"),
+    "speed": (_EXECUTOR, "suite.speed.bench", "suite.fitting.artifacts"),
     "report": ("suite.report.page",),
 }
 # Kernels for decode steps, which accuracy and its analysis never call: both are always masked. What decides so is hashed,

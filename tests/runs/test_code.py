@@ -69,7 +69,9 @@ EDITS = {
     ("suite/__init__.py", "import kernels_numba ", "import kernels_numba  "): CELLS | {REPORT},
     ("kernels_numba/__init__.py", "", "#\n"): CELLS | {REPORT},  # sets how threads wait
     ("own/__init__.py", "", "import os\n"): {OWN},
-    ("suite/speed/cpu.py", "", "#\n"): {SPEED},  # imported by its name, a string
+    ("suite/speed/layer_cpu.py", "", "#\n"): {SPEED},
+    ("suite/decoding/parts_cuda.py", "", "#\n"): {SPEED},
+    ("suite/devices.py", "", "#\n"): CELLS,
     ("kernels_numba/gpu/decode/attention.py", "", "#\n"): {SPEED},
     ("kernels_numba/gpu/host/layers.py", "", "#\n"): {SPEED},  # accuracy is computed masked
     ("kernels_numba/cpu_kernels.py", "", "#\n"): {SPEED},
@@ -126,7 +128,14 @@ def test_whatever_the_executor_uses_is_behind_an_entry():
     used = code._graph("suite", "kernels_numba", "baselines").find_modules_directly_imported_by(
         "suite.runs.work.worker"
     )
-    rooms = ("suite.evaluation.", "suite.fitting.", "suite.speed.", "suite.analysis.", "suite.modeling.")
+    rooms = (
+        "suite.evaluation.",
+        "suite.fitting.",
+        "suite.speed.",
+        "suite.decoding.",
+        "suite.analysis.",
+        "suite.modeling.",
+    )
     reached = frozenset().union(*(code.reached(code.ENTRIES[kind]) for kind in ("accuracy", "analysis", "speed")))
     assert {module for module in used if module.startswith(rooms)} <= reached
     assert len(used) > 10

@@ -15,7 +15,7 @@ from suite.runs.cells.accuracy import FitRequest, World
 from suite.runs.store import sha256_of
 
 if TYPE_CHECKING:
-    from suite.speed.cases import SpeedCase
+    from suite.speed.case import SpeedCase
 
 ID_LENGTH = 16
 
@@ -71,7 +71,7 @@ def expand_speed(config: MatrixConfig, world: World) -> list[TimedCell]:
     """
     if not config.speed:
         return []
-    from suite.speed.cases import make_cases
+    from suite.speed.expand import make_cases
 
     cells: dict[str, TimedCell] = {}
     for number, block in enumerate(config.speed):

@@ -50,7 +50,7 @@ class LocalExecutor:
     def time(self, cells: Sequence[TimedCell], fits: Path) -> list[dict[str, Any]]:
         """Time the cells of one group interleaved; one partial speed row a cell, in order."""
         from suite.fitting.artifacts import load_fit
-        from suite.speed.cases import run_group
+        from suite.speed.bench import run_group
 
         states = {cell.case: load_fit(fits, cell.fit_key) for cell in cells if cell.fit_key}
         cases = [cell.case for cell in cells]
