@@ -34,7 +34,7 @@ def make_prefix(dev: Any) -> Any:
 
 
 def make_counts(plan: Plan, dev: Any) -> SimpleNamespace:
-    """``fetch(...)``: ask for all blocks' counts; ``check(...)``: wait for those that had not been told by then."""
+    """``fetch(...)``: ask for all blocks' counts; ``check(...)``: wait for those that were not there yet."""
     n_blocks, threads, words = plan.n_blocks, plan.threads, -(-plan.n_blocks // 2)
     at, area, copy = plan.shared, plan.workspace, dev.make_copy(plan.hint)
 

@@ -78,7 +78,7 @@ def make_threshold_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
             share, epoch = zeros(), 0
             if sums:
                 share, found, epoch = choose_and_add(shared, ws, x, dense, a, b, down, threshold, n_tokens, block, tid)
-                if tid == 0:  # for who asks how many neurons were active
+                if tid == 0:  # for those who ask how many neurons were active
                     dev.store_i32(ws + area.counts + block * 8, found)
             finish(shared, ws, epoch, share, residual, y, n_tokens, block, tid)
 

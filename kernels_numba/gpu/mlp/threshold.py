@@ -1,7 +1,7 @@
 """Device code of CATS and M-COUNTDOWN: one loop for the dense rows that choose and for the rows of the neurons they find.
 
 The next free packet of the ring takes the rows of neurons if enough of them are waiting, else the next dense rows, so
-the stream of weights never pauses and the blocks end together: who finds more claims less (``work_queue``).
+the stream of weights never pauses and the blocks end together: a block that finds more claims less (``work_queue``).
 One thread notes what a packet holds and which dense packet is next; the others read it behind the next packet's barrier.
 It is of the last warp: the first has the list of found neurons to write at the same time.
 """
@@ -26,7 +26,7 @@ _DENSE = 1  # kinds of packets in flight, 4 bits each: 0 nothing, 1 dense rows, 
 
 
 def make_append(plan: Plan, dev: Any) -> Any:
-    """``append(...)``: add the kept rows of a dense packet to the block's circular list; returns how many it has had.
+    """``append(...)``: add the kept rows of a dense packet to the block's circular list; returns how many it has taken in all.
 
     A row is kept if any token keeps it (not score < threshold, so NaN is kept); its entry says which tokens do. Every
     warp counts the same; warp 0 writes.
