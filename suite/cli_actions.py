@@ -225,7 +225,7 @@ def compare(first: Path, second: Path) -> None:
 def verify(folder: Path, n_recompute: int, folders: dict[str, Any], *, allow_code: bool = False) -> int:
     """Print the problems of a run folder; 1 if there are any."""
     from suite.files import links_in
-    from suite.report.page import rebuild_problems
+    from suite.report.rebuild import rebuild_problems
     from suite.runs.audit.verify import config_of, problems_of, recompute, verify_files
 
     problems = verify_files(folder)
@@ -259,7 +259,7 @@ def benchmark(
     if threads:
         block["threads"] = threads
     config = build_config({"name": "benchmark", "title": "One gated MLP layer", "speed": [block]}, "command line")
-    from suite.report.load import load_results
+    from suite.report.results import load_results
     from suite.report.speed import plain_table, with_speed_up
 
     finished = _finish(config, results, None, rerun, no_fit=False)

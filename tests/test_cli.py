@@ -44,7 +44,7 @@ def quick_report(folder: Path) -> None:
 def executor(quick, monkeypatch: pytest.MonkeyPatch) -> FakeExecutor:
     """The quick executor without the report, which takes most of a run's time and has tests of its own."""
     monkeypatch.setattr("suite.report.page.write_report", quick_report)
-    monkeypatch.setattr("suite.report.page.rebuild_problems", lambda folder: [])
+    monkeypatch.setattr("suite.report.rebuild.rebuild_problems", lambda folder: [])
     return quick
 
 

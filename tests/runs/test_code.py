@@ -80,7 +80,7 @@ EDITS = {
     ("suite/modeling/decode_probe.py", "", "#\n"): ACCURACY,
     ("suite/runs/work/worker.py", "", "#\n"): CELLS,
     ("suite/runs/assemble.py", "", "#\n"): set(),
-    ("suite/report/frames.py", "", "#\n"): {REPORT},
+    ("suite/report/quality.py", "", "#\n"): {REPORT},
     ("suite/cli.py", "", "#\n"): set(),
     ("own/method.py", "", "#\n"): {OWN},
     ("own/helper.py", "", "#\n"): {OWN},

@@ -34,7 +34,7 @@ def models_of(tmp_path, monkeypatch):
     found: list[str] = []
     monkeypatch.setattr("suite.cli_actions._world", lambda config: None)
     monkeypatch.setattr("suite.cli_actions._executor", lambda config: None)
-    monkeypatch.setattr("suite.report.page.rebuild_problems", lambda folder: [])
+    monkeypatch.setattr("suite.report.rebuild.rebuild_problems", lambda folder: [])
     monkeypatch.setattr("suite.runs.audit.verify.verify_files", lambda folder: [])
     monkeypatch.setattr(
         "suite.runs.audit.verify.recompute",

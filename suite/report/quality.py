@@ -1,4 +1,4 @@
-"""What tables, figures and claims share: settings, their labels and order, task averages, paired comparisons."""
+"""Accuracy rows arranged: settings and their labels, blocks, task averages, differences paired by document."""
 
 from __future__ import annotations
 
@@ -10,43 +10,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from suite import schema
-from suite.evaluation.tasks import known_tasks
-from suite.registry import METHODS
-from suite.report.load import Results
-from suite.report.task_names import bare, with_variant_names
+from suite.report.methods import dense_rows, is_dense, is_floor, method_order
+from suite.report.results import BLOCK, SETTING, VARIANT, Results, number
+from suite.report.task_names import TEXT_METRICS, task_order, with_variant_names
 from suite.statistics import FloatArray, Units, bootstrap_interval, paired_delta, resampling_group
 
-# What a setting is, beside its method; a column that varies within a block goes into the row's label.
-BLOCK = ["model", "dtype", "scope", "mode", "sparsity_target"]
-VARIANT = [column for column in schema.ACCURACY.settings if column not in (*BLOCK, "method")]
-SETTING = [*BLOCK, "method", *VARIANT]
 SUMMARY_METRICS = ("acc_norm", "acc", "exact_match")
-TEXT_METRICS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "kl_dense", "top1_agreement")
 PERPLEXITIES = ("perplexity", "word_perplexity")
 FILTERS = ("none", "", "strict-match")  # preferred where a task reports one metric through several filters
 REALIZED_TOLERANCE = 0.01  # practical methods further apart than this are not compared
 Interval = tuple[float, float | None, float | None]
 Cell = Mapping[Any, Any]  # one row of accuracy.csv
 Blocks = list[tuple[dict[str, Any], list["Average"]]]
-
-
-def method_order(method: str) -> tuple[int, str]:
-    """Sort key: the registry's order (ceiling, floor, baselines, COUNTDOWN), then others by name."""
-    names = list(METHODS)
-    return (names.index(method) if method in names else len(names), method)
-
-
-def task_order(task: str) -> tuple[int, str]:
-    """Sort key: the order that ``ls`` shows, then others by name."""
-    names, name = known_tasks(), bare(task)
-    return (names.index(name) if name in names else len(names), task)
-
-
-def number(value: Any) -> float | None:
-    """Float of a cell, None where it is empty or not finite."""
-    result = float(value)
-    return result if np.isfinite(result) else None
 
 
 def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
@@ -87,6 +62,16 @@ class Average:
     def method(self) -> str:
         """Registry name of the method."""
         return str(self.setting["method"])
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is the dense reference."""
+        return is_dense(self.method)
+
+    @property
+    def is_floor(self) -> bool:
+        """Whether this is the floor, which has no practical mode."""
+        return is_floor(self.method)
 
 
 class Quality:
@@ -185,7 +170,7 @@ class Quality:
 
         A task of few blocks (generation, say) is in none of their averages, so that all are over the same tasks.
         """
-        same = self.summary[self.summary["method"] != "dense"]
+        same = self.summary[~dense_rows(self.summary)]
         for column in ("model", "dtype", "scope"):
             same = same[same[column] == block[column]]
         given = [set(group["task"]) for _, group in same.groupby(["mode", "sparsity_target"])]
@@ -212,38 +197,38 @@ class Quality:
         return sorted(found, key=lambda a: (method_order(a.method), a.label))
 
     def blocks(self, rows: pd.DataFrame) -> Blocks:
-        """Blocks (model, dtype, scope, mode, sparsity) with dense and random of the same model in each.
+        """Blocks (model, dtype, scope, mode, sparsity) with dense and the floor of the same model in each.
 
-        random has no practical mode: its ideal row stands in practical blocks as the floor.
+        The floor has no practical mode: its ideal row stands in practical blocks.
         """
         settings = self.settings(rows)
         blocks: dict[tuple[Any, ...], list[Average]] = {}
         for one in settings:
-            if one.method != "dense":
+            if not one.is_dense:
                 blocks.setdefault(tuple(one.setting[c] for c in BLOCK), []).append(one)
         result = []
         for key in sorted(blocks, key=lambda k: (k[0], k[1], k[2], _mode_order(k[3]), k[4])):
             block = dict(zip(BLOCK, key, strict=True))
             own = blocks[key]
             same = [s for s in settings if all(s.setting[c] == block[c] for c in ("model", "dtype"))]
-            dense = [s for s in same if s.method == "dense"][:1]
+            dense = [s for s in same if s.is_dense][:1]
             floor: list[Average] = []
-            if not any(s.method == "random" for s in own):
+            if not any(s.is_floor for s in own):
                 floor = [
                     s
                     for s in same
-                    if s.method == "random"
+                    if s.is_floor
                     and s.setting["scope"] == block["scope"]
                     and s.setting["sparsity_target"] == block["sparsity_target"]
                 ][:1]
-            if {s.method for s in own} != {"random"} or block["mode"] != "practical":
+            if not all(s.is_floor for s in own) or block["mode"] != "practical":
                 result.append((block, sorted([*dense, *floor, *own], key=lambda a: (method_order(a.method), a.label))))
         return result
 
     def dense_of(self, setting: dict[str, Any], settings: Iterable[Average]) -> Average | None:
         """The dense setting of the same model and dtype."""
         for one in settings:
-            if one.method == "dense" and all(one.setting[c] == setting[c] for c in ("model", "dtype")):
+            if one.is_dense and all(one.setting[c] == setting[c] for c in ("model", "dtype")):
                 return one
         return None
 
@@ -347,7 +332,7 @@ def above_chance(dense: Cell | None) -> tuple[bool, str]:
 
 def columns_of(settings: Sequence[Average]) -> set[str]:
     """Tasks that any sparse setting has a cell of."""
-    return {task for one in settings if one.method != "dense" for task in one.cells}
+    return {task for one in settings if not one.is_dense for task in one.cells}
 
 
 def unequal(settings: Sequence[Average]) -> set[str]:

@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from suite.report.frames import PERPLEXITIES, SETTING, Average, Interval, Quality, cell_value, task_order
-from suite.report.text import MISSING, fixed, markdown_table, percent, signed
+from suite.report.material import Material
+from suite.report.objects import Block, Content, ReportTable
+from suite.report.quality import PERPLEXITIES, Average, Interval, Quality, cell_value
+from suite.report.results import SETTING
+from suite.report.task_names import task_order
+from suite.report.text import MISSING, fixed, percent, signed
 
 Group = list[Average]
 
@@ -19,7 +23,7 @@ def _grouped(quality: Quality, rows: pd.DataFrame, apart: str) -> list[Group]:
     """Settings that differ in one column alone, where there are several: for seeds of one text, for texts of one seed."""
     groups: dict[tuple[Any, ...], Group] = {}
     for one in quality.settings(rows):
-        if one.method != "dense":
+        if not one.is_dense:
             groups.setdefault(tuple(one.setting[c] for c in SETTING if c != apart), []).append(one)
     return [group for group in groups.values() if len(group) > 1]
 
@@ -35,9 +39,11 @@ def _texts(quality: Quality) -> pd.DataFrame:
     return rows[rows["metric"].isin(PERPLEXITIES)]
 
 
-def seeds_table(quality: Quality) -> str:
-    """Spread over seeds of the task average and of perplexities; "" where nothing was run with several."""
-    rows = []
+def seeds(material: Material) -> Content | None:
+    """Spread over seeds of the task average and of perplexities; none where nothing was run with several."""
+    quality, rows = material.quality, []
+    if not quality.summary_tasks:
+        return None
     for group in _grouped(quality, quality.summary_of(quality.every), "seed"):
         tasks = _common(group)
         if tasks:
@@ -47,13 +53,11 @@ def seeds_table(quality: Quality) -> str:
         for column in _common(group):
             values = [cell_value(one.cells[column]) or 0.0 for one in group]
             rows.append(_spread(group, column, values, 2 if max(values) < 1000 else 0))
-    if not rows:
-        return ""
-    header = ["method", "model", "scope", "mode", "sparsity", "of", "seeds", "mean", "standard deviation", "least"]
-    return (
-        "# Spread over seeds\n\nSettings that were run with several seeds (of the noise of random; of a fit: its split of "
-        "the text and its training), each on the same documents.\n\n" + markdown_table([*header, "most"], rows)
-    )
+    return Content([Block(_SEED_COLUMNS, rows)]) if rows else None
+
+
+_SEED_COLUMNS = ["method", "model", "scope", "mode", "sparsity", "of", "seeds", "mean", "standard deviation", "least"]
+_SEED_COLUMNS += ["most"]
 
 
 def _spread(group: Group, what: str, values: Sequence[float], digits: int) -> list[str]:
@@ -70,36 +74,31 @@ def text_name(source: str, in_domain: bool) -> str:
     return PurePosixPath(source.partition(":")[2] or source).name.partition(".")[0]
 
 
-def calibration_table(quality: Quality, in_domain: Mapping[str, bool]) -> str:
-    """Fits on the tasks' train splits against fits on other text, "" where no setting has both."""
-    parts = [
-        *_tables(quality, quality.summary_of(quality.every), in_domain, average=True),
-        *_tables(quality, _texts(quality), in_domain, average=False),
+def calibrations(material: Material) -> Content | None:
+    """Fits on the tasks' train splits against fits on other text, none where no setting has both."""
+    quality, in_domain = material.quality, material.in_domain
+    if not quality.summary_tasks:
+        return None
+    blocks = [
+        *_blocks(quality, quality.summary_of(quality.every), in_domain, average=True),
+        *_blocks(quality, _texts(quality), in_domain, average=False),
     ]
-    if not parts:
-        return ""
-    return (
-        "# Fitted in domain and out of domain\n\nThe same method at the same sparsity, its thresholds or predictors fitted on "
-        "the train splits of evaluated tasks and on other text; percent, perplexities as they are. Difference: train splits "
-        "minus the other text on the same documents, points (perplexities as they are), with its 95 % interval, not "
-        "corrected for the number of comparisons.\n\n" + "\n".join(parts)
-    )
+    return Content(blocks) if blocks else None
 
 
-def _tables(quality: Quality, rows: pd.DataFrame, in_domain: Mapping[str, bool], *, average: bool) -> Iterator[str]:
-    blocks: dict[tuple[str, str], list[tuple[Average, Average]]] = {}
+def _blocks(quality: Quality, rows: pd.DataFrame, in_domain: Mapping[str, bool], *, average: bool) -> Iterator[Block]:
+    found: dict[tuple[str, str], list[tuple[Average, Average]]] = {}
     for group in _grouped(quality, rows, "calibration"):
         inside = [one for one in group if in_domain.get(str(one.setting["calibration"]))]
         outside = [one for one in group if one not in inside]
         for pair in ((one, other) for one in inside for other in outside):
             place = (str(pair[0].setting["model"]), str(pair[0].setting["scope"]))
-            blocks.setdefault(place, []).append(pair)
-    for (model, scope), pairs in blocks.items():
+            found.setdefault(place, []).append(pair)
+    for (model, scope), pairs in found.items():
         columns = list(dict.fromkeys(column for pair in pairs for column in _common(pair)))
         header = ["method", "sparsity", "fitted on", "realised", *(c.replace(" ", ", ") for c in columns)]
         lines = [line for one, other in pairs for line in _lines(quality, one, other, columns, in_domain, average)]
-        title = f"### {model}, scope `{scope}`\n\n"
-        yield title + markdown_table([*header, *(["average"] if average else [])], lines)
+        yield Block([*header, *(["average"] if average else [])], lines, f"{model}, scope `{scope}`")
 
 
 def _lines(
@@ -119,3 +118,24 @@ def _lines(
     shown = [signed(f) if average else signed(f, 1, 1) for f in found]
     last = [signed(quality.average_difference(one, other, columns))] if average else []
     yield [*name, "difference", "", *shown, *last]
+
+
+TABLES = (
+    ReportTable(
+        "seeds",
+        "Spread over seeds",
+        "Settings that were run with several seeds (of the noise of random; of a fit: its split of the text and its "
+        "training), each on the same documents.",
+        seeds,
+        is_open=False,
+    ),
+    ReportTable(
+        "calibration",
+        "Fitted in domain and out of domain",
+        "The same method at the same sparsity, its thresholds or predictors fitted on the train splits of evaluated tasks "
+        "and on other text; percent, perplexities as they are. Difference: train splits minus the other text on the same "
+        "documents, points (perplexities as they are), with its 95 % interval, not corrected for the number of comparisons.",
+        calibrations,
+        is_open=False,
+    ),
+)

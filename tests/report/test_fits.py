@@ -5,9 +5,8 @@ import json
 import pandas as pd
 import pytest
 
-from suite.report.frames import Quality
-from suite.report.load import load_results
-from suite.report.variants import calibration_table, seeds_table, text_name
+from suite.report.tables.fits import text_name
+from tests.report.parts import quality, table_text
 from tests.report.synthetic import hand_run, hits, manifest
 from tests.report.test_comparisons import lines_of
 
@@ -49,27 +48,27 @@ def run(tmp_path):
 
 
 def test_main_tables_hold_the_main_fits_alone(run):
-    quality = Quality(load_results(run))
-    assert list(quality.summary.loc[quality.summary["method"] == "d-countdown", "label"]) == ["d-countdown"] * 2
-    assert len(quality.every) == len(quality.rows) + 2 + 2 + 3
-    (practical,) = [settings for block, settings in quality.summary_blocks if block["mode"] == "practical"]
+    found = quality(run)
+    assert list(found.summary.loc[found.summary["method"] == "d-countdown", "label"]) == ["d-countdown"] * 2
+    assert len(found.every) == len(found.rows) + 2 + 2 + 3
+    (practical,) = [settings for block, settings in found.summary_blocks if block["mode"] == "practical"]
     assert [one.label for one in practical] == ["dense", "random", "d-countdown"]
 
 
 def test_without_a_manifest_every_row_is_a_main_one(run):
     (run / "manifest.json").unlink()
-    quality = Quality(load_results(run))
-    assert len(quality.rows) == len(quality.every)
+    found = quality(run)
+    assert len(found.rows) == len(found.every)
 
 
 def test_spread_over_seeds_is_over_the_tasks_that_all_seeds_have(run):
-    average, text = lines_of(seeds_table(Quality(load_results(run))), "d-countdown")
+    average, text = lines_of(table_text(run, "seeds"), "d-countdown")
     assert average[2:] == ["scored", "practical", "0.8", "average of 1 tasks, %", "3", "50.0", "10.0", "40.0", "60.0"]
     assert text[5:7] == ["decode_perplexity perplexity", "3"]
 
 
 def test_texts_are_compared_on_the_same_documents(run):
-    table = calibration_table(Quality(load_results(run)), IN_DOMAIN)
+    table = table_text(run, "calibration")
     outside, inside, difference = lines_of(table.partition("decode")[0], "d-countdown")
     assert outside[2:] == ["c4", "0.800", "50.0", "60.0", "55.0"]
     assert inside[2:] == ["train splits", "0.800", "70.0", "60.0", "65.0"]
@@ -85,8 +84,8 @@ def test_without_variants_there_are_no_such_tables(tmp_path):
         ("dense", "none", 0.0, 0.0): {"arc_easy": hits(90)},
         ("cats", "practical", 0.8, 0.8): {"arc_easy": hits(50)},
     }
-    quality = Quality(load_results(hand_run(tmp_path, answers)))
-    assert seeds_table(quality) == calibration_table(quality, {}) == ""
+    run = hand_run(tmp_path, answers)
+    assert table_text(run, "seeds") == table_text(run, "calibration") == ""
 
 
 def test_names_of_texts():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,21 @@ from suite.manifest_file import NAME as MANIFEST
 from suite.manifest_file import read_manifest
 
 SAMPLES_FILE = "samples.csv.gz"
+# What a setting of accuracy.csv is, beside its method; a column that varies within a block goes into the row's label.
+BLOCK = ["model", "dtype", "scope", "mode", "sparsity_target"]
+VARIANT = [column for column in schema.ACCURACY.settings if column not in (*BLOCK, "method")]
+SETTING = [*BLOCK, "method", *VARIANT]
+# Rows of speed.csv that share these are of one shape on one device and may be compared; backend and variant compete.
+SHAPE = ["level", "model_shape", "model", "dtype", "batch_size", "threads", "context_tokens", "cache", "device_name"]
+LINE = ["method", "rank", "predictor", "backend", "variant", "clock"]  # what a line over sparsities is, within a shape
+DECODED = [
+    "model_shape",
+    "dtype",
+    "batch_size",
+    "context_tokens",
+    "threads",
+    "device_name",
+]  # a model and how it is run
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,12 @@ def load_results(folder: str | Path) -> Results:
     if not manifest and not any((folder / f"{name}.csv").is_file() for name in ("accuracy", "speed")):
         raise InputError(f"{folder} is no run folder: it has neither manifest.json nor accuracy.csv nor speed.csv")
     return Results(folder=folder, manifest=manifest, **frames)
+
+
+def number(value: Any) -> float | None:
+    """Float of a cell, None where it is empty or not finite."""
+    result = float(value)
+    return result if math.isfinite(result) else None
 
 
 def _read(path: Path, table: schema.Table, version: int) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Figures of speed rows: speed-up with its bound, efficiency as a heat map, time split per phase."""
+"""Figures of kernels: efficiency as a heat map, and where the time of a layer goes."""
 
 from __future__ import annotations
 
@@ -9,74 +9,41 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from suite.report.frames import method_order
-from suite.report.speed import PROBES, SHAPE
-from suite.report.style import WIDTH, label_ends, look, new_figure
+from suite.report.figures.panels import lines_of
+from suite.report.figures.speed_up import speed_ups
+from suite.report.material import Material
+from suite.report.methods import dense_rows, method_order
+from suite.report.objects import ReportFigure
+from suite.report.speed import speed_label
+from suite.report.style import WIDTH, new_figure
 
-FEWEST = 4  # sparsities of a panel of speed-ups; shorter lines stand in the tables
+_SETTING = ["level", "dtype", "batch_size", "threads", "cache", "device_name", "backend", "clock"]
 _HEAT = "viridis"
 # light to dark in the order of the phases; "wait" in grey: nothing is read
 _PHASES = {"first packet": "#a2d4ec", "z = V x": "#73bfe2", "choose": "#46abdb", "logits": "#46abdb"}
 _PHASES |= {"dense and active rows": "#2a8ebd", "active rows": "#12719e", "wait": "#9d9d9d", "sum of y": "#fdbf11"}
 
 
-def lines_of(data: pd.DataFrame, by: str = "label") -> list[tuple[str, str, pd.DataFrame]]:
-    """(label, method, rows) of every sparse line in print order."""
-    groups = [(str(k), str(g["method"].iloc[0]), g) for k, g in data.groupby(by, sort=False)]
-    groups = [group for group in groups if group[1] != "dense"]
-    return sorted(groups, key=lambda group: (method_order(group[1]), group[0]))
+def efficiencies(material: Material) -> pd.DataFrame:
+    """Efficiency of every timed sparse row of a shape that is one of several in its setting."""
+    frame = speed_ups(material)
+    frame = frame[~dense_rows(frame) & (frame["variant"] == "eager") & (frame["level"] != "decode")]
+    several = frame.groupby(_SETTING, dropna=False)["model_shape"].transform("nunique") > 1
+    return frame[several.astype(bool)]
 
 
-def draw_speedup_vs_sparsity(data: pd.DataFrame) -> Figure | None:
-    """Speed-up over the fastest dense against sparsity, the byte bound dashed; a panel per shape."""
-    sparse = data[(data["method"] != "dense") & ~data["variant"].isin(PROBES)]
-    if sparse.empty:
-        return None
-    columns = [*SHAPE, "clock"]
-    groups = [(key, g) for key, g in sparse.groupby(columns, sort=False, dropna=False)]
-    long = [(key, g) for key, g in groups if g["sparsity_target"].nunique() >= FEWEST]
-    groups = sorted(long or groups, key=lambda group: (group[0][0], int(group[1]["batch_size"].iloc[0])))
-    n_columns = min(2, len(groups))
-    n_rows = math.ceil(len(groups) / n_columns)
-    figure = new_figure(WIDTH if n_columns > 1 else 0.62 * WIDTH, 3.0 * n_rows)
-    grid = figure.subplots(n_rows, n_columns, squeeze=False)
-    for (_, group), axes in zip(groups, grid.flat, strict=False):
-        _speed_panel(axes, group)
-    for axes in grid.flat[len(groups) :]:
-        axes.set_visible(False)
-    return figure
-
-
-def _speed_panel(axes: Axes, group: pd.DataFrame) -> None:
-    keyed = group.assign(line=group["label"] + " " + group["backend"] + " " + group["variant"])
-    several = keyed.groupby("label")["line"].nunique().gt(1).any()
-    ends = []
-    for name, method, rows in lines_of(keyed, "line"):
-        rows = rows.sort_values("sparsity_realized")
-        style, x = look(method), rows["sparsity_realized"].to_numpy(dtype=float)
-        axes.plot(x, rows["bound"], color=style.color, linestyle=(0, (4, 2)), linewidth=0.9, alpha=0.8, zorder=2)
-        axes.fill_between(x, rows["speed_up_low"], rows["speed_up_high"], color=style.color, alpha=0.18, linewidth=0)
-        axes.plot(x, rows["speed_up"], color=style.color, marker=style.marker, zorder=3)
-        label = name if several else str(rows["label"].iloc[0])
-        ends.append((float(x[-1]), float(rows["speed_up"].iloc[-1]), label, style.color))
-    axes.axhline(1, color="black", linewidth=1.0, zorder=1)
-    low, high = axes.get_ylim()
-    if low > 0 and high / low > 4:  # powers of two leave too few ticks on a shorter axis
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}x"))
-    axes.margins(x=0.04)
-    axes.set_xlim(axes.get_xlim())
-    axes.set_ylim(axes.get_ylim())
-    label_ends(axes, [*ends, (axes.get_xlim()[1], 1.0, "dense", "black")], 2.4)
-    first = group.iloc[0]
-    axes.set_title(
-        f"{first['model_shape'] or first['model']}, {first['level']}, {first['dtype']}, batch {first['batch_size']}"
-    )
-    axes.set_xlabel("realised sparsity (dashed: byte bound)")
-    axes.set_ylabel("speed-up over fastest dense")
+def phases(material: Material) -> pd.DataFrame:
+    """Phases of every traced kernel, with the row they belong to; none of a kernel whose clock rate was mismeasured (< 0)."""
+    layers = material.speed[material.speed["level"] != "decode"]
+    speed = layers[["cell_id", "model_shape", "dtype", "batch_size", "method", "rank", "sparsity_target"]]
+    merged = material.results.phases.merge(speed, on="cell_id", how="inner")
+    merged = merged[merged.groupby("cell_id")["us_median"].transform("min") >= 0].copy()
+    merged["_order"] = merged.groupby("cell_id", sort=False).cumcount()
+    merged["_method"] = merged["method"].map(method_order)
+    merged = merged.sort_values(["model_shape", "_method", "sparsity_target", "_order"], kind="stable")
+    merged["bar"] = [f"{speed_label(row)}, s={row['sparsity_target']:g}" for _, row in merged.iterrows()]
+    return merged
 
 
 def draw_efficiency(data: pd.DataFrame) -> Figure | None:
@@ -152,3 +119,22 @@ def draw_phases(data: pd.DataFrame) -> Figure:
     order = [name for name in _PHASES if name in drawn]
     figure.legend([drawn[name] for name in order], order, loc="outside lower center", ncols=len(order))
     return figure
+
+
+FIGURES = (
+    ReportFigure(
+        "efficiency",
+        "Efficiency (needed bytes over time x the read bandwidth of the run; 1 is the limit of memory) by shape and sparsity.",
+        [*_SETTING, "model_shape", "method", "label", "sparsity_target", "sparsity_realized", "efficiency"],
+        efficiencies,
+        draw_efficiency,
+    ),
+    ReportFigure(
+        "phases",
+        "Where the time of a layer goes: median over all blocks of each phase, by their own clocks, from the end of the layer "
+        "in front on.",
+        ["cell_id", "model_shape", "dtype", "batch_size", "bar", "phase", "us_median", "us_q05", "us_q95"],
+        phases,
+        draw_phases,
+    ),
+)

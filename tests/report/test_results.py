@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from suite.errors import InputError
-from suite.report.load import load_results
 from suite.report.page import write_report
+from suite.report.results import load_results
 from suite.runs.view.manifest import read_manifest
 from tests.report.synthetic import accuracy_row, manifest, write_run
 

@@ -9,50 +9,56 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from suite.report.frames import method_order
-from suite.report.speed import PROBES, speed_label
-from suite.report.speed_figures import FEWEST, lines_of
-from suite.report.style import WIDTH, label_ends, look, new_figure
+from suite.report.figures.panels import DASHED, lines_of
+from suite.report.figures.speed_up import FEWEST
+from suite.report.material import Material
+from suite.report.methods import dense_rows, is_dense, method_order
+from suite.report.objects import ReportFigure
+from suite.report.results import DECODED
+from suite.report.speed import PROBES, speed_label, speed_labels
+from suite.report.style import DENSE, WIDTH, label_ends, look, new_figure
 
-MODEL = ["model_shape", "dtype", "batch_size", "context_tokens", "threads", "device_name"]
+_LINE = ["level", *DECODED, "method", "label"]
+_TOKENS = ["sparsity_target", "sparsity_realized", "tokens_per_s", "bound_tokens_per_s", "speed_up"]
 _PARTS = {"MLP": "#12719e", "attention": "#73bfe2", "head": "#fdbf11", "rest": "#9d9d9d"}
 
 
-def decode_tokens(speed: pd.DataFrame) -> pd.DataFrame:
+def decode_tokens(material: Material) -> pd.DataFrame:
     """Tokens per second of every decode row that is ok, and what the run's read bandwidth would allow at its bytes."""
+    speed = material.speed
     rows = speed[(speed["level"] == "decode") & (speed["status"] == "ok")]
     bound = rows["read_bandwidth_gb_s"] * 1e9 / (rows["bytes_read_mib"] * 2**20)
-    rows = rows.assign(label=[speed_label(row) for _, row in rows.iterrows()], bound_tokens_per_s=bound)
-    columns = [*MODEL, "method", "label", "variant", "sparsity_target", "sparsity_realized", "tokens_per_s"]
-    return rows[[*columns, "bound_tokens_per_s", "speed_up"]].reset_index(drop=True)
+    return rows.assign(label=speed_labels(rows), bound_tokens_per_s=bound)
 
 
-def decode_phases(speed: pd.DataFrame, phases: pd.DataFrame) -> pd.DataFrame:
+def decode_phases(material: Material) -> pd.DataFrame:
     """Parts of a token's time with the row they belong to."""
-    rows = speed[speed["level"] == "decode"]
-    merged = phases.merge(rows[[*MODEL, "cell_id", "method", "rank", "sparsity_target"]], on="cell_id", how="inner")
+    rows = material.speed[material.speed["level"] == "decode"]
+    merged = material.results.phases.merge(
+        rows[[*DECODED, "cell_id", "method", "rank", "sparsity_target"]], on="cell_id", how="inner"
+    )
     merged["_method"] = merged["method"].map(method_order)
-    merged = merged.sort_values([*MODEL, "_method", "sparsity_target"], kind="stable")
+    merged = merged.sort_values([*DECODED, "_method", "sparsity_target"], kind="stable")
     merged["bar"] = [
-        speed_label(row) if row["method"] == "dense" else f"{speed_label(row)}, s={row['sparsity_target']:g}"
+        speed_label(row) if is_dense(row["method"]) else f"{speed_label(row)}, s={row['sparsity_target']:g}"
         for _, row in merged.iterrows()
     ]
-    return merged.reindex(columns=[*MODEL, "bar", "phase", "us_median"]).reset_index(drop=True)
+    return merged
 
 
-def break_even(speed: pd.DataFrame) -> pd.DataFrame:
+def break_even(material: Material) -> pd.DataFrame:
     """Realised sparsity from which a method is faster than the fastest dense row, between the rows around speed-up 1.
 
     Of whole models that decode, and of layers timed at four sparsities or more. ``at`` is NaN where none is faster;
     ``below`` says that already the least sparsity timed is faster, and ``at`` is it (of a single one that says nothing,
     and it is left out).
     """
-    key = ["level", *MODEL, "method", "label"]
-    rows = speed[(speed["method"] != "dense") & (speed["status"] == "ok") & speed["speed_up"].notna()]
+    speed = material.speed
+    rows = speed[~dense_rows(speed) & (speed["status"] == "ok") & speed["speed_up"].notna()]
     rows = rows[rows["level"].isin(["decode", "layer"]) & ~rows["variant"].isin(PROBES) & (rows["clock"] != "event")]
-    rows = rows.assign(label=[speed_label(row) for _, row in rows.iterrows()])
+    rows = rows.assign(label=speed_labels(rows))
     found: list[dict[str, Any]] = []
-    for values, group in rows.groupby(key, dropna=False, sort=False):
+    for values, group in rows.groupby(_LINE, dropna=False, sort=False):
         if values[0] == "layer" and group["sparsity_target"].nunique() < FEWEST:
             continue
         line = group.sort_values("sparsity_realized")
@@ -64,8 +70,8 @@ def break_even(speed: pd.DataFrame) -> pd.DataFrame:
         at = x[0] if last < 0 else np.nan
         if 0 <= last < len(x) - 1:
             at = x[last] + (1 - y[last]) / (y[last + 1] - y[last]) * (x[last + 1] - x[last])
-        found.append(dict(zip(key, values, strict=True)) | {"at": at, "below": last < 0})
-    return pd.DataFrame(found, columns=[*key, "at", "below"])
+        found.append(dict(zip(_LINE, values, strict=True)) | {"at": at, "below": last < 0})
+    return pd.DataFrame(found, columns=[*_LINE, "at", "below"])
 
 
 def _title(row: pd.Series) -> str:
@@ -76,7 +82,7 @@ def _title(row: pd.Series) -> str:
 
 
 def _panels(data: pd.DataFrame) -> list[pd.DataFrame]:
-    groups = [group for _, group in data.groupby(MODEL, sort=False, dropna=False)]
+    groups = [group for _, group in data.groupby(DECODED, sort=False, dropna=False)]
 
     def place(group: pd.DataFrame) -> tuple[bool, str, int]:
         shape = str(group["model_shape"].iloc[0])
@@ -87,8 +93,8 @@ def _panels(data: pd.DataFrame) -> list[pd.DataFrame]:
 
 def draw_decode_tokens(data: pd.DataFrame) -> Figure | None:
     """Tokens per second against realised sparsity, the byte bound dashed, dense as lines across; a panel per model."""
-    panels = [group for group in _panels(data) if (group["method"] != "dense").any()]
-    lines = [group for group in panels if group.loc[group["method"] != "dense", "sparsity_target"].nunique() > 1]
+    panels = [group for group in _panels(data) if not dense_rows(group).all()]
+    lines = [group for group in panels if group.loc[~dense_rows(group), "sparsity_target"].nunique() > 1]
     panels = lines or panels
     if not panels:
         return None
@@ -108,16 +114,14 @@ def _tokens_panel(axes: Axes, group: pd.DataFrame) -> None:
         line = rows.sort_values("sparsity_realized")
         style, x = look(method), line["sparsity_realized"].to_numpy(dtype=float)
         axes.plot(x, line["tokens_per_s"], color=style.color, marker=style.marker, zorder=3)
-        dashed: dict[str, Any] = {"linestyle": (0, (3, 1.5)), "linewidth": 0.9}
-        if len(x) == 1:  # one point has no line
-            dashed |= {"marker": "_", "markersize": 10}
-        axes.plot(x, line["bound_tokens_per_s"], color=style.color, **dashed)
+        dash: dict[str, Any] = {"marker": "_", "markersize": 10} if len(x) == 1 else {}  # one point has no line
+        axes.plot(x, line["bound_tokens_per_s"], color=style.color, **DASHED, **dash)
         ends.append((float(x[-1]), float(line["tokens_per_s"].iloc[-1]), label, style.color))
     axes.set_ylim(bottom=0)
     axes.set_xlim(0, 1)
-    for _, row in group[group["method"] == "dense"].iterrows():
+    for _, row in group[dense_rows(group)].iterrows():
         axes.axhline(row["tokens_per_s"], color="black", linewidth=1.0, zorder=1)
-        ends.append((axes.get_xlim()[1], float(row["tokens_per_s"]), f"dense {row['variant']}", "black"))
+        ends.append((axes.get_xlim()[1], float(row["tokens_per_s"]), f"{DENSE} {row['variant']}", "black"))
     axes.set_ylim(axes.get_ylim())
     label_ends(axes, ends, 2.4)
     axes.set_title(_title(group.iloc[0]))
@@ -132,7 +136,7 @@ def draw_decode_phases(data: pd.DataFrame) -> Figure:
     """
     first: dict[tuple[Any, ...], pd.DataFrame] = {}
     for group in _panels(data):
-        first.setdefault(tuple(group.iloc[0][[c for c in MODEL if c != "context_tokens"]]), group)
+        first.setdefault(tuple(group.iloc[0][[c for c in DECODED if c != "context_tokens"]]), group)
     panels = list(first.values())
     bars = [group["bar"].nunique() for group in panels]
     figure = new_figure(WIDTH, sum(0.7 + 0.2 * n for n in bars) + 0.3)
@@ -179,3 +183,32 @@ def draw_break_even(data: pd.DataFrame) -> Figure | None:
     axes.set_xlabel("realised sparsity from which it is faster than dense (open: at most this)")
     axes.legend(fontsize=6)
     return figure
+
+
+FIGURES = (
+    ReportFigure(
+        "decode_tokens",
+        "Tokens per second of whole models, batch 1, greedy, in one loop that differs in the MLP alone. Dashed: what the read "
+        "bandwidth of the run allows at the bytes of a token. Dense also by transformers' own generate. Contexts with a "
+        "single sparsity are in the table.",
+        [*DECODED, "method", "label", "variant", *_TOKENS],
+        decode_tokens,
+        draw_decode_tokens,
+    ),
+    ReportFigure(
+        "decode_phases",
+        "Where a token's time goes: all attentions, all MLPs and the head, each timed alone, and the rest. Of every model the "
+        "first context; phases.csv has all.",
+        [*DECODED, "bar", "phase", "us_median"],
+        decode_phases,
+        draw_decode_phases,
+    ),
+    ReportFigure(
+        "break_even",
+        "Where sparsity does not pay: left of a point a layer (timed at four sparsities or more) or a token of a whole model "
+        "takes longer than with the fastest dense row; no point: at every sparsity that was timed.",
+        [*_LINE, "at", "below"],
+        break_even,
+        draw_break_even,
+    ),
+)
