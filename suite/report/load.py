@@ -38,7 +38,6 @@ class Results:
     activations: pd.DataFrame
     phases: pd.DataFrame
     decode_check: pd.DataFrame
-    groups: pd.DataFrame
     timings: pd.DataFrame
     manifest: Mapping[str, Any] = field(repr=False)
 
