@@ -23,8 +23,8 @@ ANALYSIS = "suite.analysis.coefficients"
 REPORT = "suite.report.page"
 # The worker does the work of all cells. Its modules that serve some kinds alone count for those; what a fit was made by is
 # known to the accuracy cells, a timing takes it as it is.
-_WORKER = "suite.runs.work.worker"
-_WORK: dict[str, tuple[str, ...]] = {
+WORKER = "suite.runs.work.worker"
+WORK: dict[str, tuple[str, ...]] = {
     "suite.runs.work.accuracy": ("accuracy",),
     "suite.runs.work.fits": ("accuracy",),
     "suite.runs.work.analysis": ("analysis",),
@@ -39,12 +39,12 @@ _QUOTED = re.compile(rf"""["']((?:{"|".join(_HOUSE)})(?:\.\w+)+)["']""")
 
 def cell_hash(kind: str, methods: tuple[str, ...]) -> str:
     """Hash of what decides the numbers of a kind of cell; ``methods`` are the modules of its methods."""
-    return code_hash((_WORKER, *methods), CLOSED.get(kind, ()), others(kind))
+    return code_hash((WORKER, *methods), CLOSED.get(kind, ()), others(kind))
 
 
 def others(kind: str) -> tuple[str, ...]:
     """Modules of the worker's that serve other kinds of cells alone."""
-    return tuple(module for module, kinds in _WORK.items() if kind not in kinds)
+    return tuple(module for module, kinds in WORK.items() if kind not in kinds)
 
 
 @cache

@@ -130,10 +130,10 @@ def test_the_work_of_one_kind_is_in_the_keys_of_its_cells_alone():
     """Modules of suite.runs.work that are not named serve every kind; whatever one of them imports is covered."""
     graph = code._graph("suite", "kernels_numba", "baselines")
     work = {module for module in graph.modules if module.startswith("suite.runs.work.")}
-    assert set(code._WORK) < work
+    assert set(code.WORK) < work
     for kind in ("accuracy", "analysis", "speed"):
-        found = code.reached((code._WORKER,), code.CLOSED.get(kind, ()), code.others(kind))
-        assert found & set(code._WORK) == {module for module, kinds in code._WORK.items() if kind in kinds}
+        found = code.reached((code.WORKER,), code.CLOSED.get(kind, ()), code.others(kind))
+        assert found & set(code.WORK) == {module for module, kinds in code.WORK.items() if kind in kinds}
         assert {module for module in found if module.startswith("suite.runs.")} <= work | {"suite.runs.work"}
         for module in found & work:
             assert graph.find_modules_directly_imported_by(module) - set(code.others(kind)) <= found
