@@ -160,7 +160,7 @@ def why_not_numba(model: nn.Module, method: Method, mode: Mode, state: object) -
             return (
                 f"its kernels read rows, and gate or up of {mlp.module_name} is not contiguous: call contiguous() on it"
             )
-    if not isinstance(state, PredictorState) and not _is_magnitude(method):
+    if not isinstance(state, PredictorState) and not is_magnitude(method):
         return f"its kernels do not compute the score of {method.name}"
     return _why_not_cuda(mlps[0], len(mlps), device) if device.type == "cuda" else ""
 
@@ -180,7 +180,7 @@ def _why_not_cuda(mlp: GatedMLP, n_layers: int, device: torch.device) -> str:
     return ""
 
 
-def _is_magnitude(method: Method) -> bool:
+def is_magnitude(method: Method) -> bool:
     """Whether the score is the magnitude of the first projection, seen from its values on a sample."""
     generator = torch.Generator().manual_seed(0)
     gate, act, up = (torch.randn(4, 64, generator=generator) for _ in range(3))

@@ -160,7 +160,10 @@ class SparseLayer:
         square = product.detach().float().square()
         share = square / square.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         sums = (share * prompt.tokens.to(product.device)[:, :, None]).sum(1)
-        self._prompt = sums if prompt.begins or self._prompt is None else self._prompt + sums
+        if prompt.begins:
+            self._prompt = sums
+        elif self._prompt is not None and len(self._prompt) == len(sums):
+            self._prompt = self._prompt + sums
 
     def _prompts(self, index: slice | Tensor, shape: tuple[int, ...]) -> Tensor:
         """Sums of the rows that the tokens ``index`` of a batch of (batch, width) are in, shape (n_tokens, d_ff)."""

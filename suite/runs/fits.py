@@ -16,7 +16,7 @@ from suite.registry import method_class
 if TYPE_CHECKING:
     from suite.runs.cells.base import Cell
     from suite.runs.store import Record
-    from suite.speed.cases import SpeedCase
+    from suite.speed.case import SpeedCase
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,9 @@ EDITS = {
     ("suite/__init__.py", "import kernels_numba ", "import kernels_numba  "): CELLS | {REPORT},
     ("kernels_numba/__init__.py", "", "#\n"): CELLS | {REPORT},  # sets how threads wait
     ("own/__init__.py", "", "import os\n"): {OWN},
-    ("suite/speed/cpu.py", "", "#\n"): {SPEED},  # imported by its name, a string
+    ("suite/speed/layer_cpu.py", "", "#\n"): {SPEED},
+    ("suite/decoding/parts_cuda.py", "", "#\n"): {SPEED},
+    ("suite/devices.py", "", "#\n"): CELLS,
     ("kernels_numba/gpu/decode/attention.py", "", "#\n"): {SPEED},
     ("kernels_numba/gpu/host/layers.py", "", "#\n"): {SPEED},  # accuracy is computed masked
     ("kernels_numba/cpu_kernels.py", "", "#\n"): {SPEED},

@@ -9,7 +9,8 @@ from typing import Any
 
 from suite import schema
 from suite.runs.view.manifest import key_fields
-from suite.runs.view.read import Row, Run
+from suite.runs.view.read import Row, Run, timings_of
+from suite.speed.compared import VERDICTS, verdicts
 
 _TOP = 10
 
@@ -69,8 +70,26 @@ def _rows_lines(a: Run, b: Run, table: schema.Table, column: str) -> Iterator[st
     yield from sorted({line for k in both if (line := _examples(ours[k], theirs[k]))})
     differing = [key for key in both if ours[key][column] != theirs[key][column]]
     yield f"  {column}: {len(both) - len(differing)} equal, {len(differing)} differ"
+    found = _verdicts(a, b, ours, theirs, both) if table is schema.SPEED else {}
+    if found:
+        counts = Counter(found.values())
+        yield f"  timings of B: {', '.join(f'{counts[verdict]} {verdict}' for verdict in VERDICTS)}"
     for key in sorted(differing, key=lambda k: -_difference(ours[k][column], theirs[k][column]))[:_TOP]:
-        yield f"    {_setting(key)}: {ours[key][column] or 'empty'} -> {theirs[key][column] or 'empty'}"
+        line = f"    {_setting(key)}: {ours[key][column] or 'empty'} -> {theirs[key][column] or 'empty'}"
+        yield f"{line}, {found[key]}" if key in found else line
+
+
+def _verdicts(
+    a: Run,
+    b: Run,
+    ours: Mapping[tuple[str, ...], Row],
+    theirs: Mapping[tuple[str, ...], Row],
+    both: Sequence[tuple[str, ...]],
+) -> dict[tuple[str, ...], str]:
+    """Whether B was faster or slower, by the rounds of both runs."""
+    old, new = timings_of(a.folder), timings_of(b.folder)
+    pairs = [(old.get(ours[key]["cell_id"], []), new.get(theirs[key]["cell_id"], [])) for key in both]
+    return dict(zip(both, verdicts(pairs), strict=True))
 
 
 def _examples(one: Row, other: Row) -> str:

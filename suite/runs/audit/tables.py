@@ -12,7 +12,8 @@ from suite import schema
 from suite.errors import InputError
 from suite.evaluation.results import WEIGHT
 from suite.runs.view.manifest import key_fields
-from suite.runs.view.read import Row, read_rows, rows_of
+from suite.runs.view.read import Row, read_rows, rows_of, timings_of
+from suite.speed.case import time_columns
 from suite.statistics import resampling_group, standard_error, statistic
 
 # A value is printed with 10 digits, and samples with all: their sums agree to what the printing cut off.
@@ -42,6 +43,24 @@ def table_problems(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
                 problems.append(f"{place}: cell {row['cell_id']} is not in the manifest, or has another status there")
             else:
                 problems += _identity_problems(place, row, key_fields(manifest, row["cell_id"]), manifest)
+    return problems + _timing_problems(folder)
+
+
+def _timing_problems(folder: Path) -> list[str]:
+    """Quartiles of speed.csv that do not follow from the rounds, where those are there."""
+    timings, problems = timings_of(folder), []
+    rows = {row["cell_id"]: (number, row) for number, row in enumerate(read_rows(folder, "speed.csv"), 2)}
+    for cell_id, latencies in timings.items():
+        number, row = rows.get(cell_id, (0, {}))
+        if row.get("status") != "ok":
+            problems.append(f"{schema.TIMINGS.file}: cell {cell_id} has no time in speed.csv")
+            continue
+        for column, expected in time_columns(latencies).items():
+            found = row[column]
+            if column not in ("status", "reason") and not _same(found, expected):
+                problems.append(
+                    f"speed.csv line {number}: {column} is {found or 'empty'}, its rounds give {expected:.10g}"
+                )
     return problems
 
 

@@ -11,7 +11,7 @@ from suite.runs.cells.base import Cell, World
 from suite.runs.fits import request_of_case
 
 if TYPE_CHECKING:
-    from suite.speed.cases import SpeedCase
+    from suite.speed.case import SpeedCase
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,7 +45,7 @@ def expand_speed(config: MatrixConfig, world: World) -> list[TimedCell]:
     """
     if not config.speed:
         return []
-    from suite.speed.cases import make_cases
+    from suite.speed.expand import make_cases
 
     cells: dict[str, TimedCell] = {}
     for number, block in enumerate(config.speed):

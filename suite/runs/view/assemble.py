@@ -71,7 +71,7 @@ class Assembly:
         analysed = _ANALYSES if self._analysis else ()
         files = {table.file: csv_bytes(table, self._analysis_rows(table)) for table in analysed}
         phases, predictors = self._parts_of_rows("phases"), self._predictor_rows()
-        checks = self._parts_of_rows("decode_check")
+        checks, timings = self._parts_of_rows("decode_check"), self._parts_of_rows("timings")
         accuracy = {cell.id: self._rows_of(cell) for cell in self._accuracy}
         groups = self._group_rows(accuracy)
         return (
@@ -79,6 +79,7 @@ class Assembly:
             | files
             | ({"groups.csv": csv_bytes(schema.GROUPS, groups)} if groups else {})
             | ({"predictor.csv": csv_bytes(schema.PREDICTOR, predictors)} if predictors else {})
+            | ({"timings.csv.gz": gzip_bytes(csv_bytes(schema.TIMINGS, timings))} if timings else {})
             | ({"phases.csv": csv_bytes(schema.PHASES, phases)} if phases else {})
             | ({"decode_check.csv": csv_bytes(schema.DECODE_CHECK, checks)} if checks else {})
             | {
@@ -247,12 +248,14 @@ class Assembly:
         return rows
 
     def _parts_of_rows(self, name: str) -> list[Row]:
-        """Rows that belong to a speed row: phases, in their own order; what the check of a decode row found."""
+        """Rows that belong to a speed row: phases, in their own order; its rounds; what the check of a decode row found."""
         found: list[Row] = []
         for cell in sorted(self._speed, key=lambda cell: cell.id):
             record = self._records[cell.key]
             measured = record["rows"][0] if record is not None and record["rows"] else {}
             parts = measured.get(name) or []
+            if name == "timings":
+                parts = [{"round": number, "latency_us": latency} for number, latency in enumerate(parts)]
             found += [{"cell_id": cell.id, **part} for part in ([parts] if isinstance(parts, dict) else parts)]
         return found
 
@@ -291,4 +294,4 @@ def _bytes_share(cell: AccuracyCell, realized: float | None, predictor_share: fl
         return 1.0
     if realized is None:
         return None
-    return read_share(method_class(cell.method).first_projection, realized) + predictor_share
+    return read_share(method_class(cell.method), realized) + predictor_share

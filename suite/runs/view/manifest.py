@@ -28,7 +28,7 @@ from suite.schema import SCHEMA_VERSION
 
 # What runs and reports write; whatever else lies in a run folder is the user's: never removed, and a problem to verify.
 _OWN = re.compile(
-    r"REPORT\.md|[a-z_]+\.csv|samples\.csv\.gz|logs/[0-9a-f]{16}\.txt|tables/\w+\.md|figures/\w+\.(csv|png|svg)",
+    r"REPORT\.md|[a-z_]+\.csv|(samples|timings)\.csv\.gz|logs/[0-9a-f]{16}\.txt|tables/\w+\.md|figures/\w+\.(csv|png|svg)",
     re.ASCII,
 )
 

@@ -59,6 +59,23 @@ def rows_of(folder: Path, name: str) -> Iterator[Row]:
         raise InputError(f"{path} is no readable CSV: {error}; run the matrix again to rewrite it") from error
 
 
+def timings_of(folder: Path) -> dict[str, list[float]]:
+    """Microseconds of each round by cell, from timings.csv.gz; empty where a run has none.
+
+    Raises
+    ------
+    InputError
+        A file or a row that is not of this suite.
+    """
+    found: dict[str, list[float]] = {}
+    for line, row in enumerate(rows_of(folder, schema.TIMINGS.file), 2):
+        try:
+            found.setdefault(row["cell_id"], []).append(float(row["latency_us"]))
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{folder / schema.TIMINGS.file} line {line}: {error}; it is not of this suite") from error
+    return found
+
+
 @dataclass(frozen=True)
 class Run:
     """Manifest and rows of a run folder."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from suite.fitting.artifacts import load_fit
-from suite.speed.cases import run_group
+from suite.speed.bench import run_group
 
 if TYPE_CHECKING:
     from suite.runs.cells.speed import TimedCell

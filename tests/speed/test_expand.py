@@ -10,7 +10,9 @@ import pytest
 from suite import schema
 from suite.decoding.shapes import SHAPES
 from suite.errors import InputError
-from suite.speed.cases import default_threads, make_cases, needed_bytes, run_group
+from suite.speed.bench import run_group
+from suite.speed.case import needed_bytes
+from suite.speed.expand import default_threads, make_cases
 
 MIB = 2.0**20
 
@@ -133,7 +135,7 @@ def test_without_a_gpu_cuda_rows_are_skipped_with_the_reason(monkeypatch):
 
 def test_expanding_cases_loads_neither_torch_nor_numba():
     code = (
-        "import sys; from suite.speed.cases import make_cases; make_cases(['phi-4'], ['dense', 'given'], [.5]);"
+        "import sys; from suite.speed.expand import make_cases; make_cases(['phi-4'], ['dense', 'cats', 'given'], [.5]);"
         "sys.exit(any(m in sys.modules for m in ('torch', 'numba')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

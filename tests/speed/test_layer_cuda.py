@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from suite.schema import PHASES
-from suite.speed.cases import make_cases
-from suite.speed.gpu_timing import phase_rows
+from suite.speed.expand import make_cases
+from suite.speed.layer import phase_rows
 
 
 def test_phases_are_quantiles_over_the_blocks_of_all_layers_in_microseconds():
     cycles = torch.arange(0, 101)  # 101 blocks of two layers: 0 to 100 and 1000 to 1100 cycles
     layers = [{"fill": cycles, "choose": cycles * 0}, {"fill": cycles + 1000, "choose": cycles * 0}]
-    bounds = [SimpleNamespace(layer=SimpleNamespace(phases=lambda one=one: one)) for one in layers]
-    rows = phase_rows(bounds, cycles_per_us=10.0)
+    rows = phase_rows(layers, cycles_per_us=10.0)
     assert [row["phase"] for row in rows] == ["fill", "choose"]
     assert rows[0]["us_median"] == pytest.approx((100 + 1000) / 2 / 10)
     assert (rows[0]["us_q05"], rows[0]["us_q95"]) == (pytest.approx(1.005), pytest.approx(108.995))
