@@ -16,8 +16,8 @@ _PUBLIC = {
     "attach": "suite.modeling.attach",
     "fit": "suite.fitting.api",
     "evaluate": "suite.evaluation.evaluator",
-    "benchmark": "suite.speed.cases",
-    "load_results": "suite.report.load",
+    "benchmark": "suite.speed.bench",
+    "load_results": "suite.report.results",
 }
 __all__ = ["__version__", *_PUBLIC]
 

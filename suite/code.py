@@ -20,13 +20,13 @@ _HOUSE = ("suite", "kernels_numba", "baselines")
 # Names every method, where a cell depends on its own, or everything public: hashed without that, which is not followed.
 _TABLES = {"suite.registry": ("METHODS",), "suite": ("__version__", "_PUBLIC")}
 # Serves every kind of cell: hashed, but what it imports is followed from the entry of the kind.
-_EXECUTOR = "suite.runs.executor"
+_EXECUTOR = "suite.runs.work.worker"
 ANALYSIS = "suite.analysis.coefficients"
 # Where the executor enters for each kind of cell, and the report.
 ENTRIES: dict[str, tuple[str, ...]] = {
     "accuracy": (_EXECUTOR, "suite.evaluation.evaluator", "suite.fitting.thresholds", "suite.fitting.predictor"),
     "analysis": (_EXECUTOR, ANALYSIS, "suite.modeling.loading", "suite.data_files"),
-    "speed": (_EXECUTOR, "suite.speed.cases", "suite.fitting.artifacts"),
+    "speed": (_EXECUTOR, "suite.speed.bench", "suite.fitting.artifacts"),
     "report": ("suite.report.page",),
 }
 # Kernels for decode steps, which accuracy and its analysis never call: both are always masked. What decides so is hashed,

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from suite import __version__
 from suite.cli import main
-from suite.runs.verify import config_of, recompute
+from suite.runs.audit.verify import config_of, recompute
 from tests.runs.fakes import FakeExecutor, FakeWorld
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,7 @@ def quick_report(folder: Path) -> None:
 def executor(quick, monkeypatch: pytest.MonkeyPatch) -> FakeExecutor:
     """The quick executor without the report, which takes most of a run's time and has tests of its own."""
     monkeypatch.setattr("suite.report.page.write_report", quick_report)
-    monkeypatch.setattr("suite.report.page.rebuild_problems", lambda folder: [])
+    monkeypatch.setattr("suite.report.rebuild.rebuild_problems", lambda folder: [])
     return quick
 
 
@@ -52,8 +52,8 @@ def executor(quick, monkeypatch: pytest.MonkeyPatch) -> FakeExecutor:
 def quick(monkeypatch: pytest.MonkeyPatch) -> FakeExecutor:
     """One quick executor for all commands of a test, and no real models or data."""
     made = FakeExecutor()
-    monkeypatch.setattr("suite.runs.executor.LocalExecutor", lambda **_: made)
-    monkeypatch.setattr("suite.runs.world.LocalWorld", FakeWorld)
+    monkeypatch.setattr("suite.runs.work.worker.LocalExecutor", lambda **_: made)
+    monkeypatch.setattr("suite.runs.machine.LocalWorld", FakeWorld)
     return made
 
 

@@ -19,8 +19,8 @@ from suite.errors import InputError
 from suite.files import write_atomically
 from suite.fitting.options import Predictor
 from suite.methods.base import Calibrated, Factor
+from suite.methods.cost import low_rank_share, ternary_share
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SUFFIX = ".safetensors"
 _REMEDY = "delete it and fit anew"
 
@@ -155,10 +155,7 @@ class PredictorFit:
     @property
     def bytes_share(self) -> float:
         """Bytes of the predictor over those of the dense MLP; a ternary matrix counts 2 bits an entry."""
-        d_model, d_ff = self.shape
-        if self.rank is None:
-            return 0.25 / (3 * _BYTES[self.meta["dtype"]])
-        return self.rank * (d_model + d_ff) / (3 * d_model * d_ff)
+        return ternary_share(self.meta["dtype"]) if self.rank is None else low_rank_share(self.rank, *self.shape)
 
     def logits(self, layer: int, x: Tensor) -> Tensor:
         """``(x V) U^T``, or ``scale * x T^T`` for a ternary matrix T.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from suite.devices import dtype_name
 from suite.methods.base import NEURONS, Activations, Method, Mode, Site, select_threshold
 from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
 from suite.modeling.modes import PredictorState
@@ -95,7 +96,7 @@ class ChoosingKernels:
 
     def kept(self, layers: Sequence[int], n_tokens: int) -> Tensor:
         """As the protocol: a few launches for all layers together."""
-        from kernels_numba.gpu.counts import active_counts
+        from kernels_numba.gpu.host.active_set import active_counts
 
         return active_counts([self.layers[layer] for layer in layers], n_tokens)
 
@@ -149,7 +150,7 @@ def why_not_numba(model: nn.Module, method: Method, mode: Mode, state: object) -
     if device.type not in _DTYPES:
         return f"there are kernels for cpu and cuda, the model is on {device}"
     if not dtypes <= set(_DTYPES[device.type]):
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[device.type])
+        known = ", ".join(dtype_name(dtype) for dtype in _DTYPES[device.type])
         return f"its kernels on {device.type} are for {known}"
     if reason := next(filter(None, (mlp.why_not_plain() for mlp in mlps)), ""):
         return f"its kernels compute from the weights alone, and {reason}"
@@ -160,13 +161,13 @@ def why_not_numba(model: nn.Module, method: Method, mode: Mode, state: object) -
             return (
                 f"its kernels read rows, and gate or up of {mlp.module_name} is not contiguous: call contiguous() on it"
             )
-    if not isinstance(state, PredictorState) and not _is_magnitude(method):
+    if not isinstance(state, PredictorState) and not is_magnitude(method):
         return f"its kernels do not compute the score of {method.name}"
     return _why_not_cuda(mlps[0], len(mlps), device) if device.type == "cuda" else ""
 
 
 def _why_not_cuda(mlp: GatedMLP, n_layers: int, device: torch.device) -> str:
-    from kernels_numba.gpu.layers import unavailable
+    from kernels_numba.gpu.host.checks import unavailable
 
     if reason := unavailable(device):
         return reason
@@ -180,7 +181,7 @@ def _why_not_cuda(mlp: GatedMLP, n_layers: int, device: torch.device) -> str:
     return ""
 
 
-def _is_magnitude(method: Method) -> bool:
+def is_magnitude(method: Method) -> bool:
     """Whether the score is the magnitude of the first projection, seen from its values on a sample."""
     generator = torch.Generator().manual_seed(0)
     gate, act, up = (torch.randn(4, 64, generator=generator) for _ in range(3))
@@ -260,7 +261,7 @@ def _cpu_given(mlp: GatedMLP, predictor: PredictorState, threshold: float) -> Li
 
 def _cuda_given(mlp: GatedMLP, predictor: PredictorState, threshold: float) -> Listing:
     """The same on a GPU, for predictors that have no kernel of their own; the count stays on the device."""
-    from kernels_numba.gpu.layers import GivenLayer, transpose_down
+    from kernels_numba.gpu.host.layers import GivenLayer, transpose_down
 
     w_gate, w_up, w_down = (weight.detach() for weight in mlp.weights())
     layer = GivenLayer(w_gate, w_up, transpose_down(w_down), activation=mlp.activation)
@@ -283,7 +284,7 @@ def cuda_layers(
     deterministic: bool = False,
 ) -> list[Any]:
     """CUDA layers that find their active sets themselves: a low-rank predictor's, else the first projection's."""
-    from kernels_numba.gpu.layers import PredictorLayer, ThresholdLayer, transpose_down
+    from kernels_numba.gpu.host.layers import PredictorLayer, ThresholdLayer, transpose_down
 
     layers: list[Any] = []
     for mlp, threshold in zip(mlps, thresholds, strict=True):

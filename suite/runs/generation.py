@@ -90,10 +90,10 @@ def generate(request: Request, fits: Path, *, no_fit: bool, say: Callable[[str],
         missing with ``no_fit``.
     """
     method = request.check()
+    from suite import devices
     from suite.modeling.loading import load_model
-    from suite.runs import provenance
 
-    device = provenance.device(request.device).type
+    device = devices.device(request.device).type
     dtype = request.dtype or ("bfloat16" if device == "cuda" else "float32")
     loaded = load_model(request.model, dtype, device, say)
     ids = _tokens(loaded, request)
@@ -143,9 +143,9 @@ def _state(
 ) -> Fit | PredictorFit:
     """The method's fit, the one that the embedded profile's calibration gives; made if it is missing."""
     from suite.fitting.artifacts import load_fit
-    from suite.runs.cells import expand
-    from suite.runs.executor import LocalSession
-    from suite.runs.world import LocalWorld
+    from suite.runs.cells.accuracy import expand
+    from suite.runs.machine import LocalWorld
+    from suite.runs.work.worker import LocalSession
 
     embedded = load_config("embedded")  # its calibration, so that fits are shared with its runs
     block = {

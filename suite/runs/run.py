@@ -11,14 +11,16 @@ from pathlib import Path
 from suite.config import MatrixConfig
 from suite.errors import InputError
 from suite.files import is_part, refuse_links, remove_parts
-from suite.runs import provenance
-from suite.runs.analysis_cells import expand_analysis
-from suite.runs.cells import World, expand
-from suite.runs.manifest import build_manifest, is_same, manifest_bytes, owned, sealed_later
-from suite.runs.matrix import Matrix
+from suite.runs import machine
+from suite.runs.cells.accuracy import World, expand
+from suite.runs.cells.analysis import expand_analysis
+from suite.runs.cells.matrix import Matrix
+from suite.runs.cells.speed import expand_speed
 from suite.runs.runner import Executor, Rerun, Runner, Say
-from suite.runs.speed_cells import expand_speed
 from suite.runs.store import CellStore, write_atomically
+from suite.runs.view.aggregates import group_cells
+from suite.runs.view.manifest import build_manifest, is_same, manifest_bytes, owned, sealed_later
+from suite.runs.view.scrub import Scrubber
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ def plan(config: MatrixConfig, world: World) -> Matrix:
     InputError
         Something in the matrix is wrong, it has no cells, or no task of any cell can be prepared.
     """
-    matrix = Matrix(expand(config, world), expand_speed(config, world), expand_analysis(config, world))
+    accuracy = expand(config, world)
+    groups = group_cells(config, world, accuracy)
+    matrix = Matrix(accuracy, expand_speed(config, world), expand_analysis(config, world), groups)
     if not matrix.keys:
         raise InputError(f"matrix {config.name!r} has no cells: give methods, sparsities and tasks or shapes")
     problems = [cell.problem for cell in matrix.cells]
@@ -147,7 +151,9 @@ def _refuse_foreign(folder: Path) -> None:
     try:  # before anything is measured
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make {folder}: {error.strerror}; give another folder with --out") from error
+        raise InputError(
+            f"cannot write {folder}: {error.strerror}; give another folder with --results or --out"
+        ) from error
     if all(map(is_part, folder.iterdir())):
         return
     try:
@@ -187,10 +193,10 @@ def _write(
     options: Options,
     report: Callable[[Path], None] = lambda folder: None,
 ) -> Finished:
-    from suite.runs.assemble import Assembly  # late: scipy takes 1.5 s, which a run can spend while it works
+    from suite.runs.view.assemble import Assembly  # late: scipy takes 1.5 s, which a run can spend while it works
 
     records = {key: store.get(key) for key in matrix.keys}
-    scrub = provenance.Scrubber(
+    scrub = Scrubber(
         [
             ("results_dir", options.results),
             ("data_dir", config.data_dir),
@@ -202,7 +208,7 @@ def _write(
     assembly = Assembly(run_id, matrix, records, scrub)
     # cells carried over were measured with the packages that their keys name, not with those that are installed here
     kind = "accuracy" if matrix.accuracy else "speed"
-    packages = world.versions(kind) if options.rerun == "none" else provenance.versions()
+    packages = world.versions(kind) if options.rerun == "none" else machine.versions()
     manifest = build_manifest(run_id, config, matrix, records, world.device, scrub, options.argv, packages)
     with store.lock(f"run-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}"):
         files = assembly.files()

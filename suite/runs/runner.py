@@ -16,10 +16,10 @@ from typing import Any, Literal, Protocol
 from tqdm import tqdm
 
 from suite.errors import CellInputError, InputError
-from suite.runs.analysis_cells import AnalysisCell
-from suite.runs.cells import AccuracyCell, FitRequest
-from suite.runs.matrix import Matrix, ModelCell
-from suite.runs.speed_cells import TimedCell
+from suite.runs.cells.accuracy import AccuracyCell, FitRequest
+from suite.runs.cells.analysis import AnalysisCell
+from suite.runs.cells.matrix import Matrix, ModelCell
+from suite.runs.cells.speed import TimedCell
 from suite.runs.store import CellStore, Record, StoreFullError, finite, sha256_of
 
 Rerun = Literal["missing", "failed", "all", "none"]
@@ -57,7 +57,7 @@ class Session(Protocol):
 
 
 class Executor(Protocol):
-    """Does the work; the runs' own is ``suite.runs.executor.LocalExecutor``."""
+    """Does the work; the runs' own is ``suite.runs.work.worker.LocalExecutor``."""
 
     def session(self, cell: ModelCell | TimedCell) -> contextlib.AbstractContextManager[Session]:
         """Load the model of a cell's load group."""

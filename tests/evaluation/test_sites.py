@@ -12,7 +12,7 @@ from suite.evaluation.plan import Request
 from suite.evaluation.tasks import resolve_task
 from suite.fitting.calibration import Calibration
 from suite.modeling.attach import attach
-from suite.runs.executor import _layer
+from suite.runs.work.worker import _layer
 from suite.schema import SPARSITY
 from tests.modeling.site_methods import Griffin, Teal
 

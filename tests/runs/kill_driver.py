@@ -13,7 +13,7 @@ import time
 import traceback
 from pathlib import Path
 
-import suite.runs.assemble  # noqa: F401  imported before the fork, so that children start at once
+import suite.runs.view.assemble  # noqa: F401  imported before the fork, so that children start at once
 from suite.runs.run import Options, run
 from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
 

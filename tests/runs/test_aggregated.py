@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from suite.cli import main
-from suite.runs.manifest import read_manifest, seal
-from suite.runs.verify import verify_files
+from suite.runs.audit.verify import verify_files
+from suite.runs.view.manifest import read_manifest, seal
 from tests.evaluation.test_metrics import CHOICE, ROWS, write_task
 from tests.runs.test_audit import change
 from tests.runs.tiny_world import tiny_models
@@ -69,4 +69,4 @@ def test_the_folder_verifies_and_an_edited_value_does_not(folder, tmp_path):
     change(copy, "accuracy.csv", edit)
     seal(copy)
     assert any("f1" in problem and "0.123" in problem for problem in verify_files(copy))
-    assert read_manifest(folder)["schema_version"] == 2
+    assert read_manifest(folder)["schema_version"] == 3

@@ -10,10 +10,10 @@ import pytest
 
 from suite.cli import main
 from suite.errors import InputError
-from suite.runs.audit import table_problems
-from suite.runs.manifest import read_manifest, seal
+from suite.runs.audit.tables import table_problems
+from suite.runs.audit.verify import config_of, verify_files
 from suite.runs.run import Options, run
-from suite.runs.verify import config_of, verify_files
+from suite.runs.view.manifest import read_manifest, seal
 from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
 
 SPEED = {"shapes": ["embedded"], "methods": ["dense", "cats"], "sparsities": [0.5], "threads": [1]}

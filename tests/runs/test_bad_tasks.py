@@ -11,8 +11,8 @@ import yaml
 
 from suite.cli import main
 from suite.errors import CellInputError, InputError
-from suite.runs.manifest import seal
-from suite.runs.verify import verify_files
+from suite.runs.audit.verify import verify_files
+from suite.runs.view.manifest import seal
 from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
 from tests.runs.test_runner import go, rows
 
@@ -153,7 +153,7 @@ def test_a_run_of_bad_tasks_alone_stops_with_its_reasons_and_leaves_a_folder(tmp
 
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("suite.runs.executor.LocalExecutor", lambda **_: FakeExecutor())
+    monkeypatch.setattr("suite.runs.work.worker.LocalExecutor", lambda **_: FakeExecutor())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COUNTDOWN_RESULTS", str(tmp_path / "results"))
     tasks = [{"name": "pack_grammar", "limit": 2}, "pack_gramar", "arc_easy", "arc_challenge"]

@@ -19,7 +19,7 @@ import json, sys
 from pathlib import Path
 from suite import code
 from suite.config import load_config
-from suite.runs.world import LocalWorld
+from suite.runs.machine import LocalWorld
 
 OWN = [("accuracy", "own.method:Own"), ("accuracy", "alone:Own")]
 KINDS = [("accuracy", "cats"), ("accuracy", "m-countdown"), *OWN, ("speed", "cats"), ("analysis", "")]
@@ -69,16 +69,18 @@ EDITS = {
     ("suite/__init__.py", "import kernels_numba ", "import kernels_numba  "): CELLS | {REPORT},
     ("kernels_numba/__init__.py", "", "#\n"): CELLS | {REPORT},  # sets how threads wait
     ("own/__init__.py", "", "import os\n"): {OWN},
-    ("suite/speed/cpu.py", "", "#\n"): {SPEED},  # imported by its name, a string
-    ("kernels_numba/gpu/attention.py", "", "#\n"): {SPEED},
-    ("kernels_numba/gpu/layers.py", "", "#\n"): {SPEED},  # accuracy is computed masked
+    ("suite/speed/layer_cpu.py", "", "#\n"): {SPEED},
+    ("suite/decoding/parts_cuda.py", "", "#\n"): {SPEED},
+    ("suite/devices.py", "", "#\n"): CELLS,
+    ("kernels_numba/gpu/decode/attention.py", "", "#\n"): {SPEED},
+    ("kernels_numba/gpu/host/layers.py", "", "#\n"): {SPEED},  # accuracy is computed masked
     ("kernels_numba/cpu_kernels.py", "", "#\n"): {SPEED},
     ("kernels_numba/gpu/topk.py", "", "#\n"): CELLS | {REPORT},  # but it selects
     ("suite/modeling/decode.py", "", "#\n"): ACCURACY | {SPEED},
     ("suite/modeling/decode_probe.py", "", "#\n"): ACCURACY,
-    ("suite/runs/executor.py", "", "#\n"): CELLS,
+    ("suite/runs/work/worker.py", "", "#\n"): CELLS,
     ("suite/runs/assemble.py", "", "#\n"): set(),
-    ("suite/report/frames.py", "", "#\n"): {REPORT},
+    ("suite/report/quality.py", "", "#\n"): {REPORT},
     ("suite/cli.py", "", "#\n"): set(),
     ("own/method.py", "", "#\n"): {OWN},
     ("own/helper.py", "", "#\n"): {OWN},
@@ -123,8 +125,17 @@ def test_a_hash_covers_what_decides_the_number_and_no_other_method(changed, edit
 
 
 def test_whatever_the_executor_uses_is_behind_an_entry():
-    used = code._graph("suite", "kernels_numba", "baselines").find_modules_directly_imported_by("suite.runs.executor")
-    rooms = ("suite.evaluation.", "suite.fitting.", "suite.speed.", "suite.analysis.", "suite.modeling.")
+    used = code._graph("suite", "kernels_numba", "baselines").find_modules_directly_imported_by(
+        "suite.runs.work.worker"
+    )
+    rooms = (
+        "suite.evaluation.",
+        "suite.fitting.",
+        "suite.speed.",
+        "suite.decoding.",
+        "suite.analysis.",
+        "suite.modeling.",
+    )
     reached = frozenset().union(*(code.reached(code.ENTRIES[kind]) for kind in ("accuracy", "analysis", "speed")))
     assert {module for module in used if module.startswith(rooms)} <= reached
     assert len(used) > 10

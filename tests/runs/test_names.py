@@ -12,9 +12,9 @@ from suite.cli_actions import report
 from suite.config import build_config
 from suite.modeling.names import distinct_names
 from suite.modeling.sources import EMBEDDED_NAME, ModelRef
+from suite.runs.audit.verify import verify_files
+from suite.runs.machine import LocalWorld
 from suite.runs.run import Options, run
-from suite.runs.verify import verify_files
-from suite.runs.world import LocalWorld
 from tests.runs.fakes import FakeExecutor
 
 

@@ -10,8 +10,8 @@ import pytest
 from suite.cli import main
 from suite.config import build_config
 from suite.errors import InputError
-from suite.runs.cells import expand
-from suite.runs.executor import LocalExecutor
+from suite.runs.cells.accuracy import expand
+from suite.runs.work.worker import LocalExecutor
 from tests.runs.fakes import FakeWorld, matrix
 from tests.runs.test_end_to_end import rows, world, written
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from suite.cli import main
+from suite.runs.audit.verify import config_of, recompute
 from suite.runs.run import Options, run
-from suite.runs.verify import config_of, recompute
 from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
 
 
@@ -34,10 +34,11 @@ def models_of(tmp_path, monkeypatch):
     found: list[str] = []
     monkeypatch.setattr("suite.cli_actions._world", lambda config: None)
     monkeypatch.setattr("suite.cli_actions._executor", lambda config: None)
-    monkeypatch.setattr("suite.report.page.rebuild_problems", lambda folder: [])
-    monkeypatch.setattr("suite.runs.verify.verify_files", lambda folder: [])
+    monkeypatch.setattr("suite.report.rebuild.rebuild_problems", lambda folder: [])
+    monkeypatch.setattr("suite.runs.audit.verify.verify_files", lambda folder: [])
     monkeypatch.setattr(
-        "suite.runs.verify.recompute", lambda _, config, *rest: found.extend(model.id for model in config.models) or []
+        "suite.runs.audit.verify.recompute",
+        lambda _, config, *rest: found.extend(model.id for model in config.models) or [],
     )
 
     def models(ids, folders):

@@ -6,12 +6,12 @@ import pytest
 
 from suite.config import build_config
 from suite.errors import InputError
+from suite.runs.audit.verify import verify_files
 from suite.runs.estimate import estimate
-from suite.runs.manifest import file_hashes, read_manifest, seal
 from suite.runs.run import Options, make_fits, plan, run
 from suite.runs.runner import Outcome
 from suite.runs.store import CellStore
-from suite.runs.verify import verify_files
+from suite.runs.view.manifest import file_hashes, read_manifest, seal
 from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
 
 
@@ -247,10 +247,10 @@ def test_csvs_have_the_columns_of_the_schema_and_no_machine_path(tmp_path):
 
     results = tmp_path / "somewhere"
     finished = go(results, FakeExecutor(fail=["A t1 random ideal 0.5"]), argv=["run", "--out", str(tmp_path / "x")])
-    assert list(rows(finished.folder)[0]) == schema.ACCURACY
-    assert list(rows(finished.folder, "sparsity.csv")[0]) == schema.SPARSITY
+    assert list(rows(finished.folder)[0]) == schema.ACCURACY.names
+    assert list(rows(finished.folder, "sparsity.csv")[0]) == schema.SPARSITY.names
     with gzip.open(finished.folder / "samples.csv.gz", "rt") as file:
-        assert next(csv.reader(file)) == schema.SAMPLES
+        assert next(csv.reader(file)) == schema.SAMPLES.names
     for path in filter(Path.is_file, finished.folder.rglob("*")):
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         assert str(results).encode() not in data
@@ -314,7 +314,7 @@ def test_a_failed_check_has_no_time(tmp_path):
 
 def test_cases_without_a_gpu_are_rows_with_a_reason(tmp_path, monkeypatch):
     """The real timing room, which looks for the GPU before anything else."""
-    from suite.runs.executor import LocalExecutor
+    from suite.runs.work.worker import LocalExecutor
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     config = timing(backends=["torch", "numba-cuda"], dtypes=["bfloat16"])

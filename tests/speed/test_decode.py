@@ -7,21 +7,24 @@ import pytest
 import torch
 
 from suite import schema
+from suite.decoding import sparse
+from suite.decoding.shapes import SHAPES, Shape, build_model
 from suite.errors import InputError
-from suite.speed import decode, decode_check, decode_time, model_shapes
-from suite.speed.cases import SHAPES, Shape, make_cases, run_group
+from suite.speed import decode, decode_check
+from suite.speed.bench import run_group
+from suite.speed.clock import Rounds
+from suite.speed.expand import make_cases
 from tests.conftest import D_FF, D_MODEL, decode_state
-from tests.speed.test_step import build
+from tests.decoding.test_step import build
 
 METHODS = ("dense", "cats", "m-countdown", "d-countdown")
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(SHAPES, "tiny", Shape(D_MODEL, D_FF))
-    monkeypatch.setitem(model_shapes.MODEL_SHAPES, "tiny", model_shapes.ModelShape("", {"num_hidden_layers": 2}, 9000))
+    monkeypatch.setitem(SHAPES, "tiny", Shape(D_MODEL, D_FF, "silu", 2, 9000, "LlamaConfig"))
     monkeypatch.setattr(decode, "build_model", lambda *_: build("llama"))
-    monkeypatch.setattr(decode_time, "_ROUNDS", 2)
+    monkeypatch.setattr(decode.StepSubject, "rounds", Rounds(2, 2))
 
 
 def cases(methods=METHODS, sparsities=(0.5,), contexts=(16,), variants=("eager", "generate")):
@@ -41,14 +44,14 @@ def test_rows_of_every_method(tiny):
         ("d-countdown", "eager"),
     ]
     for row in rows:
-        assert set(row) <= {*schema.SPEED, "phases", "decode_check"}
+        assert set(row) <= {*schema.SPEED.names, "phases", "decode_check", "timings"}
         assert (row["level"], row["status"], row["check"], row["context_tokens"]) == ("decode", "ok", "passed", 16)
         assert row["tokens_per_s"] == pytest.approx(1e6 / row["latency_us_median"])
         assert row["latency_us_q25"] <= row["latency_us_median"] <= row["latency_us_q75"]
     own, sparse = rows[0], rows[2:]
     for row in (own, *sparse):
         assert [phase["phase"] for phase in row["phases"]] == ["attention", "MLP", "head", "rest"]
-        assert all(set(phase) == set(schema.PHASES) - {"cell_id"} for phase in row["phases"])
+        assert all(set(phase) == set(schema.PHASES.names) - {"cell_id"} for phase in row["phases"])
     # 2 layers of 3 MLP matrices, q, k, v and o, the head, and keys and values of 16 tokens, 4 bytes each
     weights = 2 * (3 * 32 * 48 + (32 + 16 + 16 + 32) * 32) + 64 * 32 + 2 * 2 * 16 * 16
     assert own["bytes_read_mib"] == pytest.approx(weights * 4 / 2**20)
@@ -57,7 +60,7 @@ def test_rows_of_every_method(tiny):
         assert 0 < row["max_rel_error"] < 1e-5
         assert row["mlp_share"] > 0
         assert row["extra_memory_mib"] >= 2 * 32 * 48 * 4 / 2**20
-        assert set(row["decode_check"]) == set(schema.DECODE_CHECK) - {"cell_id"}
+        assert set(row["decode_check"]) == set(schema.DECODE_CHECK.names) - {"cell_id"}
         assert row["decode_check"]["max_error"] == row["max_rel_error"] < row["decode_check"]["bound"]
         assert 0 <= row["decode_check"]["kl_median"] <= row["decode_check"]["kl_max"] < 1e-4
         assert row["decode_check"]["top1_agreement"] == 1
@@ -80,7 +83,7 @@ def test_a_fit_decides_what_is_kept(tiny, method):
 
 def spoil(monkeypatch, factor):
     """Multiply what kernels return by ``factor(layer, n)`` in their n-th call, from 1."""
-    right = decode.decode_kernels
+    right = sparse.decode_kernels
 
     def wrong(*arguments):
         kernels, calls = right(*arguments), itertools.count(1)
@@ -88,7 +91,7 @@ def spoil(monkeypatch, factor):
         kernels.run = lambda layer, x: run(layer, x) * factor(layer, next(calls))
         return kernels
 
-    monkeypatch.setattr(decode, "decode_kernels", wrong)
+    monkeypatch.setattr(sparse, "decode_kernels", wrong)
 
 
 @pytest.mark.parametrize("method", ["m-countdown", "d-countdown"])
@@ -134,14 +137,14 @@ def test_contexts_are_cases_of_one_group(tiny):
 
 
 def test_out_of_memory_marks_its_context_and_the_others_go_on(tiny, monkeypatch):
-    right = decode_time.prepare
+    right = decode.StepSubject.prepare
 
-    def prepare(case, *rest):
-        if case.context_tokens == 16:
+    def prepare(self):
+        if self.case.context_tokens == 16:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
-        return right(case, *rest)
+        right(self)
 
-    monkeypatch.setattr(decode_time, "prepare", prepare)
+    monkeypatch.setattr(decode.StepSubject, "prepare", prepare)
     rows = run_group(cases(("dense",), contexts=(16, 40), variants=("eager",)))
     assert [row["status"] for row in rows] == ["failed", "ok"]
     assert rows[0]["reason"].startswith("out of memory: ")
@@ -173,15 +176,15 @@ def test_bad_cases_are_refused(change, match):
         make_cases(**options)
 
 
-@pytest.mark.parametrize("name", [name for name, shape in model_shapes.MODEL_SHAPES.items() if shape.config])
+@pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if shape.config])
 def test_shapes_are_the_papers(name):
     """Parameters of the published models, counted on a model without memory."""
-    model = model_shapes.build_model(name, torch.bfloat16, "meta")
+    model = build_model(name, "bfloat16", "meta")
     mlp = model.model.layers[0].mlp
-    assert sum(p.numel() for p in model.parameters()) == model_shapes.MODEL_SHAPES[name].n_parameters
+    assert sum(p.numel() for p in model.parameters()) == SHAPES[name].n_parameters
     assert tuple(mlp.down_proj.weight.shape) == (SHAPES[name].d_model, SHAPES[name].d_ff)
     with pytest.raises(InputError, match="did you mean 'phi-4'"):
-        model_shapes.build_model("phi4", torch.bfloat16, "meta")
+        build_model("phi4", "bfloat16", "meta")
 
 
 def test_limit_of_the_check_grows_with_the_layers():
