@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from suite.devices import dtype_name
 from suite.methods.base import NEURONS, Activations, Method, Mode, Site, select_threshold
@@ -190,7 +191,7 @@ def is_magnitude(method: Method) -> bool:
     keys = torch.arange(4)
     values = {"input": gate, "gate": gate, "act": act, "up": up, "product": act * up}
     site = Site(NEURONS, layer=0, width=64)
-    score = method.score(Activations(site, values, keys, keys, norms=lambda matrix, of: torch.ones(64)))
+    score = method.score(Activations(site, values, keys, keys, norms=lambda matrix, of: torch.ones(64), act_fn=silu))
     return torch.equal(score.float(), magnitude.abs())
 
 

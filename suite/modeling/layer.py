@@ -135,6 +135,7 @@ class SparseLayer:
             documents=tokens.documents,
             positions=tokens.positions,
             norms=self._norms,
+            act_fn=self.mlp.act,
             rows=index,
             calibrated=self._calibrated,
             prompts=(lambda: self._prompts(index, vector.shape)) if self._method.needs_prompt else None,

@@ -8,13 +8,13 @@ import torch
 from suite import attach, fit
 from suite.errors import CellError, InputError
 from suite.fitting.artifacts import load_fit, save_fit
-from suite.fitting.keys import key_of
+from suite.fitting.keys import ESTIMATORS, key_of
 from suite.fitting.moments import low_rank
 from suite.fitting.windows import make_windows
 from suite.modeling.gated_mlp import find_gated_mlps
 from tests.conftest import D_FF, D_MODEL
 from tests.fitting.conftest import flip, loaded
-from tests.modeling.site_methods import Chess, Gated, Static, Teal, TealInput, Undeclared
+from tests.modeling.site_methods import Allocated, Chess, Gated, Static, Teal, TealInput, Undeclared
 from tests.modeling.test_sites import masked_by_hand
 
 
@@ -58,6 +58,18 @@ def test_every_site_and_layer_gets_its_quantile_behind_the_sparse_ones_before_it
         model.model(torch.tensor([windows[0]]))
     assert [row.threshold for row in attached.sparsity()] == pytest.approx(
         made.thresholds.view(2, 2).T.flatten().tolist()
+    )
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_thresholds_follow_the_allocation(tmp_path, text, estimator):
+    much = dataclasses.replace(text, max_tokens=16384)
+    made = fit(loaded(tmp_path), Allocated(sparsity=0.5), much, estimator=estimator)
+    bare = fit(loaded(tmp_path), Allocated(sparsity=0.5, slope=0.25), text, estimator=estimator)
+    assert [float(value) == -torch.inf for value in bare.thresholds] == [False, True, False, False]
+    # the sites one after the other; the dense estimators realise less than they are asked for
+    assert made.meta["held_out_sparsity"] == pytest.approx(
+        [0.25, 0.5, 0.15, 0.4], abs=0.02 if estimator == "calibrated" else 0.08
     )
 
 

@@ -11,7 +11,7 @@ from suite.errors import InputError
 from suite.modeling.attach import attach
 from suite.modeling.gated_mlp import find_gated_mlps
 from tests.conftest import D_FF, D_MODEL, activations, tiny_model
-from tests.modeling.site_methods import Chess, Griffin, Peeking, Static, Teal, TealInput, Undeclared, Wina
+from tests.modeling.site_methods import Allocated, Chess, Griffin, Peeking, Static, Teal, TealInput, Undeclared, Wina
 
 WIDTH = {"mlp.input": D_MODEL, "mlp.neurons": D_FF}
 
@@ -91,6 +91,13 @@ def test_ideal_keeps_the_k_largest_of_each_input(cls, architecture, ids):
     for row in attached.sparsity():
         assert row.sparsity_realized == pytest.approx(1 - counts[row.site] / WIDTH[row.site], abs=1e-12)
     assert torch.equal(logits(model, ids), before)
+
+
+def test_a_method_allocates_its_sparsity(ids):
+    with attach(tiny_model("llama"), Allocated(sparsity=0.5)) as attached:
+        logits(tiny_model("llama"), ids)
+    shares = [8 / 32, 24 / 48, 4 / 32, 19 / 48]  # of .25 and .5, then of .15 and .4, in whole entries
+    assert [row.sparsity_realized for row in attached.sparsity()] == pytest.approx(shares)
 
 
 def test_only_tokens_in_scope_are_masked_and_counted(ids):
