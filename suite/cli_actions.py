@@ -69,11 +69,11 @@ def show_info() -> None:
     """Print versions, device and folders."""
     import platform
 
+    from suite import devices
     from suite.runs import provenance
 
     late = f", but {' and '.join(OPENMP_TOO_LATE)} loaded before: import suite first" if OPENMP_TOO_LATE else ""
-    gpu = provenance.gpu()
-    cpu = provenance.cpu()
+    gpu, cpu = devices.gpu(), devices.cpu()
     lines = {
         "python": platform.python_version(),
         **provenance.versions(),

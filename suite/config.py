@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from suite.devices import Dtype
 from suite.errors import InputError, shown
 from suite.evaluation.chat import ChatSettings
 from suite.evaluation.tasks import need_data_folder
@@ -32,7 +33,6 @@ Count = Annotated[int, Field(ge=1, le=_MOST, strict=True)]
 # tokens of a sequence, in which memory grows before a model is asked: far above any context there is
 Length = Annotated[int, Field(ge=1, le=2**24, strict=True)]
 Seed = Annotated[int, Field(ge=0, le=_MOST, strict=True)]
-Dtype = Literal["float32", "bfloat16", "float16"]
 Scope = Literal["paper", "scored", "all"]
 Estimator = Literal["calibrated", "mean-kth", "pooled-quantile"]
 

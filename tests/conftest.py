@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from suite.fitting.artifacts import Fit, PredictorFit
-from suite.methods.base import Activations
+from suite.methods.base import Activations, Site
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,14 +71,13 @@ def activations(n_tokens=5, d_ff=D_FF, dtype=torch.float32, layer=0, seed=0):
     gate, up = (torch.randn(n_tokens, d_ff, generator=generator).to(dtype) for _ in range(2))
     norms = torch.rand(d_ff, generator=generator) + 0.5
     keys = torch.arange(n_tokens)
+    act = torch.nn.functional.silu(gate)
     return Activations(
-        gate=gate,
-        act=torch.nn.functional.silu(gate),
-        up=up,
-        down_norms=lambda: norms,
-        layer=layer,
+        site=Site("mlp.neurons", layer, d_ff),
+        values={"gate": gate, "act": act, "up": up, "product": act * up},
         documents=keys * 7,
         positions=keys,
+        norms=lambda matrix, of: norms,
     )
 
 

@@ -210,7 +210,7 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_bad_arguments(folder, capsys, monkeypatch, name):
-    monkeypatch.setattr("suite.runs.provenance.gpu", lambda: None)
+    monkeypatch.setattr("suite.devices.gpu", lambda: None)
     (folder / "task.yaml").write_text(yaml.dump(block(tasks=["arc_easy"])))
     arguments, words = ARGUMENTS[name]
     err = refused(capsys, *arguments)

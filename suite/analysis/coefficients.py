@@ -103,9 +103,7 @@ def _activations(loaded: LoadedModel, tokens: Tensor, start: int) -> Iterator[tu
             stack.callback(mlp.module.register_forward_pre_hook(keep(mlp.layer)).remove)
         loaded.model(input_ids=tokens, use_cache=False, logits_to_keep=1)
     for mlp in mlps:
-        gate, up = mlp.gate_up(inputs.pop(mlp.layer))
-        keys = torch.arange(len(gate), device=gate.device)
-        yield mlp, Activations(gate, mlp.act(gate), up, mlp.down_norm2, mlp.layer, keys, keys)
+        yield mlp, mlp.activations(inputs.pop(mlp.layer))
 
 
 def _kept(activations: Activations, scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
@@ -156,7 +154,7 @@ def _spread(activations: Activations) -> list[dict[str, Any]]:
     for quantity, method in QUANTITIES.items():
         score = get_method(method).score(activations).float()
         values = score.cpu().numpy()
-        row: dict[str, Any] = {"layer": activations.layer, "quantity": quantity, "mean": float(values.mean())}
+        row: dict[str, Any] = {"layer": activations.site.layer, "quantity": quantity, "mean": float(values.mean())}
         for q, value in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True):
             row[f"q{100 * q:02.0f}"] = float(value)
         for sparsity in MASS_SPARSITIES:

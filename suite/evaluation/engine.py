@@ -146,7 +146,7 @@ class Scorer:
     def _forward(self, plan: Plan, attached: Attached | None, scope: Scope) -> Iterator[_Scored]:
         requests = plan.distinct
         with _gathered_head(self.model) as picked:
-            if scope == "all" or not self.shares:
+            if scope == "all" or not self.shares or (attached is not None and attached.needs_prompt):
                 for batch in batches(requests, self.batch_size, self._max_tokens):
                     yield self._run(requests, batch, attached, scope, picked, None)
                 return

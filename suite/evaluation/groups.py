@@ -216,24 +216,41 @@ def aggregate(group: Group, results: Mapping[str, TaskResult]) -> TaskResult | N
 
 
 def _averaged(metrics: Sequence[Metric], sizes: Sequence[int], *, by_size: bool) -> Metric:
-    """One metric of several tasks; the standard error is lm-eval's: pooled by size, or of the plain mean."""
-    weights = np.asarray(sizes, dtype=np.float64) if by_size else np.ones(len(metrics))
-    share = weights / weights.sum()
-    errors = [metric.stderr for metric in metrics]
-    stderr = None
-    if all(error is not None for error in errors):
-        squares = np.square(np.asarray(errors, dtype=np.float64))
-        n = sum(sizes)
-        pooled = float(((weights - 1) * weights * squares).sum()) / ((n - len(sizes)) * n) if by_size else 0.0
-        stderr = float(np.sqrt(pooled if by_size else np.square(share) @ squares))
+    """One metric of several tasks."""
     chances = [metric.chance for metric in metrics]
-    known = all(chance is not None for chance in chances)
+    known = [chance for chance in chances if chance is not None]
+    errors = [metric.stderr for metric in metrics]
+    value, stderr = averaged([metric.value for metric in metrics], errors, sizes, by_size=by_size)
     return replace(
         metrics[0],
-        value=float(share @ np.asarray([metric.value for metric in metrics])),
+        value=value,
         stderr=stderr,
         aggregation="",
         resampled=None,
         reason="" if stderr is not None else "a task of the group has no standard error",
-        chance=float(share @ np.asarray(chances, dtype=np.float64)) if known else None,
+        chance=averaged(known, known, sizes, by_size=by_size)[0] if len(known) == len(chances) else None,
     )
+
+
+def shares(sizes: Sequence[int], *, by_size: bool) -> np.ndarray:
+    """Weight of each task in an average, by its documents or alike, shape (n_tasks,), float64; their sum is 1."""
+    weights = np.asarray(sizes, dtype=np.float64) if by_size else np.ones(len(sizes))
+    return weights / weights.sum()
+
+
+def averaged(
+    values: Sequence[float], errors: Sequence[float | None], sizes: Sequence[int], *, by_size: bool
+) -> tuple[float, float | None]:
+    """Average of several tasks' values, and its standard error as lm-eval's: pooled by size, or of the plain mean.
+
+    None for the error where a task has none.
+    """
+    share = shares(sizes, by_size=by_size)
+    value = float(share @ np.asarray(values, dtype=np.float64))
+    if any(error is None for error in errors):
+        return value, None
+    squares = np.square(np.asarray(errors, dtype=np.float64))
+    if not by_size:
+        return value, float(np.sqrt(np.square(share) @ squares))
+    n, weights = sum(sizes), np.asarray(sizes, dtype=np.float64)
+    return value, float(np.sqrt(((weights - 1) * weights * squares).sum() / ((n - len(sizes)) * n)))

@@ -18,8 +18,9 @@ from torch import Tensor
 from suite.errors import InputError
 from suite.files import write_atomically
 from suite.fitting.options import Predictor
+from suite.methods.base import Calibrated, Factor
+from suite.methods.cost import low_rank_share, ternary_share
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SUFFIX = ".safetensors"
 _REMEDY = "delete it and fit anew"
 
@@ -35,12 +36,17 @@ class Fit:
     sparsity : float
         Target.
     estimator : {"calibrated", "mean-kth", "pooled-quantile"}
-    thresholds : Tensor, shape (n_layers,), fp32
-        A neuron is kept unless its score is below its layer's; -inf, keeping all, for sparsity 0.
+    thresholds : Tensor, shape (n_sites * n_layers,), fp32
+        Of the layers at the method's first site, then at its next. An entry is kept unless its score is below its
+        layer's; -inf, keeping all, for sparsity 0.
     key : str
         Hash of all that decided it (`suite.fitting.keys.fit_key`).
     meta : mapping of JSON values
         What it was fitted on and what it realised on held-out text.
+    extras : mapping of name to Tensor, its first dimension the layer
+        What the score asks for beside the activations: ``moments.<quantity>`` (n_layers, width), fp32;
+        ``factor.<projection>.v`` (n_layers, d_model, rank) and ``.u`` (n_layers, d_ff, rank), the model's dtype, and
+        ``.residual`` (n_layers, d_ff), fp32.
     """
 
     method: str
@@ -49,11 +55,22 @@ class Fit:
     thresholds: Tensor
     key: str
     meta: Mapping[str, Any] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
-        """Hash of the content: equal thresholds and description, equal hash."""
-        return _hash(self.description(), [self.thresholds])
+        """Hash of the content: equal tensors and description, equal hash."""
+        named = {"extras": sorted(self.extras)} if self.extras else {}
+        return _hash(self.description() | named, self.tensors().values())
+
+    @property
+    def extra_bytes(self) -> int:
+        """Memory of what the score asks for beside the activations."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.extras.values())
+
+    def calibrated(self, device: torch.device) -> list[Calibrated]:
+        """What it knows of every layer, on a device; empty if that is nothing."""
+        return calibrated_layers(self.extras, device)
 
     def description(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON values."""
@@ -62,7 +79,25 @@ class Fit:
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors by their name in the file."""
-        return {"thresholds": self.thresholds}
+        return {"thresholds": self.thresholds, **dict(sorted(self.extras.items()))}
+
+
+def calibrated_layers(extras: Mapping[str, Tensor], device: torch.device) -> list[Calibrated]:
+    """`Fit.extras` layer by layer, on a device."""
+    placed = {name: tensor.to(device) for name, tensor in extras.items()}
+    moments = {name.removeprefix("moments."): tensor for name, tensor in placed.items() if name.startswith("moments.")}
+    factors = {
+        name.split(".")[1]: [placed[name.removesuffix("v") + part] for part in ("v", "u", "residual")]
+        for name in placed
+        if name.startswith("factor.") and name.endswith(".v")
+    }
+    return [
+        Calibrated(
+            moments={name: tensor[layer] for name, tensor in moments.items()},
+            factors={name: Factor(*(part[layer] for part in parts)) for name, parts in factors.items()},
+        )
+        for layer in range(len(next(iter(placed.values()), ())))
+    ]
 
 
 @dataclass(frozen=True)
@@ -120,10 +155,7 @@ class PredictorFit:
     @property
     def bytes_share(self) -> float:
         """Bytes of the predictor over those of the dense MLP; a ternary matrix counts 2 bits an entry."""
-        d_model, d_ff = self.shape
-        if self.rank is None:
-            return 0.25 / (3 * _BYTES[self.meta["dtype"]])
-        return self.rank * (d_model + d_ff) / (3 * d_model * d_ff)
+        return ternary_share(self.meta["dtype"]) if self.rank is None else low_rank_share(self.rank, *self.shape)
 
     def logits(self, layer: int, x: Tensor) -> Tensor:
         """``(x V) U^T``, or ``scale * x T^T`` for a ternary matrix T.
@@ -209,9 +241,10 @@ def load_fit(path: Path, key: str | None = None, *, model_fingerprint: str | Non
             cost = json.loads(stored.metadata().get("cost", "{}"))
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  no mapping
         sha256 = description.pop("sha256")
-        fit = (
-            _predictor_fit(description, tensors, cost) if "predictor" in description else Fit(**description, **tensors)
-        )
+        if "predictor" in description:
+            fit: Fit | PredictorFit = _predictor_fit(description, tensors, cost)
+        else:
+            fit = Fit(**description, thresholds=tensors.pop("thresholds"), extras=tensors)
         found = fit.sha256
     except FileNotFoundError as error:
         raise InputError(f"fit {file} does not exist: make it with countdown-suite fit") from error

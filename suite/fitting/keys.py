@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from suite.errors import InputError
 from suite.fitting.options import PREDICTOR_ESTIMATORS, PredictorOptions
-from suite.methods.base import Method
+from suite.methods.base import NEURONS, Method
 from suite.registry import did_you_mean, get_method
 
 Estimator = Literal["calibrated", "mean-kth", "pooled-quantile"]
@@ -97,7 +97,13 @@ def _fields(
     method: Method, model_fingerprint: str, calibration_fingerprint: str, max_tokens: int, seed: int, dtype: str
 ) -> dict[str, Any]:
     cls = type(method)
-    return {
+    # in the key only where they are asked for, so that the fits of all others stay
+    asked = {
+        "sites": list(method.sites) if method.sites != (NEURONS,) else [],
+        "moments": list(method.moments),
+        "factors": dict(method.factors),
+    }
+    return {name: value for name, value in asked.items() if value} | {
         "method": f"{cls.__module__}:{cls.__qualname__}",
         "parameters": method.parameters() | {"sparsity": float(method.sparsity)},
         "model": model_fingerprint,

@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from suite.devices import torch_dtype
 from suite.errors import CellError, InputError
 from suite.fitting.artifacts import PredictorFit
 from suite.fitting.calibration import Calibration
@@ -237,7 +238,7 @@ class _Fitter:
     def _draft(self, training: _Training, number: int) -> PredictorFit:
         """The predictors of a round, in the model's dtype and on its device, with thresholds that keep everything."""
         found = [training.done.get(number, mlp.layer) or {} for mlp in self._mlps]
-        dtype = getattr(torch, self._loaded.dtype)
+        dtype = torch_dtype(self._loaded.dtype)
         ternary = self._rank is None
         return PredictorFit(
             method=training.method.name,

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from suite.fitting.artifacts import PredictorFit
-from suite.fitting.stream import activations
 from suite.methods.base import Method, kept_count, select_threshold, select_top_k
 from suite.modeling.gated_mlp import GatedMLP
 
@@ -45,7 +44,7 @@ def layer_quality(
 
 def _token_quality(fit: PredictorFit, method: Method, mlp: GatedMLP, x: Tensor) -> dict[str, Tensor]:
     """The same for every token, each of shape (n_tokens,), fp64."""
-    made = activations(mlp, x)
+    made = mlp.activations(x)
     logit = fit.logits(mlp.layer, x)
     k = kept_count(mlp.d_ff, method.sparsity)
     ideal = select_top_k(method.score(made), k)

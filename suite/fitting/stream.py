@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from suite.errors import CellError
 from suite.fitting.windows import batches
-from suite.methods.base import Activations, Method
+from suite.methods.base import Method
 from suite.modeling.gated_mlp import GatedMLP
 
 # Tokens of one forward pass.
@@ -69,21 +69,6 @@ def mlp_inputs(model: nn.Module, mlps: Sequence[GatedMLP], windows: Sequence[lis
     return inputs
 
 
-def activations(mlp: GatedMLP, x: Tensor) -> Activations:
-    """What a method scores, of inputs (n_tokens, d_model); without keys for noise."""
-    gate, up = mlp.gate_up(x)
-    nowhere = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    return Activations(
-        gate=gate,
-        act=mlp.act(gate),
-        up=up,
-        down_norms=mlp.down_norm2,
-        layer=mlp.layer,
-        documents=nowhere,
-        positions=nowhere,
-    )
-
-
 def method_scores(mlps: Sequence[GatedMLP], methods: Sequence[Method], inputs: Tensor) -> list[Tensor]:
     """Scores of every method, each of shape (n_layers, n_tokens, d_ff) in the dtype of the inputs."""
     shape = (*inputs.shape[:2], mlps[0].d_ff)
@@ -92,7 +77,7 @@ def method_scores(mlps: Sequence[GatedMLP], methods: Sequence[Method], inputs: T
     with torch.inference_mode():
         for slot, mlp in enumerate(mlps):
             for start in range(0, inputs.shape[1], step):
-                made = activations(mlp, inputs[slot, start : start + step])
+                made = mlp.activations(inputs[slot, start : start + step])
                 for score, method in zip(scores, methods, strict=True):
                     score[slot, start : start + step] = method.score(made)
     return scores

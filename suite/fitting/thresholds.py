@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from suite.errors import CellError, InputError
-from suite.fitting.artifacts import Fit
+from suite.fitting.artifacts import Fit, calibrated_layers
 from suite.fitting.calibration import Calibration
 from suite.fitting.histogram import ScoreHistogram, exact_quantile
 from suite.fitting.keys import ESTIMATORS, Estimator, fit_key, key_of
+from suite.fitting.moments import calibrate
 from suite.fitting.windows import batches, make_windows
-from suite.methods.base import Method, kept_count, select_threshold
+from suite.methods.base import Calibrated, Method, Site, kept_count, select_threshold
 from suite.modeling.attach import LayerSparsity, sparsified
 from suite.modeling.gated_mlp import find_gated_mlps
 from suite.modeling.loading import LoadedModel, weights_fingerprint
@@ -46,7 +47,7 @@ def fit(
     ----------
     loaded : LoadedModel
     method : Method
-        One whose practical mode is a threshold on a projection that it computes densely.
+        One whose practical mode is a threshold on its scores.
     calibration : Calibration, optional
         Text; a fourth of its documents is held out, to measure what the thresholds realise.
     estimator : {"calibrated", "mean-kth", "pooled-quantile"}
@@ -65,7 +66,7 @@ def fit(
     CellError
         NaN scores.
     """
-    if "practical" not in method.modes or method.needs_predictor or method.first_projection is None:
+    if not (method.needs_calibration or "practical" in method.modes) or method.needs_predictor:
         raise InputError(f"method {method.name} has no threshold to fit: its practical mode needs a trained predictor")
     if estimator not in ESTIMATORS:
         raise InputError(f"unknown estimator {estimator!r}{did_you_mean(estimator, ESTIMATORS)}")
@@ -73,7 +74,9 @@ def fit(
     if progress is not None:
         progress(f"fitting {method.name} at sparsity {method.sparsity} ({estimator}) on {calibration.description}")
     windows = make_windows(calibration, loaded.tokenizer, seed)
-    fitter = ThresholdFitter(loaded, method)
+    extras = calibrate(loaded, method, windows.fit) if method.needs_calibration else {}
+    known = calibrated_layers(extras, torch.device(loaded.device))
+    fitter = ThresholdFitter(loaded, method, calibrated=known)
     thresholds = fitter.fit(windows.fit, estimator)
     held_out = fitter.realized(windows.held_out, thresholds)
     fingerprint = weights_fingerprint(loaded.ref)
@@ -82,6 +85,7 @@ def fit(
         sparsity=method.sparsity,
         estimator=estimator,
         thresholds=thresholds,
+        extras=extras,
         key=key_of(
             method, estimator, fingerprint, calibration.fingerprint(), calibration.max_tokens, seed, loaded.dtype
         ),
@@ -111,43 +115,63 @@ class ThresholdFitter:
     ----------
     predictor : PredictorState, optional
         Its logits take the place of the method's scores; its own thresholds are not looked at.
+    calibrated : sequence of Calibrated, one a layer, optional
+        What the method's scores ask of the calibration text.
     """
 
-    def __init__(self, loaded: LoadedModel, method: Method, predictor: PredictorState | None = None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        method: Method,
+        predictor: PredictorState | None = None,
+        *,
+        calibrated: Sequence[Calibrated] = (),
+    ) -> None:
         self._loaded = loaded
         self._predictor = predictor
+        self._calibrated = calibrated
         self._method = method
-        self._n_layers = len(find_gated_mlps(loaded.model))
+        n_layers = len(find_gated_mlps(loaded.model))
+        places = [(site, layer) for site in method.sites for layer in range(n_layers)]
+        self._place = {place: index for index, place in enumerate(places)}
 
     def fit(self, windows: Sequence[list[int]], estimator: str) -> Tensor:
-        """Thresholds, shape (n_layers,), fp32."""
+        """Thresholds, shape (n_sites * n_layers,), fp32."""
         if self._method.sparsity == 0:
-            return torch.full((self._n_layers,), -torch.inf)
+            return torch.full((len(self._place),), -torch.inf)
         if estimator == "mean-kth":
             return self._mean_kth(windows)
         if estimator == "pooled-quantile":
             return self._pooled_quantile(windows, _keep_all)
-        return self._calibrated(windows)
+        return self._calibrate(windows)
 
     def realized(self, windows: Sequence[list[int]], thresholds: Tensor) -> list[LayerSparsity]:
         """Sparsity that the thresholds realise, every token sparse."""
-        return self._run(windows, threshold_selection(thresholds))
+        return self._run(windows, threshold_selection(self._method, thresholds))
+
+    def _at(self, site: Site) -> int:
+        return self._place[site.name, site.layer]
 
     def _run(self, windows: Sequence[list[int]], select: Select) -> list[LayerSparsity]:
         model, device = self._loaded.model, self._loaded.device
 
-        def checked(layer: int, score: Tensor) -> Tensor:
+        def checked(site: Site, score: Tensor) -> Tensor:
             if bool(score.isnan().any()):
-                raise CellError(f"NaN scores in layer {layer} of the calibration text: the activations overflow")
-            return select(layer, score)
+                raise CellError(f"NaN scores in layer {site.layer} of the calibration text: the activations overflow")
+            return select(site, score)
 
-        with sparsified(model, self._method, checked, predictor=self._predictor) as attached, torch.inference_mode():
+        with (
+            sparsified(
+                model, self._method, checked, predictor=self._predictor, calibrated=self._calibrated
+            ) as attached,
+            torch.inference_mode(),
+        ):
             for ids, mask in batches(windows, _CHUNK):
                 # logits of one position: those of all would take 0.8 GB
                 model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=1)
             return attached.sparsity()
 
-    def _calibrated(self, windows: Sequence[list[int]]) -> Tensor:
+    def _calibrate(self, windows: Sequence[list[int]]) -> Tensor:
         """Every layer's quantile with the layers before it sparse.
 
         One forward pass does it for a chunk: when a layer's scores are made, the thresholds of all earlier layers are
@@ -155,41 +179,42 @@ class ThresholdFitter:
         through histograms, whose quantiles replace them.
         """
         first = windows[: _CHUNK // max(map(len, windows))]
-        thresholds = torch.full((self._n_layers,), -torch.inf)
+        thresholds = torch.full((len(self._place),), -torch.inf)
 
-        def set_and_apply(layer: int, score: Tensor) -> Tensor:
-            thresholds[layer] = exact_quantile(score, self._method.sparsity)
-            return select_threshold(score, float(thresholds[layer]))
+        def set_and_apply(site: Site, score: Tensor) -> Tensor:
+            threshold = exact_quantile(score, self._method.sparsity)
+            thresholds[self._at(site)] = threshold
+            return select_threshold(score, threshold)
 
         self._run(first, set_and_apply)
         if len(first) < len(windows):
-            return self._pooled_quantile(windows, threshold_selection(thresholds))
+            return self._pooled_quantile(windows, threshold_selection(self._method, thresholds))
         return thresholds
 
     def _pooled_quantile(self, windows: Sequence[list[int]], apply: Select) -> Tensor:
-        histograms = [ScoreHistogram() for _ in range(self._n_layers)]
+        histograms = [ScoreHistogram() for _ in self._place]
 
-        def count(layer: int, score: Tensor) -> Tensor:
-            histograms[layer].add(score)
-            return apply(layer, score)
+        def count(site: Site, score: Tensor) -> Tensor:
+            histograms[self._at(site)].add(score)
+            return apply(site, score)
 
         self._run(windows, count)
         return torch.tensor([histogram.quantile(self._method.sparsity) for histogram in histograms])
 
     def _mean_kth(self, windows: Sequence[list[int]]) -> Tensor:
-        total = torch.zeros(self._n_layers, dtype=torch.float64)
-        n_tokens = torch.zeros(self._n_layers, dtype=torch.int64)
+        total = torch.zeros(len(self._place), dtype=torch.float64)
+        n_tokens = torch.zeros(len(self._place), dtype=torch.int64)
 
-        def add(layer: int, score: Tensor) -> Tensor:
+        def add(site: Site, score: Tensor) -> Tensor:
             k = kept_count(score.shape[-1], self._method.sparsity)
             kth = torch.topk(score.float(), k, dim=-1, sorted=True).values[:, -1]
-            total[layer] += kth.double().sum().cpu()
-            n_tokens[layer] += len(kth)
-            return _keep_all(layer, score)
+            total[self._at(site)] += kth.double().sum().cpu()
+            n_tokens[self._at(site)] += len(kth)
+            return _keep_all(site, score)
 
         self._run(windows, add)
         return (total / n_tokens).float()
 
 
-def _keep_all(_layer: int, score: Tensor) -> Tensor:
+def _keep_all(_site: Site, score: Tensor) -> Tensor:
     return torch.ones_like(score, dtype=torch.bool)

@@ -1,14 +1,14 @@
-"""The method contract: a method scores neurons; selection, masking, counting and fitting are done once, here and outside."""
+"""The method contract: a method scores the entries of a site; selection, masking, counting and fitting are done once, outside."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from suite.errors import InputError
 
@@ -17,43 +17,184 @@ if TYPE_CHECKING:
 
 Mode = Literal["none", "ideal", "practical"]
 Projection = Literal["gate", "up"]
+Matrix = Literal["gate", "up", "down"]
+Side = Literal["rows", "columns"]
+SiteName = Literal["mlp.input", "mlp.neurons"]
+SITES: tuple[SiteName, ...] = get_args(SiteName)
+NEURONS: SiteName = "mlp.neurons"
+Quantity = Literal["input", "gate", "act", "up", "product"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A vector of one layer whose entries a method sets to zero.
+
+    Parameters
+    ----------
+    name : {"mlp.input", "mlp.neurons"}
+        ``mlp.input``: the input x of gate_proj and up_proj. ``mlp.neurons``: v, the input of down_proj; what is dropped
+        there need not be computed by gate_proj and up_proj either.
+    layer : int
+        Index of the layer, from 0.
+    width : int
+        Entries of the vector: d_model at ``mlp.input``, d_ff at ``mlp.neurons``.
+    """
+
+    name: SiteName
+    layer: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The best approximation of a projection by a low rank on the inputs that occur: ``W ~ U V^T``.
+
+    Parameters
+    ----------
+    v : Tensor, shape (d_model, rank), the model's dtype
+    u : Tensor, shape (d_ff, rank), the model's dtype
+    residual : Tensor, shape (d_ff,), fp32
+        Mean square over calibration tokens of what the approximation misses: of ``act(g)`` for gate, of ``u`` for up.
+    """
+
+    v: Tensor
+    u: Tensor
+    residual: Tensor
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``(x V) U^T``, shape (n_tokens, d_ff), fp32, of x (n_tokens, d_model)."""
+        return x.float() @ self.v.float() @ self.u.float().T
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a fit knows of one layer beside its thresholds.
+
+    Parameters
+    ----------
+    moments : mapping of quantity to Tensor, shape (d_model,) for ``input``, else (d_ff,), fp32
+        Mean squares over calibration tokens.
+    factors : mapping of projection to Factor
+    """
+
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    factors: Mapping[str, Factor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Activations of one gated MLP for the tokens in scope.
+    """What a method may rank by at one site, for the tokens in scope; each part is made when it is asked for.
 
     Notation of the paper: ``g = W_gate x``, ``a = act(g)``, ``u = W_up x``, ``v = a * u``, ``y = W_down v``.
 
     Parameters
     ----------
-    gate, act, up : Tensor, shape (n_tokens, d_ff), the model's dtype
-        ``g``, ``a`` and ``u``.
-    down_norms : callable
-        Makes `down_norm2`, once, if a method asks for it.
-    layer : int
-        Index of the layer, from 0.
+    site : Site
+    values : mapping of quantity to Tensor, shape (n_seen, width), the model's dtype
+        ``input`` (x), and at ``mlp.neurons`` ``gate`` (g), ``act`` (a), ``up`` (u) and ``product`` (v), of all tokens.
     documents, positions : Tensor, shape (n_tokens,), int64
         Which document and which position in it each token is; noise is keyed by them so that batching cannot change it.
+    norms : callable
+        Makes `norm2`.
+    rows : slice or Tensor, shape (n_tokens,), int64
+        Tokens in scope among those of ``values``.
+    calibrated : Calibrated, optional
+        What the fit knows of the layer.
+    prompts : callable, optional
+        Makes `prompt`.
     """
 
-    gate: Tensor
-    act: Tensor
-    up: Tensor
-    down_norms: Callable[[], Tensor]
-    layer: int
+    site: Site
+    values: Mapping[str, Tensor]
     documents: Tensor
     positions: Tensor
+    norms: Callable[[Matrix, Side], Tensor]
+    rows: slice | Tensor = field(default_factory=lambda: slice(None))
+    calibrated: Calibrated | None = None
+    prompts: Callable[[], Tensor] | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """The vector whose entries are set to zero, shape (n_tokens, site.width), the model's dtype."""
+        return self.product if self.site.name == NEURONS else self.input
+
+    @cached_property
+    def input(self) -> Tensor:
+        """``x`` of the MLP, shape (n_tokens, d_model), the model's dtype."""
+        return self._rows("input")
+
+    @cached_property
+    def gate(self) -> Tensor:
+        """``g``, shape (n_tokens, d_ff), the model's dtype."""
+        return self._rows("gate")
+
+    @cached_property
+    def act(self) -> Tensor:
+        """``a = act(g)``, shape (n_tokens, d_ff), the model's dtype."""
+        return self._rows("act")
+
+    @cached_property
+    def up(self) -> Tensor:
+        """``u``, shape (n_tokens, d_ff), the model's dtype."""
+        return self._rows("up")
 
     @cached_property
     def product(self) -> Tensor:
         """``v = act(g) * u``, shape (n_tokens, d_ff), in the model's dtype."""
-        return self.act * self.up
+        return self._rows("product")
+
+    def _rows(self, name: str) -> Tensor:
+        if name not in self.values:
+            raise InputError(f"a score at site {self.site.name} asks for {name!r}, which is computed after it")
+        value = self.values[name]
+        return value[self.rows] if isinstance(self.rows, slice) else value.index_select(0, self.rows)
+
+    def norm2(self, matrix: Matrix, of: Side) -> Tensor:
+        """Squared L2 norms of the rows or columns of ``W_gate``, ``W_up`` (d_ff, d_model) or ``W_down`` (d_model, d_ff), fp32."""
+        return self.norms(matrix, of)
+
+    def moments(self, name: Quantity) -> Tensor:
+        """Mean square of every entry of a quantity over calibration tokens, fp32: (d_model,) for ``input``, else (d_ff,).
+
+        Raises
+        ------
+        InputError
+            The fit does not hold it, or there is none.
+        """
+        if self.calibrated is None or name not in self.calibrated.moments:
+            raise InputError(
+                f"{self._place} holds no moments of {name!r}: name them in the method's `moments`, and fit"
+            )
+        return self.calibrated.moments[name]
+
+    def factor(self, name: Projection) -> Factor:
+        """Approximation of a projection by a low rank.
+
+        Raises
+        ------
+        InputError
+            The fit does not hold it, or there is none.
+        """
+        if self.calibrated is None or name not in self.calibrated.factors:
+            raise InputError(f"{self._place} holds no factor of {name!r}: name it in the method's `factors`, and fit")
+        return self.calibrated.factors[name]
 
     @property
-    def down_norm2(self) -> Tensor:
-        """Squared L2 norms of the columns of ``W_down``, shape (d_ff,), fp32."""
-        return self.down_norms()
+    def _place(self) -> str:
+        return f"the fit of layer {self.site.layer}"
+
+    @cached_property
+    def prompt(self) -> Tensor:
+        """Sum over the tokens of its prompt of ``v^2 / norm(v)^2`` for every token, shape (n_tokens, d_ff), fp32 (GRIFFIN).
+
+        Raises
+        ------
+        InputError
+            The method does not declare `needs_prompt`, or a token has no prompt.
+        """
+        if self.prompts is None:
+            raise InputError("no statistics of the prompt are kept: set the method's `needs_prompt`")
+        return self.prompts()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,24 +205,45 @@ class Method(ABC):
     ----------------
     name : registry name.
     modes : modes that exist for it (``none`` for methods without a ranking).
-    first_projection : the projection computed densely before ranking (what a threshold is set on), or None.
-    needs_predictor : True if the practical mode needs a trained predictor of the kept set.
+    sites : where it sets entries to zero, in the order of the forward pass; it scores at each.
+    first_projection : projections computed densely before neurons are ranked: one, "both", or None. With one, the
+        practical mode of its magnitude has kernels.
+    needs_predictor : True if the practical mode needs a trained predictor of the kept set; then it has no other site.
+    moments : quantities whose mean squares over calibration tokens the fit holds, for `Activations.moments`.
+    needs_prompt : True if it ranks by `Activations.prompt`.
     """
 
     sparsity: float = 0.0
 
     name: ClassVar[str]
     modes: ClassVar[tuple[Mode, ...]] = ("ideal", "practical")
-    first_projection: ClassVar[Projection | None] = None
+    sites: ClassVar[tuple[SiteName, ...]] = (NEURONS,)
+    first_projection: ClassVar[Projection | Literal["both"] | None] = None
     needs_predictor: ClassVar[bool] = False
+    moments: ClassVar[tuple[Quantity, ...]] = ()
+    needs_prompt: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.sparsity, (int, float)) or isinstance(self.sparsity, bool) or not 0 <= self.sparsity < 1:
             raise InputError(f"sparsity {self.sparsity!r} of method {self.name}: must be a number in [0, 1)")
+        for declared, known in ((self.sites, SITES), (self.moments, get_args(Quantity))):
+            for one in declared:
+                if one not in known:
+                    raise InputError(f"method {self.name} declares {one!r}; known: {', '.join(known)}")
+
+    @property
+    def factors(self) -> Mapping[Projection, int]:
+        """Projections whose approximation the fit holds, for `Activations.factor`, and their rank."""
+        return {}
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether its score asks the fit for moments or factors: then its ideal mode takes a fit too."""
+        return bool(self.moments or self.factors)
 
     @abstractmethod
     def score(self, activations: Activations) -> Tensor:
-        """Rank of every neuron, larger is kept: shape (n_tokens, d_ff), any float dtype (compared in fp32)."""
+        """Rank of every entry at the site, larger is kept: shape (n_tokens, site.width), any float dtype (compared in fp32)."""
 
     def parameters(self) -> dict[str, Any]:
         """Fields by name: what identifies this method in a cell's key."""

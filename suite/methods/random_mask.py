@@ -44,7 +44,7 @@ class Random(Method):
 
         up = activations.up
         start = torch.tensor(_signed((self.seed * 0x9E3779B97F4A7C15) & (1 << 64) - 1), device=up.device)
-        token = _mix(start + activations.layer)
+        token = _mix(start + activations.site.layer)
         for key in (activations.documents, activations.positions):
             token = _mix((token ^ key.to(up.device)) + _GOLDEN)
         neuron = torch.arange(1, up.shape[-1] + 1, device=up.device) * _GOLDEN

@@ -20,4 +20,4 @@ class SCountdown(Method):
 
     def score(self, activations: Activations) -> Tensor:
         """Saliency in fp32."""
-        return 0.5 * activations.product.float().square() * activations.down_norm2
+        return 0.5 * activations.product.float().square() * activations.norm2("down", "columns")

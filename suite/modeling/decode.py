@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from suite.methods.base import Activations, Method, Mode, select_threshold
+from suite.devices import dtype_name
+from suite.methods.base import NEURONS, Activations, Method, Mode, Site, select_threshold
 from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
 from suite.modeling.modes import PredictorState
 
@@ -94,7 +95,7 @@ class ChoosingKernels:
 
     def kept(self, layers: Sequence[int], n_tokens: int) -> Tensor:
         """As the protocol: a few launches for all layers together."""
-        from kernels_numba.gpu.counts import active_counts
+        from kernels_numba.gpu.host.active_set import active_counts
 
         return active_counts([self.layers[layer] for layer in layers], n_tokens)
 
@@ -135,6 +136,8 @@ class Fallback:
 
 def why_not_numba(model: nn.Module, method: Method, mode: Mode, state: object) -> str:
     """Reason why the kernels cannot stand in for this method on this model; empty if they can."""
+    if method.sites != (NEURONS,):
+        return f"its kernels skip neurons, and {method.name} masks {' and '.join(method.sites)}"
     if mode != "practical":
         return f"it needs a threshold, and the mode is {mode}"
     mlps = find_gated_mlps(model)
@@ -146,7 +149,7 @@ def why_not_numba(model: nn.Module, method: Method, mode: Mode, state: object) -
     if device.type not in _DTYPES:
         return f"there are kernels for cpu and cuda, the model is on {device}"
     if not dtypes <= set(_DTYPES[device.type]):
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[device.type])
+        known = ", ".join(dtype_name(dtype) for dtype in _DTYPES[device.type])
         return f"its kernels on {device.type} are for {known}"
     if reason := next(filter(None, (mlp.why_not_plain() for mlp in mlps)), ""):
         return f"its kernels compute from the weights alone, and {reason}"
@@ -163,7 +166,7 @@ def why_not_numba(model: nn.Module, method: Method, mode: Mode, state: object) -
 
 
 def _why_not_cuda(mlp: GatedMLP, n_layers: int, device: torch.device) -> str:
-    from kernels_numba.gpu.layers import unavailable
+    from kernels_numba.gpu.host.checks import unavailable
 
     if reason := unavailable(device):
         return reason
@@ -181,14 +184,14 @@ def _is_magnitude(method: Method) -> bool:
     """Whether the score is the magnitude of the first projection, seen from its values on a sample."""
     generator = torch.Generator().manual_seed(0)
     gate, act, up = (torch.randn(4, 64, generator=generator) for _ in range(3))
-    keys = torch.arange(4)
-    score = method.score(
-        Activations(
-            gate=gate, act=act, up=up, down_norms=lambda: torch.ones(64), layer=0, documents=keys, positions=keys
-        )
-    )
     magnitude = {"gate": act, "up": up}.get(method.first_projection or "")
-    return magnitude is not None and torch.equal(score.float(), magnitude.abs())
+    if magnitude is None or method.needs_calibration:
+        return False
+    keys = torch.arange(4)
+    values = {"input": gate, "gate": gate, "act": act, "up": up, "product": act * up}
+    site = Site(NEURONS, layer=0, width=64)
+    score = method.score(Activations(site, values, keys, keys, norms=lambda matrix, of: torch.ones(64)))
+    return torch.equal(score.float(), magnitude.abs())
 
 
 def decode_kernels(
@@ -257,7 +260,7 @@ def _cpu_given(mlp: GatedMLP, predictor: PredictorState, threshold: float) -> Li
 
 def _cuda_given(mlp: GatedMLP, predictor: PredictorState, threshold: float) -> Listing:
     """The same on a GPU, for predictors that have no kernel of their own; the count stays on the device."""
-    from kernels_numba.gpu.layers import GivenLayer, transpose_down
+    from kernels_numba.gpu.host.layers import GivenLayer, transpose_down
 
     w_gate, w_up, w_down = (weight.detach() for weight in mlp.weights())
     layer = GivenLayer(w_gate, w_up, transpose_down(w_down), activation=mlp.activation)
@@ -280,7 +283,7 @@ def cuda_layers(
     deterministic: bool = False,
 ) -> list[Any]:
     """CUDA layers that find their active sets themselves: a low-rank predictor's, else the first projection's."""
-    from kernels_numba.gpu.layers import PredictorLayer, ThresholdLayer, transpose_down
+    from kernels_numba.gpu.host.layers import PredictorLayer, ThresholdLayer, transpose_down
 
     layers: list[Any] = []
     for mlp, threshold in zip(mlps, thresholds, strict=True):

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from suite.methods.base import Activations, Method, select_threshold
+from suite.methods.base import Method, select_threshold
 from suite.modeling.decode import DecodeKernels
 from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
 from suite.modeling.modes import PredictorState
@@ -42,18 +42,12 @@ def _equal(
     found = kernels.run(mlp.layer, x).float()
     used = torch.zeros(mlp.d_ff, dtype=torch.bool, device=x.device)
     used[kernels.active(mlp.layer)] = True
-    gate, up = (part.flatten(0, -2) for part in mlp.gate_up(x))
-    act = mlp.act(gate)
-    if predictor is None:
-        key = torch.zeros(1, dtype=torch.int64, device=x.device)
-        score = method.score(Activations(gate, act, up, mlp.down_norm2, mlp.layer, key, key))
-    else:
-        score = predictor.logits(mlp.layer, x.flatten(0, -2))
-    score = score[0].float()
+    made = mlp.activations(x.flatten(0, -2))
+    score = (method.score(made) if predictor is None else predictor.logits(mlp.layer, made.input))[0].float()
     # 16 roundings of the weights' dtype, and sums in fp32 whose errors grow like the root of their length
     tolerance = 16 * torch.finfo(x.dtype).eps + 4 * math.sqrt(mlp.d_model + mlp.d_ff) * torch.finfo(torch.float32).eps
     clear = (score - threshold).abs() > tolerance * score.abs().max()
     if bool((clear & (used != select_threshold(score, threshold))).any()):
         return False
-    expected = mlp.down((act * up * used).view(1, 1, -1)).float()
+    expected = mlp.down((made.product * used).view(1, 1, -1)).float()
     return bool((found - expected).norm() <= tolerance * expected.norm())

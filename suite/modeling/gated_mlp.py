@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, one_hot, silu
 
 from suite.errors import InputError
+from suite.methods.base import NEURONS, Activations, Matrix, Side, Site, SiteName
 
 Activation = Literal["silu", "gelu_tanh"]
 
-_UNIT_VECTORS = 1024  # rows of d_ff at a time: 56 MiB in fp32 for 14336
+_UNIT_VECTORS = 1024  # at a time: 56 MiB in fp32 for 14336
 _IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
 
 
@@ -99,19 +100,56 @@ class GatedMLP:
                 return found
         return ""
 
-    def down_norm2(self) -> Tensor:
-        """Squared L2 norms of the columns of ``W_down`` as `down` applies it, shape (d_ff,), fp32."""
-        if not _why_not_linear(self.module.get_submodule("down_proj"), ""):
-            return self.weights()[2].detach().float().square().sum(0)
-        weight = self._weight("down_proj")
+    def site(self, name: SiteName) -> Site:
+        """A site of this layer."""
+        return Site(name, self.layer, self.d_ff if name == NEURONS else self.d_model)
+
+    def activations(
+        self, x: Tensor, *, documents: Tensor | None = None, positions: Tensor | None = None, **more: Any
+    ) -> Activations:
+        """What a method ranks the neurons by, of inputs x (n_tokens, d_model), all of them in scope.
+
+        Parameters
+        ----------
+        documents, positions : Tensor, shape (n_tokens,), int64, optional
+            Keys of noise; zeros by default.
+        more : other fields of `Activations`
+        """
+        gate, up = self.gate_up(x)
+        act = self.act(gate)
+        nowhere = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return Activations(
+            site=self.site(NEURONS),
+            values={"input": x, "gate": gate, "act": act, "up": up, "product": act * up},
+            documents=nowhere if documents is None else documents,
+            positions=nowhere if positions is None else positions,
+            **{"norms": self.norm2} | more,
+        )
+
+    def norm2(self, matrix: Matrix, of: Side) -> Tensor:
+        """Squared L2 norms of the rows or columns of a projection as its module applies it, fp32.
+
+        Rows of gate and up, and columns of down, are neurons: shape (d_ff,); the others (d_model,).
+        """
+        index = ("gate", "up", "down").index(matrix)
+        name = "down_proj" if matrix == "down" else "gate_up_proj" if self.fused else f"{matrix}_proj"
+        weight = self.weights()[index].detach()
+        if not _why_not_linear(self.module.get_submodule(name), ""):
+            return weight.float().square().sum(0 if of == "columns" else 1)
+        width = self.d_ff if matrix == "down" else self.d_model
+
+        def apply(vectors: Tensor) -> Tensor:
+            return (self.down(vectors) if matrix == "down" else self.gate_up(vectors)[index]).float()
+
         with torch.no_grad():  # an adapter: its columns are its answers to unit vectors
-            bias = self.down(torch.zeros(1, self.d_ff, dtype=weight.dtype, device=weight.device)).float()
-            norms = []
-            for start in range(0, self.d_ff, _UNIT_VECTORS):
-                neurons = torch.arange(start, min(start + _UNIT_VECTORS, self.d_ff), device=weight.device)
-                unit = one_hot(neurons, self.d_ff).to(weight.dtype)
-                norms.append((self.down(unit).float() - bias).square().sum(-1))
-        return torch.cat(norms)
+            bias = apply(torch.zeros(1, width, dtype=weight.dtype, device=weight.device))
+            columns, rows = [], torch.zeros_like(bias[0])
+            for start in range(0, width, _UNIT_VECTORS):
+                entries = torch.arange(start, min(start + _UNIT_VECTORS, width), device=weight.device)
+                square = (apply(one_hot(entries, width).to(weight.dtype)) - bias).square()
+                columns.append(square.sum(-1))
+                rows += square.sum(0)
+        return torch.cat(columns) if of == "columns" else rows
 
 
 def _why_not_linear(part: nn.Module, place: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from suite.devices import DTYPES, torch_dtype
 from suite.errors import InputError
 from suite.modeling.complete import check_complete, no_report
 from suite.modeling.convert import Progress, converted_folder, first_line, no_progress_bars
@@ -17,9 +18,8 @@ from suite.settings import hub_cache_dir, hub_offline
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DTYPES", "LoadedModel", "ModelRef", "load_model", "prepare_model", "resolve_model", "weights_fingerprint"]
+__all__ = ["LoadedModel", "ModelRef", "load_model", "prepare_model", "resolve_model", "weights_fingerprint"]
 
-DTYPES = ("float32", "bfloat16", "float16")
 # safetensors and text only: a repository's pickle files are not even downloaded
 _DOWNLOADS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
@@ -114,7 +114,6 @@ def load_model(
 
 
 def _from_folder(ref: ModelRef, folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options = {"trust_remote_code": False, "local_files_only": True}
@@ -125,7 +124,7 @@ def _from_folder(ref: ModelRef, folder: Path, dtype: str, device: str) -> tuple[
                 folder,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they are named below
-                dtype=getattr(torch, dtype),
+                dtype=torch_dtype(dtype),
                 use_safetensors=True,
                 device_map=None if device == "cpu" else device,
                 **options,

@@ -9,12 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from suite.errors import CellError, InputError
-from suite.methods.base import Activations, Method, Mode, kept_count, select_threshold, select_top_k
+from suite.methods.base import (
+    NEURONS,
+    Activations,
+    Calibrated,
+    Method,
+    Mode,
+    Site,
+    SiteName,
+    kept_count,
+    select_threshold,
+    select_top_k,
+)
 from suite.modeling.gated_mlp import find_gated_mlps
 from suite.registry import did_you_mean
 
-# (layer, scores of shape (n_tokens, d_ff)) -> kept set, bool
-Select = Callable[[int, Tensor], Tensor]
+# (site, scores of shape (n_tokens, site.width)) -> kept set, bool
+Select = Callable[[Site, Tensor], Tensor]
 
 
 class ThresholdState(Protocol):
@@ -30,7 +41,7 @@ class ThresholdState(Protocol):
 
     @property
     def thresholds(self) -> Tensor:
-        """One threshold a layer, shape (n_layers,), fp32."""
+        """One threshold a site and layer, shape (n_sites * n_layers,), fp32: the layers of the first site, then the next."""
 
 
 @runtime_checkable
@@ -48,14 +59,25 @@ class PredictorState(ThresholdState, Protocol):
         """The same on another device."""
 
 
+@runtime_checkable
+class CalibratedState(ThresholdState, Protocol):
+    """What a method whose score asks for moments or factors needs of a fit (`suite.fitting.artifacts.Fit`)."""
+
+    def calibrated(self, device: torch.device) -> list[Calibrated]:
+        """What it knows of every layer, on a device."""
+
+
 def resolve_mode(method: Method, state: ThresholdState | None, mode: Mode | None) -> Mode:
     """The mode meant, refused with a reason where it is not possible."""
     if mode is None:
         mode = "none" if "none" in method.modes else "ideal" if state is None else "practical"
     if mode not in method.modes:
         raise InputError(f"method {method.name} has no mode {mode!r}{did_you_mean(mode, method.modes)}")
-    if mode != "practical" and state is not None:
+    asks = mode == "ideal" and method.needs_calibration
+    if mode != "practical" and state is not None and not asks:
         raise InputError(f"a fit was given but the mode of method {method.name} is {mode!r}: leave one of them out")
+    if asks and state is None:
+        raise InputError(f"the score of {method.name} needs a fit of its moments: make one with suite.fit")
     if mode == "practical" and (state is None or isinstance(state, PredictorState) != method.needs_predictor):
         wanted = "a trained predictor" if method.needs_predictor else "a fit of its thresholds"
         raise InputError(f"practical mode of {method.name} needs {wanted}: make one with suite.fit or use mode ideal")
@@ -64,16 +86,48 @@ def resolve_mode(method: Method, state: ThresholdState | None, mode: Mode | None
 
 def checked_thresholds(model: nn.Module, method: Method, state: ThresholdState) -> Tensor:
     """Thresholds of a fit, fp32, if it is of this method and fits this model."""
+    _refuse_other(method, state)
+    n_layers, n_sites = len(find_gated_mlps(model)), len(method.sites)
+    if tuple(state.thresholds.shape) != (n_layers * n_sites,):
+        sites = "" if n_sites == 1 else f" of {n_sites} sites"
+        raise InputError(f"fit has {state.thresholds.numel()} thresholds, the model {n_layers} layers{sites}: fit anew")
+    if bool(state.thresholds.isnan().any()):
+        raise InputError(f"fit of {state.method} has a NaN threshold: fit anew")
+    return state.thresholds.float()
+
+
+def _refuse_other(method: Method, state: ThresholdState) -> None:
     if (state.method, state.sparsity) != (method.name, method.sparsity):
         raise InputError(
             f"fit is of {state.method} at sparsity {state.sparsity}, not of {method.name} at {method.sparsity}: fit anew"
         )
-    n_layers = len(find_gated_mlps(model))
-    if tuple(state.thresholds.shape) != (n_layers,):
-        raise InputError(f"fit has {state.thresholds.numel()} thresholds, the model {n_layers} layers: fit anew")
-    if bool(state.thresholds.isnan().any()):
-        raise InputError(f"fit of {state.method} has a NaN threshold: fit anew")
-    return state.thresholds.float()
+
+
+def site_thresholds(method: Method, thresholds: Tensor) -> dict[tuple[SiteName, int], float]:
+    """Thresholds, shape (n_sites * n_layers,), by site and layer."""
+    by_site = thresholds.view(len(method.sites), -1).tolist()
+    return {
+        (site, layer): value
+        for site, values in zip(method.sites, by_site, strict=True)
+        for layer, value in enumerate(values)
+    }
+
+
+def placed_calibration(model: nn.Module, method: Method, state: ThresholdState | None) -> list[Calibrated]:
+    """What a fit knows of every layer, on the model's device, if it is of this method and its vectors fit the model's layers."""
+    if not isinstance(state, CalibratedState):
+        raise InputError(f"the score of {method.name} needs a fit that holds its moments: make one with suite.fit")
+    _refuse_other(method, state)
+    mlps = find_gated_mlps(model)
+    found = state.calibrated(mlps[0].weights()[2].device)
+    for mlp, layer in zip(mlps, found, strict=False):
+        for name, vector in layer.moments.items():
+            width = mlp.d_model if name == "input" else mlp.d_ff
+            if vector.shape != (width,):
+                raise InputError(f"fit of {state.method} has {len(vector)} moments of {name!r}, not {width}: fit anew")
+    if len(found) not in (0, len(mlps)):
+        raise InputError(f"fit of {state.method} is of {len(found)} layers, the model has {len(mlps)}: fit anew")
+    return found
 
 
 def placed_predictor(model: nn.Module, state: PredictorState) -> PredictorState:
@@ -87,20 +141,20 @@ def placed_predictor(model: nn.Module, state: PredictorState) -> PredictorState:
     return state.to(mlp.weights()[2].device)
 
 
-def threshold_selection(thresholds: Tensor) -> Select:
-    """Selection by one threshold a layer, shape (n_layers,)."""
-    values = [float(threshold) for threshold in thresholds]
+def threshold_selection(method: Method, thresholds: Tensor) -> Select:
+    """Selection by one threshold a site and layer, shape (n_sites * n_layers,)."""
+    values = site_thresholds(method, thresholds)
 
-    def select(layer: int, score: Tensor) -> Tensor:
-        return select_threshold(score, values[layer])
+    def select(site: Site, score: Tensor) -> Tensor:
+        return select_threshold(score, values[site.name, site.layer])
 
     return select
 
 
 def top_k_selection(method: Method) -> Select:
-    """Selection of the ideal mode: exactly k neurons of each token."""
+    """Selection of the ideal mode: exactly k entries of each token."""
 
-    def select(layer: int, score: Tensor) -> Tensor:
+    def select(_site: Site, score: Tensor) -> Tensor:
         return select_top_k(score, kept_count(score.shape[-1], method.sparsity))
 
     return select
@@ -112,15 +166,18 @@ def nan_tokens(score: Tensor, activations: Activations) -> Tensor:
     NaN from activations that are not finite is kept, so that it reaches the output; any other is the method's fault.
     """
     # amax hands NaN on in a third of the time of isnan().any(); where gate is not finite, act is not either
-    act, up = (part.sum(-1, dtype=torch.float32) for part in (activations.act, activations.up))
-    return (score.amax(-1).isnan() & torch.isfinite(act + up)).sum()
+    at_neurons = activations.site.name == NEURONS
+    total = (activations.act if at_neurons else activations.input).sum(-1, dtype=torch.float32)
+    if at_neurons:
+        total = total + activations.up.sum(-1, dtype=torch.float32)
+    return (score.amax(-1).isnan() & torch.isfinite(total)).sum()
 
 
-def refuse_nan(method: Method, n_tokens: Mapping[int, Tensor]) -> None:
+def refuse_nan(method: Method, n_tokens: Mapping[Site, Tensor]) -> None:
     """Refuse what was selected by scores that are NaN in a layer: its kept set means nothing."""
-    for layer, n_nan in n_tokens.items():
+    for site, n_nan in n_tokens.items():
         if count := int(n_nan):
             raise CellError(
-                f"method {method.name}: scores of {count} tokens in layer {layer} are NaN although the activations are "
+                f"method {method.name}: scores of {count} tokens in layer {site.layer} are NaN although the activations are "
                 "finite; mend its score"
             )

@@ -52,6 +52,22 @@ class Tokens:
     step: bool = False
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens of the prompts in one forward pass.
+
+    Parameters
+    ----------
+    tokens : Tensor, shape (batch, width), bool
+        Those before the first token in scope of their row, padding left out.
+    begins : bool
+        Whether the pass has no past: its rows begin here.
+    """
+
+    tokens: Tensor
+    begins: bool
+
+
 class ScopeRule:
     """Derives the tokens in scope from the arguments of the model's forward pass."""
 
@@ -85,6 +101,34 @@ class ScopeRule:
             return _every_token(positions, batch, width, None)
         rows, columns = valid.nonzero(as_tuple=True)  # the host waits here, once for a prefill with padding
         return _explicit_tokens(Explicit(rows, columns, rows, positions[rows, columns]), batch, width, shaped.device)
+
+    def prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tokens | None) -> Prompt | None:
+        """Tokens of the prompts in this forward pass, with its tokens in scope; None where it holds none.
+
+        Raises
+        ------
+        InputError
+            A token is in scope in a row that has no prompt.
+        """
+        if tokens is not None and tokens.step:
+            return None
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        ids = given.get("input_ids")
+        shaped = given["inputs_embeds"] if ids is None else ids
+        batch, width = int(shaped.shape[0]), int(shaped.shape[1])
+        past = _past_length(given.get("past_key_values"), width)
+        first = torch.full((batch,), width, device=shaped.device)
+        if tokens is not None:
+            places = torch.arange(batch * width, device=shaped.device)[tokens.index]
+            first.scatter_reduce_(0, places // width, places % width, "amin")
+        before = torch.arange(width, device=shaped.device) < first[:, None]
+        valid = _valid(given.get("attention_mask"), past, width)
+        before = before if valid is None else before & valid
+        if past == 0 and bool((~before.any(1) & (first < width)).any()):
+            raise InputError(
+                "a sequence has no token before its first sparse one, its prompt: use scope paper or scored"
+            )
+        return Prompt(before, begins=past == 0)
 
 
 def _end_tokens(model: nn.Module) -> Tensor | None:

@@ -61,7 +61,9 @@ def make_claims(quality: Quality, speed: pd.DataFrame) -> pd.DataFrame:
     rows = sorted(rows, key=lambda row: str(row["claim"]))
     rows += _c2_best(rows) + _c3(speed)
     rows += _untested(quality, rows)
-    frame = pd.DataFrame([{c: row.get(c, "") for c in schema.CLAIMS} for row in rows], columns=schema.CLAIMS)
+    frame = pd.DataFrame(
+        [{c: row.get(c, "") for c in schema.CLAIMS.names} for row in rows], columns=schema.CLAIMS.names
+    )
     for column in ("sparsity_target", "sparsity_realized", "value", "ci_low", "ci_high"):
         frame[column] = pd.to_numeric(frame[column].replace("", np.nan)).astype("float64")
     keys = ["claim", "model", "quantity", "mode", "scope", "against", "method", "sparsity_target"]

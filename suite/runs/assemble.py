@@ -6,12 +6,16 @@ import csv
 import gzip
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from suite import schema
 from suite.errors import InputError
 from suite.evaluation.results import WEIGHT
+from suite.methods.base import NEURONS
+from suite.methods.cost import read_share
 from suite.registry import method_class
+from suite.runs.aggregates import aggregate_rows
 from suite.runs.cells import AccuracyCell
 from suite.runs.matrix import Matrix
 from suite.runs.provenance import Scrubber
@@ -19,29 +23,17 @@ from suite.runs.store import Record, canonical
 from suite.statistics import paired_delta, paired_delta_of_resampled, resampling_group
 
 Row = dict[str, Any]
-_ANALYSIS_FILES = {"cif_caf.csv": schema.CIF_CAF, "activations.csv": schema.ACTIVATIONS}
+_ANALYSES = (schema.CIF_CAF, schema.ACTIVATIONS)
 _OF_THE_KEY = ("device_name", "driver_version")  # measured rows have them too, the driver of a CPU as ""
 _NOT_RUN = {"status": "missing", "reason": "not run yet: run the same command again"}
 
 
-def cell_text(value: Any) -> str:
-    """Text of a CSV cell: empty for None, 10 significant digits for floats, the same on every machine."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return format(value, ".10g") if isinstance(value, float) else str(value)
-
-
-def csv_bytes(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, exact: str = "") -> bytes:
-    """CSV file with a header; ``exact`` names a float column written with all its digits (``repr``)."""
+def csv_bytes(table: schema.Table, rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """CSV file with a header."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow(
-            [repr(float(row[c])) if c == exact and row.get(c) is not None else cell_text(row.get(c)) for c in columns]
-        )
+    writer.writerow(table.names)
+    writer.writerows([column.text(row.get(column.name)) for column in table.columns] for row in rows)
     return text.getvalue().encode()
 
 
@@ -69,28 +61,33 @@ class Assembly:
         scrub: Scrubber,
     ) -> None:
         self._run_id, self._accuracy, self._speed = run_id, matrix.accuracy, matrix.speed
-        self._analysis, self._cells = matrix.analysis, matrix.cells
+        self._analysis, self._cells, self._groups = matrix.analysis, matrix.cells, matrix.groups
         self._records, self._scrub = records, scrub
         self._samples: dict[str, dict[str, dict[str, float]]] = {}
         self._dense = {cell.base: cell for cell in matrix.accuracy if cell.mode == "none"}
 
     def files(self) -> dict[str, bytes]:
         """Content of the CSVs and the logs of failed cells; those of the analysis only where the matrix has one."""
-        analysis = {name: self._analysis_rows(columns) for name, columns in _ANALYSIS_FILES.items()}
-        files = {name: csv_bytes(_ANALYSIS_FILES[name], rows) for name, rows in analysis.items() if self._analysis}
+        analysed = _ANALYSES if self._analysis else ()
+        files = {table.file: csv_bytes(table, self._analysis_rows(table)) for table in analysed}
         phases, predictors = self._parts_of_rows("phases"), self._predictor_rows()
         checks = self._parts_of_rows("decode_check")
+        accuracy = {cell.id: self._rows_of(cell) for cell in self._accuracy}
+        groups = self._group_rows(accuracy)
         return (
             self._logs()
             | files
+            | ({"groups.csv": csv_bytes(schema.GROUPS, groups)} if groups else {})
             | ({"predictor.csv": csv_bytes(schema.PREDICTOR, predictors)} if predictors else {})
             | ({"phases.csv": csv_bytes(schema.PHASES, phases)} if phases else {})
             | ({"decode_check.csv": csv_bytes(schema.DECODE_CHECK, checks)} if checks else {})
             | {
-                "accuracy.csv": csv_bytes(schema.ACCURACY, _sorted(self._accuracy_rows(), schema.ACCURACY)),
-                "samples.csv.gz": gzip_bytes(csv_bytes(schema.SAMPLES, self._sample_rows(), exact="value")),
+                "accuracy.csv": csv_bytes(
+                    schema.ACCURACY, schema.ACCURACY.sorted(chain.from_iterable(accuracy.values()))
+                ),
+                "samples.csv.gz": gzip_bytes(csv_bytes(schema.SAMPLES, self._sample_rows())),
                 "sparsity.csv": csv_bytes(schema.SPARSITY, self._sparsity_rows()),
-                "speed.csv": csv_bytes(schema.SPEED, _sorted(self._speed_rows(), schema.SPEED)),
+                "speed.csv": csv_bytes(schema.SPEED, schema.SPEED.sorted(self._speed_rows())),
             }
         )
 
@@ -102,8 +99,12 @@ class Assembly:
                 logs[f"logs/{cell.id}.txt"] = f"{cell.label}\n{self._scrub.text(record['log'])}".encode()
         return logs
 
-    def _accuracy_rows(self) -> list[Row]:
-        return [row for cell in self._accuracy for row in self._rows_of(cell)]
+    def _group_rows(self, accuracy: Mapping[str, Sequence[Row]]) -> list[Row]:
+        found: list[Row] = []
+        for one in self._groups:
+            samples = {cell.id: self._samples_of(cell) for cell in (*one.cells, *one.dense)}
+            found += aggregate_rows(one, accuracy, samples)
+        return schema.GROUPS.sorted(found)
 
     def _rows_of(self, cell: AccuracyCell) -> list[Row]:
         record = self._records[cell.key]
@@ -227,19 +228,18 @@ class Assembly:
             record = self._records[cell.key]
             if record is not None and record["status"] == "ok":
                 for layer in sorted(record["sparsity"], key=lambda layer: layer["layer"]):
-                    yield {"cell_id": cell.id, "sparsity_target": cell.sparsity, **layer}
+                    common = {"cell_id": cell.id, "sparsity_target": cell.sparsity, "site": NEURONS}  # of old cells
+                    yield common | layer
 
-    def _analysis_rows(self, columns: Sequence[str]) -> list[Row]:
-        """Rows of one file of the analysis; of both files' rows those that have its key column."""
+    def _analysis_rows(self, table: schema.Table) -> list[Row]:
+        """Rows of one file of the analysis; of both files' rows those that have its settings."""
         rows = []
         for cell in self._analysis:
             record = self._records[cell.key]
             if record is not None and record["status"] == "ok":
                 name = {"model": cell.model_name, "dtype": cell.dtype}
-                rows += [name | row for row in record["rows"] if columns[-2] in row]
-        return sorted(
-            rows, key=lambda row: [row["model"], *(row.get(c, "") for c in ("row_method", "layer", "sparsity"))]
-        )
+                rows += [name | row for row in record["rows"] if set(table.identity) <= {*name, *row}]
+        return table.sorted(rows)
 
     def _predictor_rows(self) -> list[Row]:
         """Rows of every predictor once, however many cells used it."""
@@ -256,7 +256,7 @@ class Assembly:
         for cell in self._speed:
             record = self._records[cell.key]
             common = {"run_id": self._run_id, "cell_id": cell.id}
-            fields = {c: v for c, v in cell.key_fields.items() if c in schema.SPEED} | common
+            fields = {c: v for c, v in cell.key_fields.items() if c in schema.SPEED.names} | common
             fields["sparsity_target"] = cell.case.sparsity
             if record is None:
                 rows.append(fields | _NOT_RUN)
@@ -306,28 +306,9 @@ def _realized(cell: AccuracyCell, record: Record) -> float | None:
 
 
 def _bytes_share(cell: AccuracyCell, realized: float | None, predictor_share: float) -> float | None:
-    """MLP bytes per token over dense at the realised sparsity (PROTOCOL section 2), those of a predictor added."""
+    """MLP bytes per token over dense at the realised sparsity, those of a predictor added."""
     if cell.mode == "none":
         return 1.0
     if realized is None:
         return None
-    return (3 - 2 * realized) / 3 if method_class(cell.method).first_projection else 1 - realized + predictor_share
-
-
-def _sorted(rows: list[Row], columns: Sequence[str]) -> list[Row]:
-    """Rows by identity: every column that names a setting, numbers as numbers; never by what was measured."""
-    names = [
-        *("model", "dtype", "task", "level", "model_shape", "batch_size", "threads", "scope", "method", "mode"),
-        *("sparsity_target", "estimator", "calibration", "backend", "variant", "clock", "seed", "filter", "metric"),
-        *("context_tokens", "predictor", "rank", "cache", "num_fewshot", "chat", "limit", "cell_id"),
-    ]
-    present = [name for name in names if name in columns]
-
-    def key(row: Row) -> list[tuple[int, float, str]]:
-        values = [row.get(name) for name in present]
-        return [
-            (0, float(v), "") if isinstance(v, (int, float)) and not isinstance(v, bool) else (1, 0.0, cell_text(v))
-            for v in values
-        ]
-
-    return sorted(rows, key=key)
+    return read_share(method_class(cell.method).first_projection, realized) + predictor_share

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from suite import schema
 from suite.errors import InputError
 from suite.evaluation.results import WEIGHT
 from suite.runs.compare import Row, read_rows, rows_of
@@ -29,6 +30,8 @@ def table_problems(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """
     rows = read_rows(folder, "accuracy.csv")
     problems = list(_accuracy_problems(rows, read_samples(folder), _layers(folder), manifest))
+    if (folder / "groups.csv").exists():
+        problems += _group_problems(read_rows(folder, "groups.csv"), rows)
     for name, kind in (("accuracy.csv", "accuracy"), ("speed.csv", "speed")):
         found = rows if name == "accuracy.csv" else read_rows(folder, name)
         problems += _count_problems(name, found, manifest, kind)
@@ -108,7 +111,9 @@ def _count_problems(name: str, rows: Sequence[Row], manifest: Mapping[str, Any],
 
 def _identity_problems(place: str, row: Row, fields: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     """Columns that name the setting against the key fields, which the cell's id is the hash of."""
-    expected = {name: fields[name] for name in _PLAIN if name in fields and name in row and fields[name] is not None}
+    table = schema.ACCURACY if fields["kind"] == "accuracy" else schema.SPEED
+    known_by = [name for name in table.named if name in fields and name in row]
+    expected = {name: fields[name] for name in known_by if fields[name] is not None}
     if expected.get("threads") == 0:  # a row of a GPU has none
         expected["threads"] = ""
     expected |= {"sparsity_target": fields.get("sparsity", 0.0)}
@@ -117,7 +122,9 @@ def _identity_problems(place: str, row: Row, fields: Mapping[str, Any], manifest
         expected |= {"task": task["name"], "data_fingerprint": task["data"], "limit": task["limit"] or ""}
         expected |= {"fit_id": (fields["fit"] or "")[:16]}
         if fields["fit"] is None:
-            expected |= {"seed": params.get("seed", fields["seed"])}
+            expected["seed"] = params.get("seed", fields["seed"])
+        else:  # the fit's own, which its key alone knows
+            expected.pop("seed")
         known = manifest.get("models", {}).get(row["model"], {}).get("weights")
         expected |= {} if known == fields["weights"] else {"model": "that of its weights"}
     problems = []
@@ -125,12 +132,6 @@ def _identity_problems(place: str, row: Row, fields: Mapping[str, Any], manifest
         if not _same(row.get(column, ""), value):
             problems.append(f"{place}: {column} is {row.get(column)!r}, its cell's key says {value!r}")
     return problems
-
-
-_PLAIN = (
-    *("method", "mode", "scope", "dtype", "batch_size", "level", "model_shape", "d_model", "d_ff", "n_layers"),
-    *("activation", "rank", "backend", "variant", "threads", "context_tokens", "clock", "cache"),
-)
 
 
 def _same(text: str, value: Any) -> bool:
@@ -227,6 +228,51 @@ def _sample_problems(place: str, row: Row, samples: Samples, name: str, dense: s
     low, high = _number(row, "delta_ci_low", place), _number(row, "delta_ci_high", place)
     if low is not None and high is not None and low > high:
         yield f"{place}: {metric}: delta_ci_low is above delta_ci_high"
+
+
+def _group_problems(groups: Sequence[Row], rows: Sequence[Row]) -> Iterator[str]:
+    """Averages of groups against the rows of their tasks."""
+    by_metric: dict[tuple[str, str, str], list[Row]] = {}
+    by_cell: dict[str, Row] = {}
+    for row in rows:
+        by_metric.setdefault((row["cell_id"], row["metric"], row["filter"]), []).append(row)
+        by_cell.setdefault(row["cell_id"], row)
+    for number, row in enumerate(groups, 2):
+        place, cells = f"groups.csv line {number}", row["cell_ids"].split()
+        unknown = [cell for cell in cells if cell not in by_cell]
+        if unknown or not cells:
+            yield f"{place}: cell {unknown[0] if unknown else ''} has no row in accuracy.csv"
+            continue
+        for name in schema.GROUPS.settings:
+            if any(by_cell[cell][name] != row[name] for cell in cells):
+                yield f"{place}: {name} is {row[name]!r}, not that of its cells"
+        all_ok = {by_cell[cell]["status"] for cell in cells} == {"ok"}
+        if all_ok != (row["status"] == "ok"):
+            yield f"{place}: status is {row['status']}, its cells are {'all' if all_ok else 'not all'} ok"
+        if not all_ok:
+            continue
+        found = [one for cell in cells for one in by_metric.get((cell, row["metric"], row["filter"]), [])]
+        yield from _average_problems(place, row, found)
+
+
+def _average_problems(place: str, row: Row, found: Sequence[Row]) -> Iterator[str]:
+    from suite.evaluation.groups import averaged
+
+    by_size = row["weight_by_size"] == "true"
+    sizes = [int(_number(one, "n_samples", place) or 0) for one in found]
+    if not found or not sum(sizes):
+        yield f"{place}: {row['metric']} is of none of its cells"
+        return
+    for column, error in (("value", "stderr"), ("chance", None), ("delta_dense", None)):
+        numbers = [number for one in found if (number := _number(one, column, place)) is not None]
+        errors = [_number(one, error, place) for one in found] if error else numbers
+        value, stderr = (None, None)
+        if len(numbers) == len(found):
+            value, stderr = averaged(numbers, errors, sizes, by_size=by_size)
+        yield from _differs(place, row, column, value, "its tasks give")
+        if error:
+            yield from _differs(place, row, error, stderr, "its tasks give")
+    yield from _differs(place, row, "n_samples", sum(sizes), "its tasks have")
 
 
 def _realised_problems(place: str, row: Row, layers: Sequence[Row]) -> Iterator[str]:

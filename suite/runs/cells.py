@@ -24,8 +24,9 @@ from suite.runs.guard import refuse_evaluated_text
 from suite.runs.store import canonical, sha256_of
 
 if TYPE_CHECKING:
+    from suite.devices import Device
+    from suite.evaluation.groups import Group
     from suite.methods.base import Mode
-    from suite.runs.provenance import Device
 
 CellScope = Scope | Literal[""]  # "" for dense, which has no sparse position
 
@@ -52,6 +53,9 @@ class World(Protocol):
     def members(self, tasks: Sequence[TaskConfig]) -> list[TaskConfig]:
         """Tasks with groups of tasks replaced by their members."""
 
+    def groups(self, task: TaskConfig) -> Sequence[Group]:
+        """Groups that a task's name stands for."""
+
     def task(self, task: TaskConfig) -> TaskSpec:
         """Find a task's data."""
 
@@ -75,6 +79,20 @@ class PreparedTask:
     spec: TaskSpec
     data: str
     problem: str = ""
+
+    @property
+    def key_task(self) -> dict[str, Any]:
+        """What of a cell's key the task is."""
+        task = self.spec
+        fields = {
+            "name": task.name,
+            "source": task.source,
+            "num_fewshot": task.num_fewshot,
+            "limit": task.limit,
+            "options": dict(task.options),
+            "data": self.data,
+        }
+        return fields | ({"chat": dict(task.chat)} if task.chat else {})
 
 
 @dataclass(frozen=True)
@@ -309,15 +327,7 @@ def _cell(
             "sparsity": float(sparsity),
             "fit": fit_key,
             "scope": scope,
-            "task": {
-                "name": task.name,
-                "source": task.source,
-                "num_fewshot": task.num_fewshot,
-                "limit": task.limit,
-                "options": dict(task.options),
-                "data": prepared.data,
-            }
-            | ({"chat": dict(task.chat)} if task.chat else {}),
+            "task": prepared.key_task,
             "batch_size": config.batch_size,
             "seed": seed,
             "device": world.device.type,

@@ -11,26 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from suite import schema
 from suite.errors import InputError
 from suite.runs.manifest import key_fields, read_manifest
 
-_ACCURACY_ID = (
-    "model", "dtype", "method", "mode", "sparsity_target", "estimator", "predictor", "rank", "calibration", "scope", "task",
-    "num_fewshot", "limit", "filter", "metric", "seed",
-)  # fmt: skip
-_SPEED_ID = (
-    "level", "model_shape", "dtype", "method", "mode", "sparsity_target", "predictor", "rank", "backend", "variant",
-    "threads", "batch_size", "context_tokens", "clock", "cache",
-)  # fmt: skip
 _TOP = 10
 _LONGEST_CELL = 1 << 26  # characters: the item of a document may be a long text
-# Columns that every schema version has and readers here count on.
-_NEEDED = {
-    "accuracy.csv": (*_ACCURACY_ID, "cell_id", "status", "value", "stderr", "chance", "n_samples", "sparsity_realized"),
-    "speed.csv": (*_SPEED_ID, "cell_id", "status", "latency_us_median"),
-    "samples.csv.gz": ("cell_id", "metric", "doc_id", "value"),
-    "sparsity.csv": ("cell_id", "sparsity_realized"),
-}
+_TABLES = {table.file: table for table in schema.TABLES}
 
 Row = dict[str, str]
 
@@ -60,7 +47,7 @@ def rows_of(folder: Path, name: str) -> Iterator[Row]:
             else path.open(encoding="utf-8", newline="") as file
         ):
             reader = csv.DictReader(file)
-            lacking = [column for column in _NEEDED.get(name, ()) if column not in (reader.fieldnames or ())]
+            lacking = [column for column in _TABLES[name].since(1) if column not in (reader.fieldnames or ())]
             for number, row in enumerate(reader, 2):
                 if lacking:
                     raise InputError(f"{path} has no column {lacking[0]!r}: it is another table; run the matrix again")
@@ -85,12 +72,12 @@ class Run:
         """Read a run folder (InputError if it is none)."""
         return cls(folder, read_manifest(folder))
 
-    def rows(self, name: str, identity: Sequence[str]) -> dict[tuple[str, ...], Row]:
+    def rows(self, table: schema.Table) -> dict[tuple[str, ...], Row]:
         """Rows by what identifies a setting; a second row of the same has ``#2`` in its key, so that none is lost."""
         found: dict[tuple[str, ...], Row] = {}
         seen: Counter[tuple[str, ...]] = Counter()
-        for row in read_rows(self.folder, name):
-            key = tuple(row.get(c, "") for c in identity)
+        for row in read_rows(self.folder, table.file):
+            key = table.key(row)
             seen[key] += 1
             found[(*key, f"#{seen[key]}" if seen[key] > 1 else "")] = row
         return found
@@ -125,17 +112,17 @@ def compare(first: Path, second: Path) -> list[str]:
     for name in ("suite_version", "git", "python", "platform", "packages", "device", "config"):
         pair = ({name: run.manifest.get(name)} for run in (a, b))
         lines += [f"{key}: {_brief(old)} -> {_brief(new)}" for key, (old, new) in changed(*pair).items()]
-    lines += _rows_lines(a, b, "accuracy.csv", (*_ACCURACY_ID, "chat"), "value")
-    lines += _rows_lines(a, b, "speed.csv", _SPEED_ID, "latency_us_median")
+    lines += _rows_lines(a, b, schema.ACCURACY, "value")
+    lines += _rows_lines(a, b, schema.SPEED, "latency_us_median")
     return lines
 
 
-def _rows_lines(a: Run, b: Run, name: str, identity: Sequence[str], column: str) -> Iterator[str]:
-    ours, theirs = a.rows(name, identity), b.rows(name, identity)
+def _rows_lines(a: Run, b: Run, table: schema.Table, column: str) -> Iterator[str]:
+    ours, theirs = a.rows(table), b.rows(table)
     if not ours and not theirs:
         return
     both = [key for key in ours if key in theirs]
-    yield f"{name}: {len(both)} rows in both, {len(ours) - len(both)} only in A, {len(theirs) - len(both)} only in B"
+    yield f"{table.file}: {len(both)} rows in both, {len(ours) - len(both)} only in A, {len(theirs) - len(both)} only in B"
     for one, own, others in (("A", ours, theirs), ("B", theirs, ours)):
         alone = [key for key in own if key not in others]
         yield from (f"  only in {one}: {_setting(key)}" for key in alone[:_TOP])

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Protocol
 import psutil
 
 from suite import settings
+from suite.devices import DTYPE_BYTES, Device
 from suite.evaluation.tasks import LOCAL_TASKS, OWN_EXAMPLES
 from suite.runs.analysis_cells import AnalysisCell
 from suite.runs.cells import AccuracyCell, FitRequest
 from suite.runs.matrix import Matrix, ModelCell
-from suite.runs.provenance import Device
 from suite.runs.speed_cells import TimedCell
 from suite.runs.store import CellStore, Record, canonical
 
@@ -39,7 +39,6 @@ _GPU_FLOPS = 1e14
 _SPEED_CASE_S = 4.0  # CPU
 _DECODE_CASE_S = 30.0  # CPU: 200 steps of the check three times, 120 timed, of 30 to 40 ms
 _CUDA_CASE_S = 0.7  # measured on an H200: 75 s for 395 cases, and 3 minutes to compile
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _OVERHEAD_BYTES = 1.5 * 2**30  # Python, torch and activations
 
 
@@ -196,7 +195,7 @@ def parameters(ref: ModelRef) -> float | None:
 
 
 def _memory(cell: ModelCell, world: Models) -> float:
-    return (parameters(world.model(cell.model)) or 0.0) * _BYTES[cell.dtype] * 1.1 + _OVERHEAD_BYTES
+    return (parameters(world.model(cell.model)) or 0.0) * DTYPE_BYTES[cell.dtype] * 1.1 + _OVERHEAD_BYTES
 
 
 def duration(seconds: float) -> str:

@@ -228,6 +228,7 @@ def _layer(layer: LayerSparsity) -> dict[str, Any]:
     realized = None if math.isnan(layer.sparsity_realized) else layer.sparsity_realized
     return {
         "layer": layer.layer,
+        "site": layer.site,
         "threshold": threshold,
         "sparsity_realized": realized,
         "n_tokens": layer.n_tokens,

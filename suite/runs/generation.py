@@ -90,10 +90,10 @@ def generate(request: Request, fits: Path, *, no_fit: bool, say: Callable[[str],
         missing with ``no_fit``.
     """
     method = request.check()
+    from suite import devices
     from suite.modeling.loading import load_model
-    from suite.runs import provenance
 
-    device = provenance.device(request.device).type
+    device = devices.device(request.device).type
     dtype = request.dtype or ("bfloat16" if device == "cuda" else "float32")
     loaded = load_model(request.model, dtype, device, say)
     ids = _tokens(loaded, request)

@@ -14,6 +14,7 @@ from typing import Any
 from suite import __version__, manifest_file
 from suite.code import ENTRIES, code_hash
 from suite.config import MatrixConfig
+from suite.devices import Device
 from suite.errors import InputError
 from suite.files import refuse_links
 from suite.fitting.calibration import Calibration
@@ -36,7 +37,7 @@ def build_manifest(
     config: MatrixConfig,
     matrix: Matrix,
     records: Mapping[str, Record | None],
-    device: provenance.Device,
+    device: Device,
     scrub: provenance.Scrubber,
     argv: Sequence[str],
     packages: Mapping[str, str],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from suite.runs.aggregates import GroupCells
 from suite.runs.analysis_cells import AnalysisCell
 from suite.runs.cells import AccuracyCell, FitRequest
 from suite.runs.speed_cells import TimedCell
@@ -19,6 +20,7 @@ class Matrix:
     accuracy: Sequence[AccuracyCell]
     speed: Sequence[TimedCell]
     analysis: Sequence[AnalysisCell] = ()
+    groups: Sequence[GroupCells] = ()
 
     @property
     def of_models(self) -> list[ModelCell]:

@@ -1,23 +1,18 @@
-"""Where a number comes from: versions, git, device; and texts without the paths of a machine. Loads no torch."""
+"""Where a number comes from: versions and git; and texts without the paths of a machine. Loads no torch."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
-import platform
 import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
-
-import psutil
+from typing import Any
 
 from suite import settings
-from suite.errors import InputError
 
 ACCURACY_PACKAGES = ("torch", "transformers", "lm_eval")
 SPEED_PACKAGES = ("torch", "numba", "numba-cuda")
@@ -39,57 +34,6 @@ def version(package: str) -> str:
 def versions(packages: Iterable[str] = _MANIFEST_PACKAGES) -> dict[str, str]:
     """Versions by distribution name."""
     return {package: version(package) for package in packages}
-
-
-@dataclass(frozen=True)
-class Device:
-    """The device that a run uses; ``driver`` is "" on a CPU."""
-
-    type: Literal["cpu", "cuda"]
-    name: str
-    driver: str = ""
-    memory_bytes: int = 0
-
-
-@cache
-def cpu() -> Device:
-    """Name of the processor and the memory of the machine."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
-        name = found.group(1).strip() if found else name
-    return Device("cpu", name, memory_bytes=psutil.virtual_memory().total)
-
-
-@cache
-def gpu() -> Device | None:
-    """First NVIDIA GPU that PyTorch could use, from nvidia-smi (importing torch takes 3 s); None if there is none."""
-    if shutil.which("nvidia-smi") is None or "+cpu" in version("torch"):
-        return None
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
-    found = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
-    lines = found.stdout.strip().splitlines()
-    if found.returncode or not lines:
-        return None
-    name, driver, memory = (part.strip() for part in lines[0].split(","))
-    mebibytes = float(memory) if memory.replace(".", "").isdigit() else 0.0
-    return Device("cuda", name, driver, int(mebibytes * 2**20))
-
-
-def device(wanted: str) -> Device:
-    """Device for ``auto``, ``cpu`` or ``cuda``.
-
-    Raises
-    ------
-    InputError
-        ``cuda`` where there is none.
-    """
-    found = None if wanted == "cpu" else gpu()
-    if wanted == "cuda" and found is None:
-        why = "PyTorch is a CPU build" if "+cpu" in version("torch") else "nvidia-smi shows no GPU"
-        raise InputError(f"device cuda: there is none here ({why}); use device cpu or auto")
-    return found or cpu()
 
 
 def git_state() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from suite.config import MatrixConfig
 from suite.errors import InputError
 from suite.files import is_part, refuse_links, remove_parts
 from suite.runs import provenance
+from suite.runs.aggregates import group_cells
 from suite.runs.analysis_cells import expand_analysis
 from suite.runs.cells import World, expand
 from suite.runs.manifest import build_manifest, is_same, manifest_bytes, owned, sealed_later
@@ -65,7 +66,9 @@ def plan(config: MatrixConfig, world: World) -> Matrix:
     InputError
         Something in the matrix is wrong, it has no cells, or no task of any cell can be prepared.
     """
-    matrix = Matrix(expand(config, world), expand_speed(config, world), expand_analysis(config, world))
+    accuracy = expand(config, world)
+    groups = group_cells(config, world, accuracy)
+    matrix = Matrix(accuracy, expand_speed(config, world), expand_analysis(config, world), groups)
     if not matrix.keys:
         raise InputError(f"matrix {config.name!r} has no cells: give methods, sparsities and tasks or shapes")
     problems = [cell.problem for cell in matrix.cells]
@@ -147,7 +150,9 @@ def _refuse_foreign(folder: Path) -> None:
     try:  # before anything is measured
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make {folder}: {error.strerror}; give another folder with --out") from error
+        raise InputError(
+            f"cannot write {folder}: {error.strerror}; give another folder with --results or --out"
+        ) from error
     if all(map(is_part, folder.iterdir())):
         return
     try:

@@ -88,7 +88,7 @@ def expand_speed(config: MatrixConfig, world: World) -> list[TimedCell]:
 
 def _fit_of(case: SpeedCase, config: MatrixConfig) -> FitRequest | None:
     """What a sparse row of a model with real weights decodes with: the first of the matrix' estimators and texts."""
-    from suite.speed.model_shapes import has_weights
+    from suite.decoding.shapes import has_weights
 
     if case.level != "decode" or case.method == "dense" or not has_weights(case.model_shape):
         return None

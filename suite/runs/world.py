@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from suite import settings
+from suite import devices, settings
 from suite.code import ANALYSIS, CLOSED, ENTRIES, code_hash, strings_of
 from suite.config import MatrixConfig, TaskConfig
+from suite.decoding.shapes import has_weights
+from suite.devices import Device
 from suite.errors import InputError
-from suite.evaluation.groups import Leaf, expand_name
+from suite.evaluation.groups import Expansion, Group, expand_name
 from suite.evaluation.tasks import data_fingerprint, resolve_task
 from suite.registry import METHODS
 from suite.runs import provenance
 from suite.runs.cells import FitRequest
-from suite.speed.model_shapes import has_weights
 
 if TYPE_CHECKING:
     from suite.evaluation.tasks import TaskSpec
@@ -39,13 +40,13 @@ class LocalWorld:
 
     def __init__(self, config: MatrixConfig) -> None:
         self.config = config
-        self.device = provenance.device(config.device)
+        self.device = devices.device(config.device)
         self.model = cache(self._model)
         self.weights = cache(self._weights)
         self._names = cache(self._distinct_names)
         self.calibration = cache(self._calibration)
         self.calibration_fingerprint = cache(lambda source, tokens: self.calibration(source, tokens).fingerprint())
-        self._leaves = cache(lambda name, include_path: expand_name(name, include_path).tasks)
+        self._expansion = cache(expand_name)
         self._data: dict[str, str] = {}
 
     def _model(self, spec: str) -> ModelRef:
@@ -79,9 +80,9 @@ class LocalWorld:
             prepare_model(ref, say)
             self.model.cache_clear()
 
-    def speed_device(self, kind: str) -> provenance.Device | None:
+    def speed_device(self, kind: str) -> Device | None:
         """Device that speed cases of a kind run on, whatever the device of the accuracy cells; None if there is none."""
-        return provenance.cpu() if kind == "cpu" else provenance.gpu()
+        return devices.cpu() if kind == "cpu" else devices.gpu()
 
     def openmp_waiting(self) -> str:
         """How this process's threads wait for work."""
@@ -102,7 +103,7 @@ class LocalWorld:
         found: list[TaskConfig] = []
         for task in tasks:
             try:
-                leaves = self._leaves_of(task)
+                leaves = self._expand(task).tasks
             except InputError:  # which `task` raises again, for this task alone
                 found.append(task)
                 continue
@@ -113,12 +114,19 @@ class LocalWorld:
                     found.append(one)
         return found
 
-    def _leaves_of(self, task: TaskConfig) -> Sequence[Leaf]:
-        return self._leaves(task.name, None if task.source == "hub" else self.config.include_path)
+    def groups(self, task: TaskConfig) -> Sequence[Group]:
+        """Groups that a name stands for, those inside it included; none of a name that is wrong, which `task` says."""
+        try:
+            return self._expand(task).groups
+        except InputError:
+            return ()
+
+    def _expand(self, task: TaskConfig) -> Expansion:
+        return self._expansion(task.name, None if task.source == "hub" else self.config.include_path)
 
     def task(self, task: TaskConfig) -> TaskSpec:
         """Find a task's data; a source that was asked for must be where it is found."""
-        self._leaves_of(task)  # says what is wrong with a group
+        self._expand(task)  # says what is wrong with a group
         local = task.source != "hub"
         spec = resolve_task(
             task.name,
@@ -196,15 +204,15 @@ class StoredWorld(LocalWorld):
         if newest is None:
             raise InputError(f"no cell below {store.folder}: copy the store of the machine that measured, or run")
         kind = newest["key_fields"]["device"]
-        self.device = provenance.Device(kind, "as in the cells, whose store was carried over")
+        self.device = Device(kind, "as in the cells, whose store was carried over")
 
-    def speed_device(self, kind: str) -> provenance.Device | None:
+    def speed_device(self, kind: str) -> Device | None:
         """Device of the newest speed cell, if it is of this kind."""
         newest = self._newest_of("speed")
         fields = newest["key_fields"] if newest else {}
         if fields.get("device") != kind:
             return super().speed_device(kind)
-        return provenance.Device(fields["device"], fields["device_name"], fields["driver_version"])
+        return Device(fields["device"], fields["device_name"], fields["driver_version"])
 
     def openmp_waiting(self) -> str:
         """How the threads waited that the newest speed cell of a CPU was timed with."""

@@ -10,8 +10,11 @@ from itertools import groupby, product
 from typing import TYPE_CHECKING, Any
 
 from suite import schema
+from suite.decoding.shapes import shape_of
+from suite.devices import DTYPE_BYTES
 from suite.errors import InputError
-from suite.registry import did_you_mean
+from suite.methods.cost import low_rank_weights, read_share
+from suite.registry import did_you_mean, method_class
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,29 +24,10 @@ if TYPE_CHECKING:
 Row = dict[str, object]
 Progress = Callable[[str], None]
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Where a case's backend runs: the one table that dispatches. A module has unavailable() -> reason or "", and
 # time_group(cases, seed=, progress=) -> rows of schema.SPEED without run_id and cell_id, one a case, in order.
 DEVICES = {"cpu": "suite.speed.cpu", "cuda": "suite.speed.gpu"}
 MODES = {"dense": "none", "cats": "practical", "m-countdown": "practical", "d-countdown": "practical", "given": "ideal"}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes and activation of one gated MLP layer."""
-
-    d_model: int
-    d_ff: int
-    activation: str = "silu"
-
-
-SHAPES: dict[str, Shape] = {
-    "embedded": Shape(576, 1536),
-    "llama-3.1-8b": Shape(4096, 14336),
-    "gemma-2-9b": Shape(3584, 14336, "gelu_tanh"),
-    "qwen2.5-14b": Shape(5120, 13824),
-    "phi-4": Shape(5120, 17920),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,19 +102,18 @@ def needed_bytes(case: SpeedCase, realised: float) -> float:
     the down projection alone (1 - s)hd, all times the bytes of a weight; h = d_model, d = d_ff.
     """
     weights = case.d_model * case.d_ff
-    kept = 1.0 - realised
     if case.level == "op":
-        elements = weights * kept
-    elif case.method in ("cats", "m-countdown"):
-        elements = weights * (1.0 + 2.0 * kept)
+        elements = weights * (1.0 - realised)
     else:
-        elements = 3.0 * weights * kept
-    return (elements + (case.rank or 0) * (case.d_model + case.d_ff)) * BYTES[case.dtype]
+        first = None if case.method == "given" else method_class(case.method).first_projection
+        elements = 3 * weights * read_share(first, realised)
+    predictor = low_rank_weights(case.rank, case.d_model, case.d_ff) if case.rank else 0
+    return (elements + predictor) * DTYPE_BYTES[case.dtype]
 
 
 def empty_row(case: SpeedCase) -> Row:
     """Row of schema.SPEED with the case's own columns filled; what is not known is None, an empty cell."""
-    row: Row = {column: None for column in schema.SPEED if column not in ("run_id", "cell_id")}
+    row: Row = {column: None for column in schema.SPEED.names if column not in ("run_id", "cell_id")}
     row.update({name: value for name, value in case.key_fields().items() if name in row})
     row["sparsity_target"] = case.sparsity
     if case.device != "cpu":
@@ -178,9 +161,7 @@ def make_cases(
     devices = [d for d, wanted in (("cpu", "numba-cpu" in backends or not gpu), ("cuda", gpu)) if wanted]
     cases: list[SpeedCase] = []
     for device, name, dtype, batch, count in product(devices, shapes, dtypes, batch_sizes, threads):
-        if name not in SHAPES:
-            raise InputError(f"unknown shape {name!r}{did_you_mean(name, SHAPES)}")
-        shape = SHAPES[name]
+        shape = shape_of(name)
         own_clocks = ["wall"] if device == "cpu" else [c if c != "wall" else "graph" for c in clocks]
         own_variants = ["eager"] if device == "cpu" else list(variants)
         for backend, method, variant, clock in product(backends, methods, own_variants, own_clocks):
@@ -243,9 +224,7 @@ def _decode_cases(
     devices = [d for d, backend in (("cpu", "numba-cpu"), ("cuda", "numba-cuda")) if backend in backends]
     cases = []
     for device, name, dtype, count, context in product(devices, shapes, dtypes, threads, contexts):
-        if name not in SHAPES:
-            raise InputError(f"unknown shape {name!r}{did_you_mean(name, SHAPES)}")
-        shape, own = SHAPES[name], "graph" if device == "cuda" else "eager"
+        shape, own = shape_of(name), "graph" if device == "cuda" else "eager"
         others = [v for v in variants if v == "generate" or (v == "compile" and device == "cuda")]
         for method in methods:
             dense = method == "dense"
@@ -374,5 +353,5 @@ def benchmark(
     rows: list[Row] = []
     for _, group in groupby(cases, key=lambda case: case.group):
         rows += run_group(list(group), seed=seed, progress=progress)
-    columns = [column for column in schema.SPEED if column not in ("run_id", "cell_id")]
+    columns = [column for column in schema.SPEED.names if column not in ("run_id", "cell_id")]
     return pd.DataFrame(rows, columns=columns)

@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from suite.decoding.parts import Parts
+from suite.decoding.shapes import SHAPES, build_model, model_name, prompt_tokens
+from suite.decoding.step import DecodeModel, Mlp
+from suite.devices import DTYPE_BYTES
 from suite.methods.base import kept_count
 from suite.modeling.decode import ChoosingKernels, DecodeKernels, decode_kernels
 from suite.modeling.modes import PredictorState, ThresholdState, checked_thresholds, placed_predictor
 from suite.registry import get_method
-from suite.speed.cases import BYTES, Progress, Row, SpeedCase, States, empty_row, needed_bytes, skipped_row
-from suite.speed.model_shapes import MODEL_SHAPES, build_model, model_name, prompt_tokens
-from suite.speed.step import DecodeModel, Mlp
-from suite.speed.step_parts import Parts
+from suite.speed.cases import Progress, Row, SpeedCase, States, empty_row, needed_bytes, skipped_row
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 _CALIBRATION_STEPS = 12
 _STEPS = 260  # most steps after the prompt: those of the check with real weights
 _GENERATED = 48
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def unavailable(device: str) -> str:
     """Reason why nothing can run on a device; empty if it can."""
     if device == "cpu":
         return ""
-    from kernels_numba.gpu.layers import unavailable as no_cuda
+    from kernels_numba.gpu.host.checks import unavailable as no_cuda
 
     return no_cuda()
 
@@ -192,14 +192,14 @@ def free_bytes(device: str) -> int:
 def too_big(cases: Sequence[SpeedCase], free: int) -> str:
     """Reason why a model with its copies does not fit, with what would; empty if it does."""
     first = cases[0]
-    size = BYTES[first.dtype]
+    size = DTYPE_BYTES[first.dtype]
     layers = _n_layers(first)
     copies = len({case.method for case in cases if case.method != "dense"})
-    needed = MODEL_SHAPES[first.model_shape].n_parameters * size + copies * layers * first.d_model * first.d_ff * size
+    needed = SHAPES[first.model_shape].n_parameters * size + copies * layers * first.d_model * first.d_ff * size
     needed += 2 << 30  # cache, workspaces and what torch itself takes
     if needed <= free:
         return ""
-    fits = [name for name, shape in MODEL_SHAPES.items() if 2 * shape.n_parameters * size + (2 << 30) < free]
+    fits = [name for name, shape in SHAPES.items() if 2 * shape.n_parameters * size + (2 << 30) < free]
     return (
         f"{first.model_shape} in {first.dtype} needs about {needed / 2**30:.0f} GiB with its copies, "
         f"{free / 2**30:.0f} are free; {', '.join(fits) or 'no model'} would fit"
@@ -207,7 +207,7 @@ def too_big(cases: Sequence[SpeedCase], free: int) -> str:
 
 
 def _n_layers(case: SpeedCase) -> int:
-    return int(MODEL_SHAPES[case.model_shape].sizes.get("num_hidden_layers", 30))
+    return SHAPES[case.model_shape].n_layers
 
 
 def time_group(
@@ -243,7 +243,7 @@ class _Group:
         self.device = first.device
         tell(f"building {first.model_shape}")
         self.parts: Parts | None = None
-        self.model: nn.Module = build_model(first.model_shape, _DTYPES[first.dtype], first.device, seed)
+        self.model: nn.Module = build_model(first.model_shape, first.dtype, first.device, seed)
 
     def rows(self) -> list[Row]:
         """One row a case, in order."""
@@ -323,7 +323,7 @@ class _Group:
 
 def token_bytes(case: SpeedCase, decode: DecodeModel, context: int, realised: float) -> float:
     """Bytes that a token has to read: MLPs at a realised sparsity, attention, head, keys and values of the context."""
-    size = BYTES[case.dtype]
+    size = DTYPE_BYTES[case.dtype]
     attention = sum(a.weight.numel() + a.out.numel() for a in decode.attentions)
     heads = [a.heads for a in decode.attentions]
     cache = sum(2 * h.n_kv * h.head_dim * min(context, h.window or context) for h in heads)

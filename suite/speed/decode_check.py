@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
+    from suite.decoding.step import DecodeModel, Mlp
     from suite.modeling.decode import DecodeKernels
     from suite.speed.decode import Method
-    from suite.speed.step import DecodeModel, Mlp
 
 _UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 _STEPS, _REAL_STEPS = 8, 200

@@ -18,9 +18,9 @@ from suite.speed.cases import Row, SpeedCase
 if TYPE_CHECKING:
     from torch import nn
 
+    from suite.decoding.step import DecodeModel, Mlp
     from suite.modeling.decode import DecodeKernels
     from suite.speed.decode import Timed
-    from suite.speed.step import DecodeModel, Mlp
 
 _ROUNDS, _ROUND_STEPS, _COUNTED_STEPS = 10, 12, 12
 
@@ -67,7 +67,7 @@ def prepare(
     if case.device != "cuda":
         return Timed(case, step, parts, realised, keep=[inputs])
     begin = time.perf_counter()
-    from suite.speed.gpu_timing import captured
+    from suite.decoding.graphs import captured
 
     graphs = {name: captured(run) for name, run in (parts | {"step": step}).items()}
     capture_s = time.perf_counter() - begin

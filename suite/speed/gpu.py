@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels_numba.gpu import layers as kernels
-from kernels_numba.gpu.compiled import compile_together
-from kernels_numba.gpu.op import DownProjection
+from kernels_numba.gpu.host import checks
+from kernels_numba.gpu.host import layers as kernels
+from kernels_numba.gpu.host.down_proj import DownProjection
+from kernels_numba.gpu.host.jit import compile_together
 from kernels_numba.reference import UNIT_ROUNDOFF, wrongly_selected
+from suite.devices import DTYPES, torch_dtype
 from suite.methods.base import kept_count
 from suite.speed.cases import Progress, Row, SpeedCase, default_threads, empty_row, needed_bytes, skipped_row
 from suite.speed.gpu_timing import Timed, clock_rate, numbers_of, phase_rows, prepare, time_interleaved
 
 _MIN_LAYERS, _MAX_LAYERS = 8, 24
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _FIRST = {"cats": "gate", "m-countdown": "up"}
 _VARIANTS: dict[str, dict[str, bool]] = {  # of the plan
     "no-overlap": {"overlap": False}, "deterministic": {"deterministic": True}, "trace": {"trace": True},
@@ -33,7 +34,7 @@ _METHODS = ("dense", "d-countdown", "given", *_FIRST)
 
 def unavailable() -> str:
     """Reason why nothing can run here; empty if it can."""
-    return kernels.unavailable()
+    return checks.unavailable()
 
 
 @dataclass
@@ -53,7 +54,7 @@ class LayerData:
     def random(cls, case: SpeedCase, rank: int, seed: int, index: int) -> LayerData:
         """Weights of size 1/sqrt(inputs), inputs of size 1."""
         generator = torch.Generator(device="cuda").manual_seed(seed * 1009 + index)
-        dtype, d_model, d_ff = _DTYPES[case.dtype], case.d_model, case.d_ff
+        dtype, d_model, d_ff = torch_dtype(case.dtype), case.d_model, case.d_ff
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*shape, device="cuda", generator=generator) * scale).to(dtype)
@@ -242,8 +243,8 @@ def _unsupported(case: SpeedCase) -> str:
         return f"method {case.method} on {case.backend}: not on a GPU"
     if not 1 <= case.batch_size <= 8:
         return f"batch size {case.batch_size}: the CUDA kernels take 1 to 8 tokens"
-    if case.dtype not in _DTYPES:
-        return f"dtype {case.dtype}: the CUDA kernels take {', '.join(_DTYPES)}"
+    if case.dtype not in DTYPES:
+        return f"dtype {case.dtype}: the CUDA kernels take {', '.join(DTYPES)}"
     return ""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from suite.decoding.graphs import captured
 from suite.speed.cases import Progress, Row, SpeedCase, needed_bytes
 from suite.speed.timing import time_columns
 
@@ -66,22 +67,6 @@ def prepare(case: SpeedCase, bounds: Sequence[Bound], layers: Sequence[LayerData
     start = time.perf_counter()
     graph = captured(run, warm_up=0)
     return Timed(case, graph.replay, realised, [bounds, outs, graph], time.perf_counter() - start, launch_us)
-
-
-def captured(run: Callable[[], object], warm_up: int = 3) -> torch.cuda.CUDAGraph:
-    """Graph of a call, made after a few calls that compile what there is to compile."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warm_up):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    torch.cuda.synchronize()
-    return graph
 
 
 class ReadBandwidth:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from suite.errors import InputError
-from suite.methods.base import kept_count, select_top_k
+from suite.methods.base import Site, kept_count, select_top_k
 from suite.modeling.attach import attach
 from suite.modeling.gated_mlp import find_gated_mlps
 from suite.registry import METHODS, get_method, method_class
@@ -68,8 +68,8 @@ def test_scores_every_neuron_of_every_token(name, dtype):
 def test_score_of_a_token_does_not_depend_on_the_others(name):
     inputs = activations(n_tokens=6)
     chosen = torch.tensor([4, 1])
-    parts = {field: getattr(inputs, field)[chosen] for field in ("gate", "act", "up", "documents", "positions")}
-    alone = dataclasses.replace(inputs, **parts)
+    keys = {field: getattr(inputs, field)[chosen] for field in ("documents", "positions")}
+    alone = dataclasses.replace(inputs, rows=chosen, **keys)
     method = get_method(name)
     assert torch.equal(method.score(alone), method.score(inputs)[chosen])
 
@@ -88,8 +88,8 @@ def test_keeps_exactly_k_where_all_scores_tie(name):
     inputs = activations()
     tied = dataclasses.replace(
         inputs,
-        **{field: torch.ones_like(inputs.up) for field in ("gate", "act", "up")},
-        down_norms=lambda: torch.ones(D_FF),
+        values={name: torch.ones_like(value) for name, value in inputs.values.items()},
+        norms=lambda matrix, of: torch.ones(D_FF),
     )
     keep = select_top_k(get_method(name).score(tied), 7)
     assert keep[:, :7].all()
@@ -99,7 +99,7 @@ def test_keeps_exactly_k_where_all_scores_tie(name):
 @pytest.mark.parametrize("name", [name for name in RANKING if name != "random"])
 def test_nan_activation_is_kept_and_reaches_the_output(name):
     inputs = activations()
-    for part in (inputs.gate, inputs.act, inputs.up):
+    for part in inputs.values.values():
         part[2, 5] = torch.nan
     keep = select_top_k(get_method(name).score(inputs), 1)
     assert keep[2].nonzero().flatten().tolist() == [5]
@@ -271,7 +271,7 @@ def test_random_noise_is_uniform_and_differs_by_every_key():
     assert abs(score.mean() - 0.5) < 5 / (12 * 40000) ** 0.5
     others = [
         get_method("random", seed=2).score(inputs),
-        get_method("random", seed=1).score(dataclasses.replace(inputs, layer=1)),
+        get_method("random", seed=1).score(dataclasses.replace(inputs, site=Site("mlp.neurons", 1, 1000))),
         get_method("random", seed=1).score(dataclasses.replace(inputs, documents=inputs.documents + 1)),
         get_method("random", seed=1).score(dataclasses.replace(inputs, positions=inputs.positions + 1)),
     ]

@@ -29,7 +29,7 @@ from suite.methods.base import kept_count, select_top_k
 from suite.modeling.gated_mlp import find_gated_mlps
 from suite.modeling.loading import weights_fingerprint
 from tests.conftest import D_FF, D_MODEL, tiny_model
-from tests.fitting.test_thresholds import loaded
+from tests.fitting.conftest import loaded
 
 QUICK = PredictorOptions(epochs=2, batch_tokens=256, rank=8)
 
@@ -335,7 +335,7 @@ from suite.fitting import predictor as module
 from suite.fitting.calibration import Calibration
 from suite.fitting.predictor import fit_predictors
 from tests.fitting.test_predictor import QUICK, wanted
-from tests.fitting.test_thresholds import loaded
+from tests.fitting.conftest import loaded
 folder, text = Path(sys.argv[1]), sys.argv[2]
 real = module.train
 def train(x, jobs, layers, *rest):

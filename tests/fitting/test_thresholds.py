@@ -1,10 +1,8 @@
 """Fits on tiny models, against sorting by hand; artifacts; keys."""
 
 import dataclasses
-import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import example as explicit
@@ -15,35 +13,12 @@ from suite import attach, fit, get_method
 from suite.errors import CellError, InputError
 from suite.fitting import thresholds as module
 from suite.fitting.artifacts import Fit, PredictorFit, load_fit, save_fit
-from suite.fitting.calibration import Calibration
 from suite.fitting.histogram import ScoreHistogram, exact_quantile
 from suite.fitting.keys import ESTIMATORS, fit_key
 from suite.modeling.gated_mlp import find_gated_mlps
-from suite.modeling.loading import LoadedModel, ModelRef, weights_fingerprint
-from tests.conftest import D_FF, VOCABULARY, predictor_fit, tiny_model
-
-
-class Letters:
-    """Tokenizer: one token a character."""
-
-    def __call__(self, text):
-        return {"input_ids": [3 + ord(letter) % (VOCABULARY - 3) for letter in text]}
-
-
-def loaded(tmp_path, architecture="llama", dtype=torch.float32):
-    weights = tmp_path / "weights"
-    weights.write_bytes(b"of a model")
-    ref = ModelRef("tiny", "gguf", "tiny", weights, True, "", 10)
-    return LoadedModel(tiny_model(architecture, dtype), Letters(), ref, str(dtype).removeprefix("torch."), "cpu")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "random.jsonl"
-    rng = np.random.default_rng(0)
-    lines = ["".join(chr(c) for c in rng.integers(48, 122, 300)) for _ in range(60)]
-    path.write_text("\n".join(json.dumps({"text": line}) for line in lines))
-    return Calibration(f"file:{path}", max_tokens=4096)
+from suite.modeling.loading import weights_fingerprint
+from tests.conftest import D_FF, predictor_fit
+from tests.fitting.conftest import flip, loaded
 
 
 @pytest.mark.parametrize("name", ["cats", "m-countdown"])
@@ -273,12 +248,6 @@ def test_hash_covers_thresholds_and_description():
     hashes = {example().sha256, example(thresholds=torch.zeros(2)).sha256, example(sparsity=0.6).sha256}
     hashes |= {example(meta={}).sha256, example(estimator="mean-kth").sha256, example(key="cd" * 32).sha256}
     assert len(hashes) == 6
-
-
-def flip(path):
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import transformers
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from suite.decoding.step import DecodeModel
 from suite.modeling.attach import attach
 from suite.registry import get_method
 from suite.speed.decode import Method
 from suite.speed.decode_check import check, check_dense
 from suite.speed.decode_time import prepare
-from suite.speed.step import DecodeModel
 from tests.conftest import CONFIGS, decode_state, tiny_model
 
 METHODS = [("cats", ""), ("m-countdown", ""), ("d-countdown", "low-rank"), ("d-countdown", "ternary")]

@@ -34,8 +34,8 @@ SPILLS = {"m-batch8-gelu-bf16-sm90": (8, 4)}
 COMPILE = """
 import sys
 from unittest import mock
-from kernels_numba.gpu.compiled import make_ptx
-from kernels_numba.gpu.tuned import tuned_plan
+from kernels_numba.gpu.host.jit import make_ptx
+from kernels_numba.gpu.host.tuning import tuned_plan
 plan = tuned_plan{arguments}
 with mock.patch("numba.cuda.dispatcher.get_current_device") as device:  # no GPU: device functions ask for its capability
     device.return_value.compute_capability = plan.capability

@@ -32,7 +32,7 @@ def test_view_recomposes_the_mlp_bit_for_bit(architecture):
             close = {"rtol": 0, "atol": 16 * torch.finfo(torch.float32).eps * D_MODEL**0.5}
             torch.testing.assert_close(x @ w_gate.T, gate, **close)
             torch.testing.assert_close(x @ w_up.T, up, **close)
-            torch.testing.assert_close(mlp.down_norm2(), w_down.norm(dim=0).square(), rtol=1e-5, atol=0)
+            torch.testing.assert_close(mlp.norm2("down", "columns"), w_down.norm(dim=0).square(), rtol=1e-5, atol=0)
 
 
 def test_weights_of_a_fused_mlp_are_views():

@@ -137,9 +137,9 @@ def test_a_kernel_that_computes_something_else_is_found_at_attach(name, kind, fa
 def test_norms_of_columns_are_those_that_the_forward_pass_applies(change):
     """s-countdown ranks by them: an adapter on down_proj changes the columns, not the weight."""
     model = copy.deepcopy(tiny_model("llama"))
-    plain = find_gated_mlps(model)[0].down_norm2()
+    plain = find_gated_mlps(model)[0].norm2("down", "columns")
     change(model.model.layers[0].mlp)
     found = find_gated_mlps(model)[0]
     columns = found.down(torch.eye(found.d_ff)).detach()
-    assert torch.allclose(found.down_norm2(), columns.square().sum(-1), rtol=1e-5)
-    assert not torch.allclose(found.down_norm2(), plain, rtol=1e-2)
+    assert torch.allclose(found.norm2("down", "columns"), columns.square().sum(-1), rtol=1e-5)
+    assert not torch.allclose(found.norm2("down", "columns"), plain, rtol=1e-2)

@@ -76,14 +76,14 @@ def write_run(
     """Write the given parts of a run folder; None leaves a file out, as an unfinished run does."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows, columns in (
-        ("accuracy.csv", accuracy, schema.ACCURACY),
-        ("speed.csv", speed, schema.SPEED),
-        ("sparsity.csv", sparsity, schema.SPARSITY),
+        ("accuracy.csv", accuracy, schema.ACCURACY.names),
+        ("speed.csv", speed, schema.SPEED.names),
+        ("sparsity.csv", sparsity, schema.SPARSITY.names),
     ):
         if rows is not None:
             frame(rows, columns).to_csv(folder / name, index=False)
     if samples is not None:
-        pd.DataFrame(samples, columns=schema.SAMPLES[:5]).reindex(columns=schema.SAMPLES).to_csv(
+        pd.DataFrame(samples, columns=schema.SAMPLES.names[:5]).reindex(columns=schema.SAMPLES.names).to_csv(
             folder / "samples.csv.gz", index=False
         )
     if manifest is not None:
@@ -178,14 +178,14 @@ def embedded_run(folder: Path, seed: int = 0) -> Path:
     phases = [(traced, name, 3.0, 2.0, 4.0) for name in ("fill", "first packet", "choose", "active rows", "sum of y")]
     for cell in ("decode-dense-0.0", "decode-m-countdown-0.7", "decode-m-countdown-0.9"):
         phases += [(cell, name, 8000.0, 7900.0, 8200.0) for name in ("attention", "MLP", "head", "rest")]
-    pd.DataFrame(phases, columns=schema.PHASES).to_csv(run / "phases.csv", index=False)
+    pd.DataFrame(phases, columns=schema.PHASES.names).to_csv(run / "phases.csv", index=False)
     predictors = [
         predictor_row(method, target, layer)
         for method in ("d-countdown", "dejavu")
         for target in (0.7, 0.8)
         for layer in (0, 1)
     ]
-    pd.DataFrame(predictors, columns=schema.PREDICTOR).to_csv(run / "predictor.csv", index=False)
+    pd.DataFrame(predictors, columns=schema.PREDICTOR.names).to_csv(run / "predictor.csv", index=False)
     return run
 
 
@@ -314,12 +314,12 @@ def write_analysis(folder: Path, model: str) -> None:
     ]
     layers = [
         {"model": model, "dtype": "float32", "layer": i, "quantity": q, "n_tokens": 256}
-        | {c: (i + 1.0) * n / 100 for n, c in enumerate(schema.ACTIVATIONS[4:-1], 1)}
+        | {c: (i + 1.0) * n / 100 for n, c in enumerate(schema.ACTIVATIONS.names[4:-1], 1)}
         for i in range(30)
         for q in ("abs_up", "abs_act", "abs_product")
     ]
-    frame(sets, schema.CIF_CAF).to_csv(folder / "cif_caf.csv", index=False)
-    frame(layers, schema.ACTIVATIONS).to_csv(folder / "activations.csv", index=False)
+    frame(sets, schema.CIF_CAF.names).to_csv(folder / "cif_caf.csv", index=False)
+    frame(layers, schema.ACTIVATIONS.names).to_csv(folder / "activations.csv", index=False)
 
 
 Setting = tuple[str, str, float, float] | tuple[str, str, float, float, str]  # method, mode, target, realised, scope

@@ -7,7 +7,6 @@ import pytest
 
 from suite.report.page import write_report
 from suite.report.rebuild import rebuild_problems
-from suite.runs.assemble import _sorted
 from suite.schema import ACCURACY
 from tests.report.parts import quality
 from tests.report.synthetic import hand_run, hits, manifest
@@ -77,4 +76,4 @@ def test_one_variant_keeps_its_name(tmp_path):
 
 def test_rows_are_sorted_by_chat():
     rows = [{"chat": chat, "cell_id": cell} for chat, cell in ((CHAT, "a"), (None, "b"))]
-    assert _sorted(rows, ACCURACY) == _sorted(rows[::-1], ACCURACY) == rows[::-1]
+    assert ACCURACY.sorted(rows) == ACCURACY.sorted(rows[::-1]) == rows[::-1]

@@ -13,11 +13,12 @@ from typing import Any
 
 from suite import schema
 from suite.config import MatrixConfig, TaskConfig, build_config
+from suite.devices import Device
+from suite.evaluation.groups import Group
 from suite.evaluation.tasks import TaskSpec
 from suite.modeling.sources import ModelRef
 from suite.runs.analysis_cells import AnalysisCell
 from suite.runs.cells import AccuracyCell, FitRequest
-from suite.runs.provenance import Device
 from suite.runs.runner import Outcome
 from suite.runs.store import sha256_of, write_atomically
 from suite.statistics import standard_error
@@ -62,6 +63,9 @@ class FakeWorld:
 
     def members(self, tasks: Sequence[TaskConfig]) -> list[TaskConfig]:
         return list(tasks)
+
+    def groups(self, task: TaskConfig) -> tuple[Group, ...]:
+        return ()
 
     def task(self, task: TaskConfig) -> TaskSpec:
         chat = task.chat(task.name)
@@ -145,7 +149,7 @@ class FakeExecutor:
             for s in cell.config.sparsities
         ]
         spread = [
-            {"layer": i, "quantity": q, **{c: draw.random() for c in schema.ACTIVATIONS[4:-1]}, "n_tokens": 9}
+            {"layer": i, "quantity": q, **{c: draw.random() for c in schema.ACTIVATIONS.names[4:-1]}, "n_tokens": 9}
             for i in range(11)
             for q in ("abs_up", "abs_act", "abs_product")
         ]

@@ -69,4 +69,4 @@ def test_the_folder_verifies_and_an_edited_value_does_not(folder, tmp_path):
     change(copy, "accuracy.csv", edit)
     seal(copy)
     assert any("f1" in problem and "0.123" in problem for problem in verify_files(copy))
-    assert read_manifest(folder)["schema_version"] == 2
+    assert read_manifest(folder)["schema_version"] == 3

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
+from suite.devices import Device
 from suite.errors import InputError
-from suite.runs.assemble import _sorted
-from suite.runs.provenance import Device
 from suite.schema import SPEED
 from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
 from tests.runs.test_runner import go, rows
@@ -58,4 +57,4 @@ def test_rows_are_sorted_by_every_setting_before_the_hash_of_the_cell():
         {"context_tokens": 1024, "predictor": "low-rank", "rank": 8, "cache": "cold"},
     ]
     ordered = [{"model": "m", "cell_id": f"{9 - i}", **one} for i, one in enumerate(settings)]
-    assert _sorted(ordered[::-1], SPEED) == ordered
+    assert SPEED.sorted(ordered[::-1]) == ordered

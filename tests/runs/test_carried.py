@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from suite import settings
+from suite import devices, settings
 from suite.cli import main
 from suite.config import build_config
 from suite.runs import provenance
@@ -72,8 +72,8 @@ def test_speed_cells_keep_the_device_that_measured_them(tmp_path, monkeypatch):
         "here",
     )
     world = StoredWorld(config, store)
-    assert world.speed_device("cuda") == provenance.Device("cuda", "Some GPU", "1.2")
-    assert world.speed_device("cpu") == provenance.cpu()
+    assert world.speed_device("cuda") == devices.Device("cuda", "Some GPU", "1.2")
+    assert world.speed_device("cpu") == devices.cpu()
     assert world.versions("speed") == {"torch": "another"}
     assert world.code("speed", "cats") == "abc"
     assert world.openmp_waiting() == settings.openmp_waiting()  # a GPU's cell says nothing of it

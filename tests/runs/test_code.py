@@ -70,8 +70,8 @@ EDITS = {
     ("kernels_numba/__init__.py", "", "#\n"): CELLS | {REPORT},  # sets how threads wait
     ("own/__init__.py", "", "import os\n"): {OWN},
     ("suite/speed/cpu.py", "", "#\n"): {SPEED},  # imported by its name, a string
-    ("kernels_numba/gpu/attention.py", "", "#\n"): {SPEED},
-    ("kernels_numba/gpu/layers.py", "", "#\n"): {SPEED},  # accuracy is computed masked
+    ("kernels_numba/gpu/decode/attention.py", "", "#\n"): {SPEED},
+    ("kernels_numba/gpu/host/layers.py", "", "#\n"): {SPEED},  # accuracy is computed masked
     ("kernels_numba/cpu_kernels.py", "", "#\n"): {SPEED},
     ("kernels_numba/gpu/topk.py", "", "#\n"): CELLS | {REPORT},  # but it selects
     ("suite/modeling/decode.py", "", "#\n"): ACCURACY | {SPEED},

@@ -247,10 +247,10 @@ def test_csvs_have_the_columns_of_the_schema_and_no_machine_path(tmp_path):
 
     results = tmp_path / "somewhere"
     finished = go(results, FakeExecutor(fail=["A t1 random ideal 0.5"]), argv=["run", "--out", str(tmp_path / "x")])
-    assert list(rows(finished.folder)[0]) == schema.ACCURACY
-    assert list(rows(finished.folder, "sparsity.csv")[0]) == schema.SPARSITY
+    assert list(rows(finished.folder)[0]) == schema.ACCURACY.names
+    assert list(rows(finished.folder, "sparsity.csv")[0]) == schema.SPARSITY.names
     with gzip.open(finished.folder / "samples.csv.gz", "rt") as file:
-        assert next(csv.reader(file)) == schema.SAMPLES
+        assert next(csv.reader(file)) == schema.SAMPLES.names
     for path in filter(Path.is_file, finished.folder.rglob("*")):
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         assert str(results).encode() not in data

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from suite import schema
+from suite.decoding.shapes import SHAPES
 from suite.errors import InputError
-from suite.speed.cases import SHAPES, default_threads, make_cases, needed_bytes, run_group
+from suite.speed.cases import default_threads, make_cases, needed_bytes, run_group
 
 MIB = 2.0**20
 
@@ -126,8 +127,8 @@ def test_without_a_gpu_cuda_rows_are_skipped_with_the_reason(monkeypatch):
         assert "no CUDA device" in row["reason"]
         assert row["method"] == case.method
         assert row["latency_us_median"] is None
-        assert ["run_id", "cell_id", *row] == [c for c in schema.SPEED if c in ("run_id", "cell_id")] + list(row)
-        assert set(row) == set(schema.SPEED) - {"run_id", "cell_id"}
+        assert ["run_id", "cell_id", *row] == [c for c in schema.SPEED.names if c in ("run_id", "cell_id")] + list(row)
+        assert set(row) == set(schema.SPEED.names) - {"run_id", "cell_id"}
 
 
 def test_expanding_cases_loads_neither_torch_nor_numba():

@@ -9,8 +9,9 @@ import pytest
 
 from kernels_numba import cpu as kernels
 from suite import schema
+from suite.decoding.shapes import SHAPES, Shape
 from suite.speed import cpu, timing
-from suite.speed.cases import SHAPES, Shape, benchmark, make_cases, needed_bytes, run_group
+from suite.speed.cases import benchmark, make_cases, needed_bytes, run_group
 
 D_MODEL, D_FF = 40, 200
 
@@ -40,7 +41,7 @@ def test_every_case_is_checked_and_timed(level, shape):
     rows = run_group(cases)
     assert len(rows) == len(cases) == (10 if level == "layer" else 4)
     for case, row in zip(cases, rows, strict=True):
-        assert set(row) == set(schema.SPEED) - {"run_id", "cell_id"}
+        assert set(row) == set(schema.SPEED.names) - {"run_id", "cell_id"}
         assert (row["status"], row["check"]) == ("ok", "passed")
         assert row["reason"] in ("", timing.DISTURBED)  # this machine may be busy
         assert (row["method"], row["sparsity_target"], row["backend"]) == (case.method, case.sparsity, case.backend)
@@ -160,6 +161,6 @@ def test_progress_is_told():
 
 def test_benchmark_returns_the_columns_of_speed_csv():
     frame = benchmark(["tiny"], sparsities=[0.9], threads=1)
-    assert list(frame.columns) == schema.SPEED[2:]
+    assert list(frame.columns) == schema.SPEED.names[2:]
     assert list(frame["method"]) == ["dense", "cats", "m-countdown", "given"]
     assert (frame["status"] == "ok").all()

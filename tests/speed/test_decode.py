@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from suite import schema
+from suite.decoding.shapes import SHAPES, Shape, build_model
 from suite.errors import InputError
-from suite.speed import decode, decode_check, decode_time, model_shapes
-from suite.speed.cases import SHAPES, Shape, make_cases, run_group
+from suite.speed import decode, decode_check, decode_time
+from suite.speed.cases import make_cases, run_group
 from tests.conftest import D_FF, D_MODEL, decode_state
-from tests.speed.test_step import build
+from tests.decoding.test_step import build
 
 METHODS = ("dense", "cats", "m-countdown", "d-countdown")
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(SHAPES, "tiny", Shape(D_MODEL, D_FF))
-    monkeypatch.setitem(model_shapes.MODEL_SHAPES, "tiny", model_shapes.ModelShape("", {"num_hidden_layers": 2}, 9000))
+    monkeypatch.setitem(SHAPES, "tiny", Shape(D_MODEL, D_FF, "silu", 2, 9000, "LlamaConfig"))
     monkeypatch.setattr(decode, "build_model", lambda *_: build("llama"))
     monkeypatch.setattr(decode_time, "_ROUNDS", 2)
 
@@ -41,14 +41,14 @@ def test_rows_of_every_method(tiny):
         ("d-countdown", "eager"),
     ]
     for row in rows:
-        assert set(row) <= {*schema.SPEED, "phases", "decode_check"}
+        assert set(row) <= {*schema.SPEED.names, "phases", "decode_check"}
         assert (row["level"], row["status"], row["check"], row["context_tokens"]) == ("decode", "ok", "passed", 16)
         assert row["tokens_per_s"] == pytest.approx(1e6 / row["latency_us_median"])
         assert row["latency_us_q25"] <= row["latency_us_median"] <= row["latency_us_q75"]
     own, sparse = rows[0], rows[2:]
     for row in (own, *sparse):
         assert [phase["phase"] for phase in row["phases"]] == ["attention", "MLP", "head", "rest"]
-        assert all(set(phase) == set(schema.PHASES) - {"cell_id"} for phase in row["phases"])
+        assert all(set(phase) == set(schema.PHASES.names) - {"cell_id"} for phase in row["phases"])
     # 2 layers of 3 MLP matrices, q, k, v and o, the head, and keys and values of 16 tokens, 4 bytes each
     weights = 2 * (3 * 32 * 48 + (32 + 16 + 16 + 32) * 32) + 64 * 32 + 2 * 2 * 16 * 16
     assert own["bytes_read_mib"] == pytest.approx(weights * 4 / 2**20)
@@ -57,7 +57,7 @@ def test_rows_of_every_method(tiny):
         assert 0 < row["max_rel_error"] < 1e-5
         assert row["mlp_share"] > 0
         assert row["extra_memory_mib"] >= 2 * 32 * 48 * 4 / 2**20
-        assert set(row["decode_check"]) == set(schema.DECODE_CHECK) - {"cell_id"}
+        assert set(row["decode_check"]) == set(schema.DECODE_CHECK.names) - {"cell_id"}
         assert row["decode_check"]["max_error"] == row["max_rel_error"] < row["decode_check"]["bound"]
         assert 0 <= row["decode_check"]["kl_median"] <= row["decode_check"]["kl_max"] < 1e-4
         assert row["decode_check"]["top1_agreement"] == 1
@@ -173,15 +173,15 @@ def test_bad_cases_are_refused(change, match):
         make_cases(**options)
 
 
-@pytest.mark.parametrize("name", [name for name, shape in model_shapes.MODEL_SHAPES.items() if shape.config])
+@pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if shape.config])
 def test_shapes_are_the_papers(name):
     """Parameters of the published models, counted on a model without memory."""
-    model = model_shapes.build_model(name, torch.bfloat16, "meta")
+    model = build_model(name, "bfloat16", "meta")
     mlp = model.model.layers[0].mlp
-    assert sum(p.numel() for p in model.parameters()) == model_shapes.MODEL_SHAPES[name].n_parameters
+    assert sum(p.numel() for p in model.parameters()) == SHAPES[name].n_parameters
     assert tuple(mlp.down_proj.weight.shape) == (SHAPES[name].d_model, SHAPES[name].d_ff)
     with pytest.raises(InputError, match="did you mean 'phi-4'"):
-        model_shapes.build_model("phi4", torch.bfloat16, "meta")
+        build_model("phi4", "bfloat16", "meta")
 
 
 def test_limit_of_the_check_grows_with_the_layers():

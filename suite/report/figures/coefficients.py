@@ -86,7 +86,7 @@ FIGURES = (
         "Generated tokens, kept set D of D-COUNTDOWN (ideal) against CATS and M-COUNTDOWN at equal sparsity. Left, share of "
         "D: solid, missed by one method; dashed, missed by it and kept by the other. Right, share of the neurons outside D: "
         "solid, kept needlessly by one method; dashed, kept by it and dropped by the other.",
-        schema.CIF_CAF,
+        schema.CIF_CAF.names,
         lambda material: material.results.cif_caf,
         draw_cif_caf,
     ),
@@ -95,7 +95,7 @@ FIGURES = (
         "Why the methods differ, layer by layer on generated tokens. Left: share of the sum of v^2 that each ranking keeps at "
         "sparsity .8. Right: median of |u|, |act(g)| and |v| over tokens and neurons, band from the 5th to the 95th "
         "percentile.",
-        schema.ACTIVATIONS,
+        schema.ACTIVATIONS.names,
         lambda material: material.results.activations,
         draw_activations,
     ),

@@ -1,0 +1,1 @@
+"""Decode steps of whole models: one sequence, few launches, dense and sparse in the same loop."""
