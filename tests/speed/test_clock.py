@@ -2,8 +2,6 @@
 
 import time
 
-import pytest
-
 from suite.speed import clock
 from suite.speed.clock import ReadBandwidth, Rounds, time_interleaved, wall_times
 
@@ -65,4 +63,4 @@ def test_a_cpu_reads_several_times_its_last_cache(monkeypatch):
 def test_wall_times_are_of_each_call():
     seconds = wall_times(lambda: time.sleep(0.002), 3)
     assert len(seconds) == 3
-    assert min(seconds) >= pytest.approx(0.002, rel=0.1)
+    assert min(seconds) >= 0.0019
