@@ -17,7 +17,7 @@ _PUBLIC = {
     "fit": "suite.fitting.api",
     "evaluate": "suite.evaluation.evaluator",
     "benchmark": "suite.speed.bench",
-    "load_results": "suite.report.load",
+    "load_results": "suite.report.results",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -18,7 +18,7 @@ def make_key(n_digits: int) -> Any:
     """``key_of(bits)``: unsigned 32-bit integer in the order of the scores: -0 equals 0, every NaN is above infinity."""
     narrow = n_digits == 2
 
-    def key_of(bits):  # type: ignore[no-untyped-def]  # device code
+    def key_of(bits):
         word = (np.int64(bits) & 0xFFFF) << 16 if narrow else np.int64(bits) & 0xFFFFFFFF
         size = word & 0x7FFFFFFF
         if size > 0x7F800000:
@@ -33,7 +33,7 @@ def make_key(n_digits: int) -> Any:
 def make_find(n_digits: int, key_of: Any) -> Any:
     """``find(...)``: leading bits of the kth score, and how many of those equal to it are kept."""
 
-    def find(counts, chosen, scores, row, k, tid):  # type: ignore[no-untyped-def]  # device code
+    def find(counts, chosen, scores, row, k, tid):
         prefix, room, d_ff = np.int64(0), np.int64(k), scores.shape[1]
         for digit in range(n_digits):
             shift = 24 - 8 * digit
@@ -68,7 +68,7 @@ def make_kernel(n_digits: int) -> Any:
     key_of, rest = make_key(n_digits), 32 - 8 * n_digits
     find = make_find(n_digits, key_of)
 
-    def kernel(scores, keep, k):  # type: ignore[no-untyped-def]  # device code
+    def kernel(scores, keep, k):
         tid, row, d_ff = cuda.threadIdx.x, cuda.blockIdx.x, scores.shape[1]
         counts = cuda.shared.array(THREADS, int32)
         chosen = cuda.shared.array(2, int32)

@@ -1,7 +1,7 @@
 """The parts of a decode step on a GPU in few launches, for every method and for dense alike.
 
 A dense layer of the Llama-3.1-8B shape takes 161 us and 8 launches (H100, 128 tokens of context; 194 us and 18 with torch's
-own functions, compiled where that helps). Attention is one launch (`kernels_numba.gpu.attention`: 8 instead of 24 us), so
+own functions, compiled where that helps). Attention is one launch (`kernels_numba.gpu.decode.attention`: 8 instead of 24 us), so
 is each addition with its norm. Products of one row are left to torch.compile where it is faster than the library behind
 ``F.linear``: 76 instead of 82 us for gate and up, 39 instead of 44 for down, 13 instead of 16 for the attention's output.
 """
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels_numba.gpu.attention import AttentionPlan
-from kernels_numba.gpu.norm import NormPlan
-from kernels_numba.gpu.step import AddNorm, DecodeAttention
+from kernels_numba.gpu.decode.add_rms_norm import NormPlan
+from kernels_numba.gpu.decode.attention import AttentionPlan
+from kernels_numba.gpu.host.decode import AddNorm, DecodeAttention
 from suite.decoding.graphs import captured
 from suite.decoding.parts import Heads, Parts, act, head_norms, norm
 from suite.devices import dtype_name

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from suite.devices import dtype_name
 from suite.methods.base import NEURONS, Activations, Method, Mode, Site, select_threshold
@@ -95,7 +96,7 @@ class ChoosingKernels:
 
     def kept(self, layers: Sequence[int], n_tokens: int) -> Tensor:
         """As the protocol: a few launches for all layers together."""
-        from kernels_numba.gpu.counts import active_counts
+        from kernels_numba.gpu.host.active_set import active_counts
 
         return active_counts([self.layers[layer] for layer in layers], n_tokens)
 
@@ -166,7 +167,7 @@ def why_not_numba(model: nn.Module, method: Method, mode: Mode, state: object) -
 
 
 def _why_not_cuda(mlp: GatedMLP, n_layers: int, device: torch.device) -> str:
-    from kernels_numba.gpu.layers import unavailable
+    from kernels_numba.gpu.host.checks import unavailable
 
     if reason := unavailable(device):
         return reason
@@ -190,7 +191,7 @@ def is_magnitude(method: Method) -> bool:
     keys = torch.arange(4)
     values = {"input": gate, "gate": gate, "act": act, "up": up, "product": act * up}
     site = Site(NEURONS, layer=0, width=64)
-    score = method.score(Activations(site, values, keys, keys, norms=lambda matrix, of: torch.ones(64)))
+    score = method.score(Activations(site, values, keys, keys, norms=lambda matrix, of: torch.ones(64), act_fn=silu))
     return torch.equal(score.float(), magnitude.abs())
 
 
@@ -260,7 +261,7 @@ def _cpu_given(mlp: GatedMLP, predictor: PredictorState, threshold: float) -> Li
 
 def _cuda_given(mlp: GatedMLP, predictor: PredictorState, threshold: float) -> Listing:
     """The same on a GPU, for predictors that have no kernel of their own; the count stays on the device."""
-    from kernels_numba.gpu.layers import GivenLayer, transpose_down
+    from kernels_numba.gpu.host.layers import GivenLayer, transpose_down
 
     w_gate, w_up, w_down = (weight.detach() for weight in mlp.weights())
     layer = GivenLayer(w_gate, w_up, transpose_down(w_down), activation=mlp.activation)
@@ -283,7 +284,7 @@ def cuda_layers(
     deterministic: bool = False,
 ) -> list[Any]:
     """CUDA layers that find their active sets themselves: a low-rank predictor's, else the first projection's."""
-    from kernels_numba.gpu.layers import PredictorLayer, ThresholdLayer, transpose_down
+    from kernels_numba.gpu.host.layers import PredictorLayer, ThresholdLayer, transpose_down
 
     layers: list[Any] = []
     for mlp, threshold in zip(mlps, thresholds, strict=True):

@@ -11,17 +11,17 @@ import numpy as np
 import pandas as pd
 
 from suite.evaluation.tasks import DECODE_PERPLEXITY
-from suite.report.claims import BASELINES
-from suite.report.comparisons import paired_lines
-from suite.report.frames import Average, Interval, Quality, are_unequal, cell_value
-from suite.report.load import Results
-from suite.report.series import Material
+from suite.report.claims import BASELINES, C1_METHOD, C2_METHOD, COUNTDOWN, INDIRECT, PAIRS
+from suite.report.comparisons import corrected, pair_rows, settled
+from suite.report.material import Material
+from suite.report.methods import dense_rows
+from suite.report.quality import Average, Interval, Quality, are_unequal, cell_value
+from suite.report.results import Results
 from suite.report.speed import PROBES, panel_title, panels, speed_label
-from suite.report.tables import perplexity_text, text_title
-from suite.report.text import markdown_table, percent, shortened, signed
+from suite.report.task_names import text_title
+from suite.report.text import markdown_table, percent, perplexity_text, shortened, signed
 
 ANALYSED = 0.8  # sparsity of the one sentence about kept sets
-OURS = ("m-countdown", "d-countdown", "s-countdown")
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ def _duel_lines(quality: Quality) -> list[str]:
     """M-COUNTDOWN against the baselines, what it loses named beside what it wins."""
     lines = []
     for other in BASELINES:
-        found = _duels(quality, "m-countdown", other)
+        found = _duels(quality, C2_METHOD, other)
         won, lost = ([d for d in found if d.settled and (d.gain > 0) is better] for better in (True, False))
         if found:
             n_open = len(found) - len(won) - len(lost)
             by_task = Counter(d.task for d in lost).most_common()
             where = f" ({shortened([f'{n} on {task}' for task, n in by_task], 8)})" if lost else ""
             lines.append(
-                f"m-countdown is better than {other} in {len(won)} of {len(found)} comparisons (task x mode x "
+                f"{C2_METHOD} is better than {other} in {len(won)} of {len(found)} comparisons (task x mode x "
                 f"sparsity), worse in {len(lost)}{where}, and {n_open} are not settled by these documents."
             )
     return lines
@@ -72,21 +72,37 @@ def _paired_lines(quality: Quality) -> list[str]:
     return [_nested("The same with averages, corrected for the number of comparisons (Holm):", lines)] if lines else []
 
 
-def _analysis_lines(results: Results) -> list[str]:
-    """What the analysis of generated tokens says about M-COUNTDOWN and CATS."""
+def paired_lines(quality: Quality) -> list[str]:
+    """One sentence per pair and family for the report's summary."""
     lines = []
+    for first, second in PAIRS:
+        for (model, _, scope), rows in pair_rows(quality, first, second).items():
+            adjusted = corrected(rows)
+            won, lost = settled(rows, adjusted)
+            if adjusted:
+                lines.append(
+                    f"  * {first} against {second}, {model}, scope {scope}: better in {won}, worse in {lost}, not settled "
+                    f"in {len(adjusted) - won - lost} of {len(adjusted)}."
+                )
+    return lines
+
+
+def _analysis_lines(results: Results) -> list[str]:
+    """What the analysis of generated tokens says about the two methods that need no predictor."""
+    lines = []
+    ours, other = INDIRECT
     sets, layers = results.cif_caf, results.activations
     for model in dict.fromkeys(sets["model"]):
         own = sets[(sets["model"] == model) & (sets["sparsity"] == ANALYSED)].set_index("row_method")["cif_alive"]
         mass = layers[layers["model"] == model].pivot_table(index="layer", columns="quantity", values="mass_kept_at_80")
-        if {"cats", "m-countdown"} <= set(own.index) and {"abs_up", "abs_act", "abs_product"} <= set(mass.columns):
+        if {*INDIRECT} <= set(own.index) and {"abs_up", "abs_act", "abs_product"} <= set(mass.columns):
             wins = int((mass["abs_up"] > mass["abs_act"]).sum())
             means = [percent(float(mass[c].mean()), 0) for c in ("abs_product", "abs_up", "abs_act")]
             lines.append(
-                f"{model}, generated tokens, sparsity {ANALYSED:g}: of the neurons that d-countdown keeps, m-countdown "
-                f"misses {percent(float(own['cats']), 0)} % and cats {percent(float(own['m-countdown']), 0)} %; of the "
-                f"sum of v^2 they keep {means[0]}, {means[1]} and {means[2]} % (mean over layers), m-countdown more than "
-                f"cats in {wins} of {len(mass)} layers."
+                f"{model}, generated tokens, sparsity {ANALYSED:g}: of the neurons that {C1_METHOD} keeps, {ours} misses "
+                f"{percent(float(own[other]), 0)} % and {other} {percent(float(own[ours]), 0)} %; of the sum of v^2 they "
+                f"keep {means[0]}, {means[1]} and {means[2]} % (mean over layers), {ours} more than {other} in {wins} of "
+                f"{len(mass)} layers."
             )
     return lines
 
@@ -101,7 +117,7 @@ def _quality_lines(quality: Quality) -> list[str]:
     for block, settings in quality.summary_blocks:
         tasks, dense = quality.tasks_of(block), quality.dense_of(block, settings)
         top = None if dense is None else quality.average(dense, tasks)
-        found = [(quality.average(one, tasks), one) for one in settings if one.method != "dense"]
+        found = [(quality.average(one, tasks), one) for one in settings if not one.is_dense]
         known = sorted(((v, one) for v, one in found if v is not None), key=lambda pair: -pair[0])
         if dense is None or top is None or not known:
             lines.append(
@@ -169,7 +185,7 @@ def _realized_lines(quality: Quality) -> list[str]:
 def _speed_lines(speed: pd.DataFrame) -> list[str]:
     lines = []
     for panel in panels(speed) if not speed.empty else []:
-        sparse = panel[(panel["method"] != "dense") & panel["speed_up"].notna() & ~panel["variant"].isin(PROBES)]
+        sparse = panel[~dense_rows(panel) & panel["speed_up"].notna() & ~panel["variant"].isin(PROBES)]
         if (sparse["clock"] == "graph").any():  # launch by launch dense is slower, and every speed-up looks better
             sparse = sparse[sparse["clock"] == "graph"]
         if sparse.empty:
@@ -190,7 +206,7 @@ def _speed_lines(speed: pd.DataFrame) -> list[str]:
 def duels_table(quality: Quality) -> str:
     """How often COUNTDOWN's methods beat or lose to the baselines, task by task, with every loss listed."""
     rows = []
-    for ours in OURS:
+    for ours in COUNTDOWN:
         for other in BASELINES:
             found = _duels(quality, ours, other)
             if not found:

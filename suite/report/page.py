@@ -1,12 +1,12 @@
-"""REPORT.md and everything beside it, from the files of a run folder alone; also checks that they still follow from them."""
+"""REPORT.md and everything beside it, from the files of a run folder alone."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,55 +15,17 @@ import pandas as pd
 from suite.errors import InputError
 from suite.evaluation.tasks import DECODE_PERPLEXITY, PACK_TASKS
 from suite.files import refuse_links, remove_parts, write_atomically
-from suite.report import figures, style
+from suite.report import style
 from suite.report.claims import NOT_SETTLED, UNTESTED, make_claims
-from suite.report.decode_check import decode_check_table
+from suite.report.figures import FIGURES
 from suite.report.findings import duels_table, summary
-from suite.report.load import load_results
-from suite.report.predictors import predictor_table
-from suite.report.series import Material
-from suite.report.tables import all_tables
+from suite.report.material import Material
+from suite.report.results import load_results
+from suite.report.tables import TABLES
 from suite.report.task_names import bare
-from suite.report.text import MISSING, markdown_table, percent, without_html
+from suite.report.text import MISSING, csv_text, markdown_table, percent, without_html
 from suite.statistics import METHOD_NAME
 
-_RELATIVE = 1e-6  # of rebuilt figures: the files carry 10 digits, another numpy may round the sums otherwise
-CAPTIONS = {
-    "quality_vs_bytes": "Quality against MLP bytes per token at the realised sparsity, what a user decides by. Ideal "
-    "methods know the active set for free: no predictor's bytes are in them. Measured speed-up only where it is of the "
-    "same model. Scope `scored` where the run has several.",
-    "quality_vs_sparsity": "Task average against realised sparsity. Bars: 95 % interval of the paired difference to "
-    "dense, set upon dense's value. Methods of equal sparsity are set apart sideways so that bars can be read.",
-    "quality_per_task": "The same, task by task; scope `scored` where the run has several.",
-    "perplexity_vs_sparsity": "Perplexity against realised sparsity, log axis; bars as above, from log-ratios. Without "
-    "random, which is in the table, and scope `paper` where the run has `scored`.",
-    "speedup_vs_sparsity": "Speed-up over the fastest dense row of the same run and shape; band: between quartiles; "
-    "dashed: bound, the row's bytes at the read bandwidth measured in the run.",
-    "cif_caf": "Generated tokens, kept set D of D-COUNTDOWN (ideal) against CATS and M-COUNTDOWN at equal sparsity. Left, "
-    "share of D: solid, missed by one method; dashed, missed by it and kept by the other. Right, share of the neurons "
-    "outside D: solid, kept needlessly by one method; dashed, kept by it and dropped by the other.",
-    "activations": "Why the methods differ, layer by layer on generated tokens. Left: share of the sum of v^2 that each "
-    "ranking keeps at sparsity .8. Right: median of |u|, |act(g)| and |v| over tokens and neurons, band from the 5th to "
-    "the 95th percentile.",
-    "predictors": "Predictors on held-out documents, means over the fits of a method at one sparsity. Left: share of the sum "
-    "of v^2 that is kept, dashed what the true top k keeps. Right: share of the true top k among the k largest logits.",
-    "efficiency": "Efficiency (needed bytes over time x the read bandwidth of the run; 1 is the limit of memory) by shape "
-    "and sparsity.",
-    "phases": "Where the time of a layer goes: median over all blocks of each phase, by their own clocks, from the end of the "
-    "layer in front on.",
-    "decode_tokens": "Tokens per second of whole models, batch 1, greedy, in one loop that differs in the MLP alone. Dashed: "
-    "what the read bandwidth of the run allows at the bytes of a token. Dense also by transformers' own generate. Contexts "
-    "with a single sparsity are in the table.",
-    "decode_phases": "Where a token's time goes: all attentions, all MLPs and the head, each timed alone, and the rest. Of "
-    "every model the first context; phases.csv has all.",
-    "break_even": "Where sparsity does not pay: left of a point a layer (timed at four sparsities or more) or a token of a whole "
-    "model takes longer than with the fastest dense row; no point: at every sparsity that was timed.",
-    "sparsity_per_layer": "Realised sparsity per layer against the target.",
-}
-INLINE_TABLES = (
-    "accuracy", "difference_to_dense", "methods_against_each_other", "above_chance", "scope_effect", "seeds",
-    "calibration", "perplexity", "predictors", "speed", "decode_check",
-)  # fmt: skip
 _SOURCES = {"pydoc": "the English reference prose that every Python carries (`pydoc_data.topics`)"}
 DEFECTS = (
     "Gemma kernels that apply SiLU instead of GELU-tanh.",
@@ -83,6 +45,14 @@ DEFECTS = (
 )
 
 
+@dataclass(frozen=True)
+class Report:
+    """Every text file of a report by relative path, REPORT.md last, and the data of its figures by name."""
+
+    texts: dict[str, str]
+    frames: dict[str, pd.DataFrame]
+
+
 def write_report(folder: str | Path) -> Path:
     """Write claims.csv, tables/, figures/ and REPORT.md of a run folder, finished or not.
 
@@ -98,15 +68,15 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder)
     refuse_links(folder)
     material = Material(load_results(folder))
-    texts, data = _texts(material)
+    report, figures = report_of(material), {figure.name: figure for figure in FIGURES}
     try:
         remove_parts(folder)
-        _remove_stale(folder, set(texts), material.results.manifest)
-        for name, text in texts.items():
+        _remove_stale(folder, set(report.texts), material.results.manifest)
+        for name, text in report.texts.items():
             path = folder / name
             write_atomically(path, text.encode())
             if path.parent.name == "figures":
-                drawn = figures.draw(path.stem, data[path.stem])
+                drawn = figures[path.stem].drawn(report.frames[path.stem])
                 if drawn is not None:
                     style.save(drawn, path.with_suffix(""))
     except OSError as error:
@@ -114,95 +84,30 @@ def write_report(folder: str | Path) -> Path:
     return folder / "REPORT.md"
 
 
-def rebuild_problems(folder: str | Path) -> list[str]:
-    """Differences between the report in a run folder and the one that its CSVs give; none if it follows from them."""
-    material = Material(load_results(folder))
-    texts = _texts(material)[0]
-    problems = _strangers(Path(folder), set(texts))
-    for name, text in texts.items():
-        path = Path(folder) / name
-        if not path.is_file():
-            problems.append(f"{name}: is missing; write the report again")
-            continue
-        found = path.read_text(encoding="utf-8", errors="replace")
-        differs = _csv_difference(found, text) if name.endswith(".csv") else _text_difference(found, text)
-        if differs:
-            problems.append(f"{name}: is not what the run's CSVs give: {differs}")
-        if path.parent.name == "figures":
-            problems += [f"{name}: has no {s}" for s in (".png", ".svg") if not path.with_suffix(s).is_file()]
-    return problems
-
-
-def _texts(material: Material) -> tuple[dict[str, str], dict[str, pd.DataFrame]]:
-    """Every text file of the report by relative path, REPORT.md last, and the data of its figures by name."""
+def report_of(material: Material) -> Report:
+    """The report of a run: every table and figure that it has something for."""
     claims = make_claims(material.quality, material.speed)
-    in_domain = material.results.manifest.get("in_domain") or {}
-    tables = all_tables(material.quality, material.speed, in_domain)
-    if found := predictor_table(material.results):
-        tables["predictors"] = found
-    if found := decode_check_table(material.results):
-        tables["decode_check"] = found
-    data = {name: make(material) for name, (make, _) in figures.FIGURES.items()}
-    data = {name: frame for name, frame in data.items() if not frame.empty}
-    texts = {"claims.csv": _csv(claims)}
+    tables = {table.name: text for table in TABLES if (text := table.markdown(material))}
+    frames = {figure.name: frame for figure in FIGURES if not (frame := figure.frame(material)).empty}
+    texts = {"claims.csv": csv_text(claims)}
     texts |= {f"tables/{name}.md": without_html(text) for name, text in tables.items()}
-    texts |= {f"figures/{name}.csv": _csv(frame) for name, frame in data.items()}
-    texts["REPORT.md"] = without_html(_page(material, claims, tables, [name for name in CAPTIONS if name in data]))
-    return texts, data
-
-
-def _csv(frame: pd.DataFrame) -> str:
-    return frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
+    texts |= {f"figures/{name}.csv": csv_text(frame) for name, frame in frames.items()}
+    texts["REPORT.md"] = without_html(_page(material, claims, tables, set(frames)))
+    return Report(texts, frames)
 
 
 def _remove_stale(folder: Path, names: set[str], manifest: Mapping[str, Any]) -> None:
     """Remove tables and figures of an earlier report that this one no longer has: those that the manifest lists."""
     listed = {*(manifest.get("files") or {}), *(manifest.get("unsealed") or [])}
+    ours = {"tables": {table.name for table in TABLES}, "figures": {figure.name for figure in FIGURES}}
     for path in [*folder.glob("tables/*.md"), *folder.glob("figures/*.*")]:
         name = path.relative_to(folder).as_posix()
-        known = path.stem in ({*INLINE_TABLES, "speed_rows"} if path.parent.name == "tables" else figures.FIGURES)
         kept = {name, path.relative_to(folder).with_suffix(".csv").as_posix()}
-        if known and name in listed and not kept & names:
+        if path.stem in ours[path.parent.name] and name in listed and not kept & names:
             path.unlink()
 
 
-def _strangers(folder: Path, names: set[str]) -> list[str]:
-    """Tables and figures in a run folder that are no part of its report."""
-    drawn = {str(Path(n).with_suffix(s)) for n in names if n.startswith("figures/") for s in (".png", ".svg")}
-    found = [path.relative_to(folder).as_posix() for path in [*folder.glob("tables/*"), *folder.glob("figures/*")]]
-    return [f"{name}: is no part of the report" for name in sorted(found) if name not in names | drawn]
-
-
-def _csv_difference(found: str, expected: str) -> str:
-    try:
-        ours, theirs = (pd.read_csv(io.StringIO(t), dtype=str, keep_default_na=False) for t in (expected, found))
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        return " ".join(str(error).split())
-    if list(ours.columns) != list(theirs.columns) or len(ours) != len(theirs):
-        return f"{len(theirs)} rows and {len(theirs.columns)} columns, expected {len(ours)} and {len(ours.columns)}"
-    for column in ours:
-        for line, (a, b) in enumerate(zip(ours[column], theirs[column], strict=True), 2):
-            if a != b and not _close(a, b):
-                return f"line {line}, column {column}: {b!r}, expected {a!r}"
-    return ""
-
-
-def _close(one: str, other: str) -> bool:
-    try:
-        return math.isclose(float(one), float(other), rel_tol=_RELATIVE, abs_tol=1e-9)
-    except ValueError:
-        return False
-
-
-def _text_difference(found: str, expected: str) -> str:
-    ours, theirs = expected.splitlines(), found.splitlines()
-    for line, (a, b) in enumerate(zip(ours, theirs, strict=False), 1):
-        if a != b:
-            return f"line {line}: {b[:120]!r}, expected {a[:120]!r}"
-    return "" if len(ours) == len(theirs) else f"{len(theirs)} lines, expected {len(ours)}"
-
-
-def _page(material: Material, claims: pd.DataFrame, tables: Mapping[str, str], drawn: list[str]) -> str:
+def _page(material: Material, claims: pd.DataFrame, tables: Mapping[str, str], shown: set[str]) -> str:
     results = material.results
     title = results.manifest.get("title") or results.name
     parts = [f"# {title}\n\nRun `{results.name}`. {_state(material)}\n"]
@@ -214,10 +119,11 @@ def _page(material: Material, claims: pd.DataFrame, tables: Mapping[str, str], d
         f"points, of perplexities as they are.\n\n{duels_table(material.quality)}"
     )
     parts.append(f"## Claims of the abstract\n\n{_claims_text(claims)}")
-    parts.append("## Figures\n\n" + ("\n".join(_figure_text(name) for name in drawn) or "None yet.\n"))
+    figures = "\n".join(figure.markdown() for figure in FIGURES if figure.name in shown)
+    parts.append("## Figures\n\n" + (figures or "None yet.\n"))
     parts.append("## Tables\n")
-    parts += [_demoted(tables[name]) for name in INLINE_TABLES if name in tables]
-    others = ", ".join(f"[{name}](tables/{name}.md)" for name in tables if name not in INLINE_TABLES)
+    parts += [_demoted(tables[table.name]) for table in TABLES if table.inline and table.name in tables]
+    others = ", ".join(f"[{t.name}](tables/{t.name}.md)" for t in TABLES if not t.inline and t.name in tables)
     parts.append(f"More: {others}.\n" if others else "")
     parts.append(f"## Failed and skipped\n\n{_failures(material)}")
     parts.append(f"## Provenance\n\n{_provenance(results.manifest)}")
@@ -254,8 +160,7 @@ def _warnings(material: Material) -> Iterator[str]:
             "everything runs and to tell methods apart roughly. The paper's tasks are the real ones (profiles `small` "
             "and `paper`)."
         )
-    in_domain = material.results.manifest.get("in_domain") or {}
-    outside = [_SOURCES.get(source, f"`{source}`") for source in sorted(sources) if not in_domain.get(source)]
+    outside = [_SOURCES.get(source, f"`{source}`") for source in sorted(sources) if not material.in_domain.get(source)]
     if outside:
         yield (
             f"Practical methods were fitted out of domain (not on train splits of the tasks): on {', '.join(outside)}."
@@ -299,10 +204,6 @@ def _claims_text(claims: pd.DataFrame) -> str:
         ]
         text += f"\nUntested here: {'; '.join(by_claim)}.\n"
     return text
-
-
-def _figure_text(name: str) -> str:
-    return f"![{name}](figures/{name}.png)\n\n{CAPTIONS[name]} Data: [CSV](figures/{name}.csv); [SVG](figures/{name}.svg).\n"
 
 
 def _demoted(text: str) -> str:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pandas as pd
 
-from suite.report.frames import method_order
-from suite.report.text import MISSING, fixed, markdown_table, shortened
+from suite.report.methods import dense_rows, method_order
+from suite.report.results import LINE, SHAPE
+from suite.report.text import MISSING, fixed, microseconds, shortened
 
-# Rows that share these are of one shape on one device and may be compared; backend and variant are what competes.
-SHAPE = ["level", "model_shape", "model", "dtype", "batch_size", "threads", "context_tokens", "cache", "device_name"]
-PROBES = (
-    "no-overlap",
-    "deterministic",
-    "trace",
-)  # variants that measure what something costs; the tables have them, the figures not
+PROBES = ("no-overlap", "deterministic", "trace")  # variants that measure what something costs: in tables, not figures
 MARK = "~"  # beside a time whose rounds were disturbed, by the row's reason
-LINE = ["method", "rank", "predictor", "backend", "variant", "clock"]
 
 
 def with_speed_up(speed: pd.DataFrame) -> pd.DataFrame:
@@ -33,7 +25,7 @@ def with_speed_up(speed: pd.DataFrame) -> pd.DataFrame:
     """
     frame = speed.reset_index(drop=True).copy()
     added: list[dict[str, object]] = []
-    dense = frame[(frame["method"] == "dense") & (frame["status"] == "ok") & (frame["latency_us_median"] > 0)]
+    dense = frame[dense_rows(frame) & (frame["status"] == "ok") & (frame["latency_us_median"] > 0)]
     by_shape: dict[object, pd.DataFrame] = {}
     for key, group in dense.groupby(SHAPE, dropna=False):
         by_shape[key] = group
@@ -68,6 +60,16 @@ def speed_label(row: pd.Series) -> str:
     return f"{row['method']} (r={row['rank']})" if row["rank"] else str(row["method"])
 
 
+def speed_labels(rows: pd.DataFrame) -> list[str]:
+    """:func:`speed_label` of every row."""
+    return [speed_label(row) for _, row in rows[["method", "rank"]].iterrows()]
+
+
+def backend_of(row: pd.Series) -> str:
+    """What computed a speed row and how it was timed."""
+    return " ".join(str(row[c]) for c in ("backend", "variant", "clock") if row[c])
+
+
 def panel_title(row: pd.Series) -> str:
     """Shape, level, dtype, batch and threads of a speed row in one line."""
     parts = [row["model_shape"] or row["model"], row["level"], row["dtype"], f"batch {row['batch_size']}"]
@@ -88,64 +90,26 @@ def panels(frame: pd.DataFrame) -> list[pd.DataFrame]:
     return [g.sort_values(["_order", *LINE, "sparsity_target"]).drop(columns="_order") for g in groups]
 
 
-def speed_table(frame: pd.DataFrame) -> str:
-    """Speed-up (efficiency) of every method by sparsity, a block per shape."""
-    text = (
-        "# Speed\n\nSpeed-up against the fastest dense row of the same run, shape and clock; in brackets the "
-        "efficiency: needed bytes over time x the read bandwidth measured in the same run. Bytes and quartiles stand in "
-        "`speed_rows`. A row whose check failed has no time.\n\n"
-    )
-    for panel in panels(frame):
-        ok = panel[(panel["status"] == "ok") & (panel["method"] != "dense")]
-        dense = panel[(panel["status"] == "ok") & (panel["method"] == "dense")].sort_values("latency_us_median")
-        sparsities = sorted(set(ok["sparsity_target"].dropna()))
-        rows = []
-        if not dense.empty:
-            best = dense.iloc[0]
-            note = f"dense ({best['backend']} {best['variant']}): {microseconds(best['latency_us_median'])} us{_mark(best)}"
-            rows.append([note, "1.00", fixed(best["efficiency"], 2), *[MISSING] * len(sparsities)])
-        for _, line in ok.groupby(LINE, sort=False, dropna=False):
-            first = line.iloc[0]
-            values = {r["sparsity_target"]: r for _, r in line.iterrows()}
-            cells = [_speed_cell(values.get(s)) for s in sparsities]
-            backend = " ".join(str(first[c]) for c in ("backend", "variant", "clock") if first[c])
-            rows.append([f"{speed_label(first)}, {backend}", "", "", *cells])
-        text += f"### {_heading(panel)}\n\n"
-        if rows:
-            text += markdown_table(["method", "speed-up", "efficiency", *(f"s={s:g}" for s in sparsities)], rows)
-        text += _notes(panel) + "\n"
-    return text
-
-
-def _heading(panel: pd.DataFrame) -> str:
+def heading(panel: pd.DataFrame) -> str:
+    """Title of a shape with its device."""
     first = panel.iloc[0]
     return panel_title(first) + (f" ({first['device_name']})" if first["device_name"] else "")
 
 
-def _speed_cell(row: pd.Series | None) -> str:
-    if row is None or not math.isfinite(row["speed_up"]):
-        return MISSING
-    return f"{row['speed_up']:.2f} ({fixed(row['efficiency'], 2)}){_mark(row)}"
-
-
-def _mark(row: pd.Series) -> str:
+def mark(row: pd.Series) -> str:
     """What follows the time of a row that is ok, but has a reason to doubt it."""
     return f" {MARK}" if row["status"] == "ok" and row["reason"] else ""
 
 
-def microseconds(value: float) -> str:
-    """Microseconds with three significant digits at least."""
-    return fixed(value, 1 if value < 1000 else 0)
-
-
-def _notes(panel: pd.DataFrame) -> str:
-    notes: dict[str, list[str]] = {}
+def notes(panel: pd.DataFrame) -> list[str]:
+    """What is to be said below a shape's rows: failed, skipped and disturbed ones by their reason."""
+    found: dict[str, list[str]] = {}
     for _, row in panel[(panel["status"] != "ok") | (panel["reason"] != "")].iterrows():
         sparsity = "" if np.isnan(row["sparsity_target"]) else f" {row['sparsity_target']:g}"
         reason = str(row["reason"]) or "no reason recorded"
         state = MARK if row["status"] == "ok" else row["status"]
-        notes.setdefault(f"{state} ({row['backend']}): {reason}", []).append(speed_label(row) + sparsity)
-    return "".join(f"\n{note}: {shortened(which)}.\n" for note, which in notes.items())
+        found.setdefault(f"{state} ({row['backend']}): {reason}", []).append(speed_label(row) + sparsity)
+    return [f"{note}: {shortened(which)}." for note, which in found.items()]
 
 
 def plain_table(frame: pd.DataFrame) -> list[str]:
@@ -158,13 +122,12 @@ def plain_table(frame: pd.DataFrame) -> list[str]:
     for panel in panels(frame):
         rows = [header]
         for _, row in panel.iterrows():
-            backend = " ".join(str(row[c]) for c in ("backend", "variant", "clock") if row[c])
             state = str(row["status"]) + (f": {row['reason']}" if row["reason"] else "")
             numbers = [fixed(row["sparsity_target"], 2), fixed(row["sparsity_realized"], 3)]
             numbers += [microseconds(row["latency_us_median"]), fixed(row["speed_up"], 2), fixed(row["efficiency"], 2)]
-            rows.append([speed_label(row), backend, *numbers, str(row["check"]) or MISSING, state])
+            rows.append([speed_label(row), backend_of(row), *numbers, str(row["check"]) or MISSING, state])
         widths = [max(len(line[i]) for line in rows) for i in range(len(header))]
-        lines += ["", _heading(panel)]
+        lines += ["", heading(panel)]
         lines += ["  ".join(_padded(cells, widths)).rstrip() for cells in rows]
     return [*lines, "", "speed-up: over the fastest dense row; efficiency: needed bytes / (time x read bandwidth)"]
 
@@ -172,31 +135,3 @@ def plain_table(frame: pd.DataFrame) -> list[str]:
 def _padded(cells: list[str], widths: list[int]) -> list[str]:
     """Cells of one line of :func:`plain_table`, numbers to the right."""
     return [c.rjust(w) if 2 <= i <= 6 else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-
-
-def speed_rows_table(frame: pd.DataFrame) -> str:
-    """Every timed row: latency, quartiles, speed-up, bound, efficiency, memory."""
-    text = (
-        "# Speed, row by row\n\nLatencies in microseconds. Bytes: the row's over dense's. Bound: the speed-up at the read "
-        "bandwidth measured in the run; efficiency = speed-up / bound.\n\n"
-    )
-    columns = ["method", "sparsity", "realised", "backend", "median", "quartiles", "speed-up", "between quartiles"]
-    columns += ["bytes", "bound", "efficiency", "extra MiB", "max rel error", "against"]
-    for panel in panels(frame):
-        rows = []
-        for _, row in panel[panel["status"] == "ok"].iterrows():
-            backend = " ".join(str(row[c]) for c in ("backend", "variant", "clock") if row[c])
-            quartiles = f"{microseconds(row['latency_us_q25'])} to {microseconds(row['latency_us_q75'])}"
-            between = f"{fixed(row['speed_up_low'], 2)} to {fixed(row['speed_up_high'], 2)}"
-            error = f"{row['max_rel_error']:.1e}" if math.isfinite(row["max_rel_error"]) else MISSING
-            cells = [speed_label(row), fixed(row["sparsity_target"], 2), fixed(row["sparsity_realized"], 3), backend]
-            cells += [
-                microseconds(row["latency_us_median"]) + _mark(row),
-                quartiles,
-                fixed(row["speed_up"], 2),
-                between,
-            ]
-            cells += [fixed(row["bytes_share"], 3), fixed(row["bound"], 2), fixed(row["efficiency"], 2)]
-            rows.append([*cells, fixed(row["extra_memory_mib"], 1), error, str(row["against"]) or MISSING])
-        text += f"### {_heading(panel)}\n\n" + (markdown_table(columns, rows) if rows else "") + _notes(panel) + "\n"
-    return text

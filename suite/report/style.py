@@ -65,6 +65,13 @@ LOOKS = {
     "s-countdown": Look("#56B4E9", "P"),
     "given": Look("#7a5195", "X"),
 }
+DENSE = "dense"  # its label
+# What the analysis of coefficients measures: its symbol, and the method that ranks by it and lends its look.
+QUANTITIES = {
+    "abs_up": ("|u|", "m-countdown"),
+    "abs_act": ("|act(g)|", "cats"),
+    "abs_product": ("|v|", "d-countdown"),
+}
 _OTHERS = (Look("#8c564b", "<"), Look("#2f4b7c", ">"), Look("#665191", "h"), Look("#556b2f", "*"))
 
 

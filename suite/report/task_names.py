@@ -1,4 +1,4 @@
-"""Names of tasks that a run has with several numbers of examples, chat options or limits: columns of their own."""
+"""Names and order of tasks as columns; a task with several numbers of examples, chat options or limits is several."""
 
 from __future__ import annotations
 
@@ -9,12 +9,41 @@ from typing import Any
 
 import pandas as pd
 
+from suite.evaluation.tasks import known_tasks
+
+TEXT_METRICS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "kl_dense", "top1_agreement")
+_METRIC_TITLES = {
+    "perplexity": "perplexity",
+    "word_perplexity": "word perplexity",
+    "byte_perplexity": "byte perplexity",
+    "bits_per_byte": "bits per byte",
+    "kl_dense": "KL to dense",
+    "top1_agreement": "top-1 agreement %",
+}
 Words = Callable[[Iterable[str]], dict[str, str]]
 
 
 def bare(task: str) -> str:
     """A task's own name."""
     return task.partition("[")[0]
+
+
+def task_order(task: str) -> tuple[int, str]:
+    """Sort key: the order that ``ls`` shows, then others by name."""
+    names, name = known_tasks(), bare(task)
+    return (names.index(name) if name in names else len(names), task)
+
+
+def text_order(column: str) -> tuple[Any, ...]:
+    """Sort key of a ``task metric`` column."""
+    task, _, metric = column.partition(" ")
+    return (*task_order(task), TEXT_METRICS.index(metric))
+
+
+def text_title(column: str) -> str:
+    """Heading of a ``task metric`` column."""
+    task, _, metric = column.partition(" ")
+    return f"{task}, {_METRIC_TITLES.get(metric, metric)}"
 
 
 def with_variant_names(rows: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataFrame:

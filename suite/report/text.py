@@ -1,11 +1,13 @@
-"""Markdown tables and numbers as text."""
+"""Markdown tables, CSV and numbers as text."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from suite.report.frames import Interval
+import pandas as pd
+
+from suite.report.quality import Interval
 
 MISSING = "–"  # noqa: RUF001  (an en dash, as printed tables have it)
 
@@ -16,6 +18,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = ([" ".join(cell.replace("|", "&#124;").splitlines()) for cell in row] for row in (header, *rows))
     first, *others = ("| " + " | ".join(row) + " |" for row in cells)
     return "\n".join((first, rule, *others)) + "\n"
+
+
+def csv_text(frame: pd.DataFrame) -> str:
+    """A frame as CSV, numbers with ten digits."""
+    return frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
 
 
 def without_html(text: str) -> str:
@@ -31,6 +38,16 @@ def fixed(value: float | None, digits: int) -> str:
 def percent(value: float | None, digits: int = 1) -> str:
     """Share as percent without sign, a dash where there is none."""
     return MISSING if value is None else fixed(100 * value, digits)
+
+
+def perplexity_text(value: float) -> str:
+    """Perplexity with four significant digits or all before the point."""
+    return fixed(value, 2 if value < 100 else 1 if value < 1000 else 0)
+
+
+def microseconds(value: float) -> str:
+    """Microseconds with three significant digits at least."""
+    return fixed(value, 1 if value < 1000 else 0)
 
 
 def signed(interval: Interval | None, scale: float = 100.0, digits: int = 1) -> str:

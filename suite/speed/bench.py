@@ -93,7 +93,7 @@ def _no_device(device: str) -> str:
     if not torch.cuda.is_available():
         return "no CUDA device: torch.cuda.is_available() is False"
     try:
-        from kernels_numba.gpu.layers import unavailable
+        from kernels_numba.gpu.host.checks import unavailable
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed: install the extra 'cuda'"
     return unavailable()

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels_numba.gpu import layers as kernels
-from kernels_numba.gpu.compiled import compile_together
-from kernels_numba.gpu.op import DownProjection
+from kernels_numba.gpu.host import layers as kernels
+from kernels_numba.gpu.host.down_proj import DownProjection
+from kernels_numba.gpu.host.jit import compile_together
 from kernels_numba.reference import UNIT_ROUNDOFF, wrongly_selected
 from suite.decoding.graphs import captured
 from suite.devices import DTYPES, torch_dtype

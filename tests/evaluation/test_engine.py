@@ -234,7 +234,7 @@ def test_accuracy_calls_no_kernel_of_decode_steps(tiny, monkeypatch):
     """Its cells' keys do not cover them (`suite.code.CLOSED`)."""
     cats = get_method("cats", sparsity=0.5)
     fit = SimpleNamespace(method="cats", sparsity=0.5, thresholds=torch.full((2,), 1e-3))
-    for name in ("kernels_numba.cpu", "kernels_numba.gpu.layers", "kernels_numba.gpu.counts"):
+    for name in ("kernels_numba.cpu", "kernels_numba.gpu.host.layers", "kernels_numba.gpu.host.active_set"):
         monkeypatch.setitem(sys.modules, name, None)  # an import of it raises
     with pytest.raises(ImportError), attach(tiny.model, cats, fit, backend="numba"):
         pass

@@ -10,8 +10,8 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from kernels_numba.gpu.layers import GivenLayer, ThresholdLayer
-from kernels_numba.gpu.op import sparse_down_proj
+from kernels_numba.gpu.host.down_proj import sparse_down_proj
+from kernels_numba.gpu.host.layers import GivenLayer, ThresholdLayer
 
 
 def matrix(rows=64, columns=128, dtype=torch.bfloat16):

@@ -11,8 +11,8 @@ from torch.nn import functional
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from kernels_numba.gpu.layers import GivenLayer, PredictorLayer, ThresholdLayer, transpose_down
-from kernels_numba.gpu.op import DownProjection, sparse_down_proj
+from kernels_numba.gpu.host.down_proj import DownProjection, sparse_down_proj
+from kernels_numba.gpu.host.layers import GivenLayer, PredictorLayer, ThresholdLayer, transpose_down
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}

@@ -18,9 +18,9 @@ from dataclasses import replace
 import numpy as np
 from numba import cuda
 
-from kernels_numba.gpu import simulated
-from kernels_numba.gpu.kernel import ARGUMENTS, make_kernel
-from kernels_numba.gpu.plan import Plan
+from kernels_numba.gpu.mlp.kernel import ARGUMENTS, make_kernel
+from kernels_numba.gpu.mlp.plan import Plan
+from kernels_numba.gpu.ptx import simulated, simulator
 from kernels_numba.reference import activate, relative_error
 
 BASE = {"d_model": 40, "d_ff": 24, "dtype": "float32", "rows": 2, "neurons": 2, "depth": 2}
@@ -89,7 +89,7 @@ class Problem:
         self.values = rng.standard_normal((plan.batch, f)).astype(np.float32)
         self.indices = rng.permutation(f).astype(np.int32)
         self.count = np.array([kept], np.int32)
-        self.workspace = np.zeros(plan.workspace["total"], np.uint8)
+        self.workspace = np.zeros(plan.workspace.total, np.uint8)
         self.y = np.full((plan.batch, d), np.nan, np.float32) if plan.dtype == "float32" else None
         if self.y is None:
             self.y = np.full((plan.batch, d), 0x7FFF, np.uint16)  # NaN in both
@@ -175,12 +175,12 @@ class Problem:
         ]
         first = ["project", "select"] if plan.kind == "predictor" else []
         plans = [plan] if plan.n_blocks == 1 else [replace(plan, phases=(p,)) for p in (*first, "sparse", "reduce")]
-        with simulated.allowed(*buffers.values(), shared_bytes=plan.shared["total"]):
+        with simulator.allowed(*buffers.values(), shared_bytes=plan.shared.total):
             for part in plans:
                 kernel = cuda.jit(make_kernel(part, module))
                 kernel[part.n_blocks, part.launch_threads, 0, 0](*arguments)
         if len(plans) > 1:  # the one launch they stand for would end with every block's flag, and so begin a new epoch
-            at = plan.workspace["done"]
+            at = plan.workspace.done
             self.workspace[at : at + plan.n_blocks * 8].view(np.int64)[:] += 1 << 32
         if plan.dtype == "bfloat16":
             return ((self.y.astype(np.uint32) << 16).view(np.float32).astype(np.float64))[: self.tokens]

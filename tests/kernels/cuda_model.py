@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from numba import cuda
 
-from kernels_numba.gpu import simulated
-from kernels_numba.gpu.counts import active_neurons
-from kernels_numba.gpu.kernel import ARGUMENTS, make_kernel
-from kernels_numba.gpu.plan import Plan
+from kernels_numba.gpu.host.active_set import active_neurons
+from kernels_numba.gpu.mlp.kernel import ARGUMENTS, make_kernel
+from kernels_numba.gpu.mlp.plan import Plan
+from kernels_numba.gpu.ptx import simulated, simulator
 from suite.modeling import attach as attaching
 from suite.modeling.attach import attach
 from suite.modeling.decode import ChoosingKernels
@@ -51,12 +51,12 @@ class SimulatedLayer:
     def __call__(self, x):
         n_tokens = x.numel() // x.shape[-1]
         plan = replace(self._plan, batch=n_tokens)
-        workspace = np.zeros(plan.workspace["total"], np.uint8)
+        workspace = np.zeros(plan.workspace.total, np.uint8)
         out = np.full((n_tokens, x.shape[-1]), np.nan, np.float32)
         source = np.ascontiguousarray(x.detach().reshape(n_tokens, -1).numpy())
         buffers = self._arrays | {"x": source, "y": out, "workspace": workspace}
         arguments = [buffers[name].ctypes.data if name in buffers else 0 for name in ARGUMENTS[:12]]
-        with simulated.allowed(*buffers.values(), shared_bytes=plan.shared["total"]):
+        with simulator.allowed(*buffers.values(), shared_bytes=plan.shared.total):
             kernel = cuda.jit(make_kernel(plan, simulated))
             kernel[1, plan.launch_threads, 0, 0](*arguments, plan.d_ff, self._threshold, n_tokens)
         self.last_launch = plan, torch.from_numpy(workspace)

@@ -14,47 +14,48 @@ import numpy as np
 
 from tests.kernels import cuda_cases
 
+_ROOM = "kernels_numba.gpu.mlp"
 # name: (module, text, replacement, case, neurons kept)
 MUTANTS = {
-    "activation": ("stream", 'plan.activation == "gelu_tanh"', 'plan.activation == "silu"', "given", 9),
+    "activation": ("sparse_rows", 'plan.activation == "gelu_tanh"', 'plan.activation == "silu"', "given", 9),
     "dropped-tail-rows": ("plan", "math.ceil(self.d_ff / self.rows)", "self.d_ff // self.rows", "m-tail", 23),
-    "rows-beyond-the-tail": ("mixed", "wanted = begin + row < d_ff and", "wanted =", "m-tail", 24),
-    "stale-tail-entry": ("combine", "if tid < neurons:  # the last", "if tid < 0:  # the last", "down", 7),
-    "stale-neuron": ("combine", "if number >= n * tokens:", "if number >= 32:", "m-dealt", 7),
-    "off-by-one-share": ("combine", "(1 if block < extra else 0)\n        for i", "0\n        for i", "given-blocks", 7),
-    "found-twice": ("mixed", "begun += n", "begun += 1", "m", 9),
-    "last-packets-dropped": ("mixed", "while kinds != 0 or following < packets", "while following < packets", "m-dealt", 9),
-    "counter-not-cleared": ("claims", "if claims and block == 0 and", "if claims and block == 1 and", "m", 12),
-    "other-counter": ("claims", "(read_epoch(workspace, block) & 1) * 128", "0", "m", 12),
-    "claim-not-awaited": ("claims", "packet = wait(", "packet = (lambda slot, _: dev.shared_load_i32(slot))(", "m-bf16", 12),
-    "claimed-twice": ("claims", "second = add(counter, 1)\n", "second = first\n", "m-long", 60),
-    "claims-of-one-round": ("claims", "k += 3", "k += 2", "m-long", 60),
-    "launch-not-counted": ("stream", ">> 32) + 1) & 0x7FFFFFFF", ">> 32) + 0) & 0x7FFFFFFF", "m", 12),
-    "shift-of-down-rows": ("combine", "(plan.matrices - 1) * plan.neurons * plan.slot_bytes", "0", "given", 9),
-    "lost-partial-sums": ("combine", "n_blocks - row + rows_at_once - 1", "n_blocks - row - 1", "given-blocks", 7),
-    "no-residual": ("combine", "if residual != 0:", "if residual == 1:", "down", 9),
-    "all-tokens-keep": ("combine", "(entry >> (24 + token)) & 1 == 0", "token < 0", "m-batch", 6),
-    "logit-of-wrong-rank": ("choose", "if i % padded < rank:", "if i % padded < rank // 4:", "d", 9),
-    "dealt-a-neighbour": ("deal", "j * 16 + place % 2 * 8", "j * 16", "d-uneven", 45),
-    "dealt-to-two": ("deal", "before += under if c < block else 0", "before += 0", "d-uneven", 40),
-    "dealt-to-none": ("deal", "for j in range(tid, received, threads)", "for j in range(0)", "d-blocks", 40),
-    "threshold-drops-equal": ("mixed", "not (abs(value) < threshold)", "not (abs(value) <= threshold)", "m", "9="),
-    "logit-drops-equal": ("choose", "not (logit < threshold)", "not (logit <= threshold)", "d", "9="),
-    "count-above-the-list": ("combine", "min(max(global_i(count), 0), d_ff)", "max(global_i(count), 0)", "down", "24+9"),
-    "count-below-nothing": ("combine", "min(max(global_i(count), 0), d_ff)", "min(global_i(count), d_ff)", "down", "0-4000"),
-    "dot-without-last-warp": ("stream", "if i * width + part < warps:", "if i * width + part < warps - 1:", "given-wide", 8),
-    "columns-without-last-warp": ("combine", "for w in range(warps):", "for w in range(warps - 1):", "given-wide", 8),
-    "logit-without-last-warp": ("choose", "for w in range(row_warps):", "for w in range(row_warps - 1):", "d-wide", 5),
-    "threshold-drops-nan": ("mixed", "not (abs(value) < threshold)", "abs(value) >= threshold", "nan", 5),
+    "rows-beyond-the-tail": ("threshold", "wanted = begin + row < d_ff and", "wanted =", "m-tail", 24),
+    "stale-tail-entry": ("work_list", "if tid < neurons:  # the last", "if tid < 0:  # the last", "down", 7),
+    "stale-neuron": ("sparse_rows", "if number >= n * tokens:", "if number >= 32:", "m-dealt", 7),
+    "off-by-one-share": ("work_list", "(1 if block < extra else 0)\n        for i", "0\n        for i", "given-blocks", 7),
+    "found-twice": ("threshold", "begun += n", "begun += 1", "m", 9),
+    "last-packets-dropped": ("threshold", "while kinds != 0 or following < packets", "while following < packets", "m-dealt", 9),
+    "counter-not-cleared": ("work_queue", "if claims and block == 0 and", "if claims and block == 1 and", "m", 12),
+    "other-counter": ("work_queue", "(read_epoch(workspace, block) & 1) * 128", "0", "m", 12),
+    "claim-not-awaited": ("work_queue", "dev.shared_wait(", "(lambda slot, _: dev.shared_load_i32(slot))(", "m-bf16", 12),
+    "claimed-twice": ("work_queue", "second = dev.atomic_add(counter, 1)\n", "second = first\n", "m-long", 60),
+    "claims-of-one-round": ("work_queue", "k += 3", "k += 2", "m-long", 60),
+    "launch-not-counted": ("grid_barrier", ">> 32) + 1) & 0x7FFFFFFF", ">> 32) + 0) & 0x7FFFFFFF", "m", 12),
+    "shift-of-down-rows": ("sparse_rows", "(plan.matrices - 1) * plan.neurons * plan.slot_bytes", "0", "given", 9),
+    "lost-partial-sums": ("reduce", "n_blocks - row + rows_at_once - 1", "n_blocks - row - 1", "given-blocks", 7),
+    "no-residual": ("reduce", "if residual != 0:", "if residual == 1:", "down", 9),
+    "all-tokens-keep": ("sparse_rows", "(entry >> (24 + token)) & 1 == 0", "token < 0", "m-batch", 6),
+    "logit-of-wrong-rank": ("predictor", "if i % padded < rank:", "if i % padded < rank // 4:", "d", 9),
+    "dealt-a-neighbour": ("balance", "j * 16 + place % 2 * 8", "j * 16", "d-uneven", 45),
+    "dealt-to-two": ("balance", "before += under if c < block else 0", "before += 0", "d-uneven", 40),
+    "dealt-to-none": ("balance", "for j in range(tid, received, threads)", "for j in range(0)", "d-blocks", 40),
+    "threshold-drops-equal": ("threshold", "not (abs(value) < threshold)", "not (abs(value) <= threshold)", "m", "9="),
+    "logit-drops-equal": ("predictor", "not (logit < threshold)", "not (logit <= threshold)", "d", "9="),
+    "count-above-the-list": ("work_list", "min(max(dev.load_i32(count), 0), d_ff)", "max(dev.load_i32(count), 0)", "down", "24+9"),
+    "count-below-nothing": ("work_list", "max(dev.load_i32(count), 0)", "dev.load_i32(count)", "down", "0-4000"),
+    "dot-without-last-warp": ("reduce", "if i * width + part < warps:", "if i * width + part < warps - 1:", "given-wide", 8),
+    "columns-without-last-warp": ("reduce", "for w in range(warps):", "for w in range(warps - 1):", "given-wide", 8),
+    "logit-without-last-warp": ("predictor", "for w in range(row_warps):", "for w in range(row_warps - 1):", "d-wide", 5),
+    "threshold-drops-nan": ("threshold", "not (abs(value) < threshold)", "abs(value) >= threshold", "nan", 5),
 }  # fmt: skip
 
 
 def _modules() -> list[str]:
     """The kernel and what it imports, each after those that it imports: it reaches more than they do."""
     graph = grimp.build_graph("kernels_numba", cache_dir=None)
-    kernel = "kernels_numba.gpu.kernel"
+    kernel = f"{_ROOM}.kernel"
     names = [*graph.find_upstream_modules(kernel), kernel]
-    return [name.rpartition(".")[2] for name in sorted(names, key=lambda name: len(graph.find_upstream_modules(name)))]
+    return sorted(names, key=lambda name: len(graph.find_upstream_modules(name)))
 
 
 MODULES = _modules()
@@ -63,7 +64,7 @@ MODULES = _modules()
 def caught(name: str, *, mutate: bool = True) -> bool:
     """Whether the case notices the mutant."""
     module_name, text, replacement, case, kept = MUTANTS[name]
-    module = importlib.import_module(f"kernels_numba.gpu.{module_name}")
+    module = importlib.import_module(f"{_ROOM}.{module_name}")
     path = str(module.__file__)
     with open(path, encoding="utf-8") as file:  # noqa: PTH123
         source = file.read()
@@ -72,8 +73,8 @@ def caught(name: str, *, mutate: bool = True) -> bool:
     if mutate:
         exec(compile(source.replace(text, replacement), path, "exec"), module.__dict__)
         for dependant in MODULES:  # they imported names of the module
-            if dependant != module_name:
-                importlib.reload(importlib.import_module(f"kernels_numba.gpu.{dependant}"))
+            if dependant != module.__name__:
+                importlib.reload(importlib.import_module(dependant))
         importlib.reload(cuda_cases)
     problem = cuda_cases.Problem.of(f"{'m' if case == 'nan' else case}:{kept}")
     if case == "nan":
@@ -90,5 +91,5 @@ if __name__ == "__main__":
     for one in sys.argv[1:]:
         sys.stdout.write(f"{one} {'missed' if not caught(one) else 'caught'}\n")
         for clean in MODULES:
-            importlib.reload(importlib.import_module(f"kernels_numba.gpu.{clean}"))
+            importlib.reload(importlib.import_module(clean))
         importlib.reload(cuda_cases)

@@ -11,9 +11,10 @@ from dataclasses import replace
 import numpy as np
 from numba import cuda
 
-from kernels_numba.gpu import attention, norm, simulated, simulated_pieces
-from kernels_numba.gpu.attention import AttentionPlan
-from kernels_numba.gpu.norm import NormPlan
+from kernels_numba.gpu.decode import add_rms_norm, attention
+from kernels_numba.gpu.decode.add_rms_norm import NormPlan
+from kernels_numba.gpu.decode.attention import AttentionPlan
+from kernels_numba.gpu.ptx import simulated_vectors, simulator
 from kernels_numba.reference import relative_error
 from tests.kernels.cuda_cases import LIMIT, stored
 
@@ -66,8 +67,8 @@ def attention_error(plan: AttentionPlan, position: int) -> float:
     found = []
     for _ in range(2):
         out.fill(np.nan if plan.dtype == "float32" else 0x7FFF)
-        with simulated.allowed(*buffers, shared_bytes=plan.shared["total"]):
-            kernel = cuda.jit(attention.make_kernel(plan, simulated_pieces))
+        with simulator.allowed(*buffers, shared_bytes=plan.shared.total):
+            kernel = cuda.jit(attention.make_kernel(plan, simulated_vectors))
             grid = plan.n_heads * plan.n_splits
             kernel[grid, attention.THREADS, 0, 0](*[b.ctypes.data for b in buffers])
         found.append(exact(out, plan.dtype))
@@ -90,8 +91,8 @@ def norm_error(plan: NormPlan) -> float:
     total = hidden + (normed(y, inner_weight) if plan.inner else y)
     outputs = [np.full_like(raw[0], np.nan if plan.dtype != "bfloat16" else 0x7FFF) for _ in range(2)]
     buffers = (*raw, *outputs)
-    with simulated.allowed(*buffers, shared_bytes=128):
-        kernel = cuda.jit(norm.make_kernel(plan, simulated_pieces))
+    with simulator.allowed(*buffers, shared_bytes=128):
+        kernel = cuda.jit(add_rms_norm.make_kernel(plan, simulated_vectors))
         kernel[1, plan.threads, 0, 0](*[b.ctypes.data for b in buffers])
     pairs = zip(outputs, (total, normed(total, weight)), strict=True)
     return max(relative_error(exact(a, plan.dtype), b) for a, b in pairs)

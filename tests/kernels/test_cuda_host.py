@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("llvmlite")
 
-from kernels_numba.gpu import checks, compiled, layers, op
-from kernels_numba.gpu.plan import STAMPS, Plan
+from kernels_numba.gpu.host import checks, down_proj, jit, layers
+from kernels_numba.gpu.mlp.plan import STAMPS, Plan
 
 
 class FakeLaunch:
@@ -119,7 +119,7 @@ def test_an_output_that_overlaps_what_is_read_is_refused():
     with pytest.raises(ValueError, match="out overlaps residual"):
         layer(matrix(3, 128), x[1:], residual=x[:3])
     with pytest.raises(ValueError, match="out overlaps values"):
-        op.sparse_down_proj(x[:2], torch.arange(128).int(), torch.ones(1).int(), matrix(), x[1:3])
+        down_proj.sparse_down_proj(x[:2], torch.arange(128).int(), torch.ones(1).int(), matrix(), x[1:3])
     assert not any(launch.launched for launch in FakeLaunch.made)
     assert layer(x, x, residual=x) is x
 
@@ -168,7 +168,7 @@ def test_a_changed_plan_is_what_is_launched_and_its_phases_can_be_read():
     layer(matrix(1, 128))
     plan, workspace = layer.last_launch
     assert (plan.trace, plan.overlap) == (True, False)
-    at = plan.workspace["trace"]
+    at = plan.workspace.trace
     stamps = workspace[at : at + plan.n_blocks * len(STAMPS) * 8].view(torch.int64).view(plan.n_blocks, len(STAMPS))
     stamps.copy_(torch.arange(len(STAMPS)).square().expand_as(stamps))
     assert [int(cycles[0]) for cycles in layer.phases().values()] == [1, 15, 9, 11]
@@ -187,13 +187,13 @@ def test_lists_are_checked():
     with pytest.raises(ValueError, match="count has shape"):
         given(x, indices, torch.zeros(2, dtype=torch.int32))
     with pytest.raises(ValueError, match="count=3: must be 0 to 2"):
-        op.sparse_down_proj(matrix(1, 2)[0], indices, count + 1, matrix(), checked=True)
+        down_proj.sparse_down_proj(matrix(1, 2)[0], indices, count + 1, matrix(), checked=True)
     with pytest.raises(ValueError, match="values must be contiguous"):
-        op.sparse_down_proj(torch.zeros(2), indices, count, matrix())
+        down_proj.sparse_down_proj(torch.zeros(2), indices, count, matrix())
     with pytest.raises(ValueError, match="values have shape"):
-        op.sparse_down_proj(matrix(1, 3)[0], indices, count, matrix())
+        down_proj.sparse_down_proj(matrix(1, 3)[0], indices, count, matrix())
     with pytest.raises(ValueError, match="out has shape"):
-        op.sparse_down_proj(matrix(1, 2)[0], indices, count, matrix(), matrix(1, 120)[0])
+        down_proj.sparse_down_proj(matrix(1, 2)[0], indices, count, matrix(), matrix(1, 120)[0])
     assert not any(launch.launched for launch in FakeLaunch.made)
 
 
@@ -252,11 +252,10 @@ def test_reasons_why_the_kernels_cannot_run(monkeypatch, there, capability, brok
 
 
 def test_the_key_of_ptx_has_every_module_by_its_full_name(monkeypatch):
-    root = Path(compiled.__file__).parents[1]
-    assert {root / "gpu" / "kernel.py", root / "gpu" / "device.py", root / "gpu" / "lanes.py"} <= set(
-        compiled.sources()
-    )
-    monkeypatch.setattr(compiled, "_ENTRIES", ("kernels_numba.cpu", "kernels_numba.gpu.op", "kernels_numba.gpu"))
-    found = set(compiled.sources())
-    assert {root / "checks.py", root / "gpu" / "checks.py", root / "cpu.py", root / "gpu" / "__init__.py"} <= found
+    root = Path(jit.__file__).parents[2]
+    gpu = root / "gpu"
+    assert {gpu / "mlp" / "kernel.py", gpu / "ptx" / "device.py", gpu / "ptx" / "warp.py"} <= set(jit.sources())
+    monkeypatch.setattr(jit, "_ENTRIES", ("kernels_numba.cpu", "kernels_numba.gpu.host.down_proj", "kernels_numba.gpu"))
+    found = set(jit.sources())
+    assert {root / "checks.py", gpu / "host" / "checks.py", root / "cpu.py", gpu / "__init__.py"} <= found
     assert all(path.is_file() for path in found)

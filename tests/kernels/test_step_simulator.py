@@ -23,14 +23,15 @@ COMPILE = """
 import sys
 from unittest import mock
 from numba import cuda
-from kernels_numba.gpu import attention, norm, pieces
+from kernels_numba.gpu.decode import add_rms_norm, attention
+from kernels_numba.gpu.ptx import vectors
 module = {module}
 plan = module.{plan}
 threads = getattr(plan, "threads", attention.THREADS)
 with mock.patch("numba.cuda.dispatcher.get_current_device") as device:  # no GPU: device functions ask for its capability
     device.return_value.compute_capability = (9, 0)
     options = dict(device=False, abi="numba", cc=(9, 0), output="ptx", launch_bounds=(threads, 1))
-    sys.stdout.write(cuda.compile(module.make_kernel(plan, pieces), module.SIGNATURE, **options)[0])
+    sys.stdout.write(cuda.compile(module.make_kernel(plan, vectors), module.SIGNATURE, **options)[0])
 """
 PLANS = {
     "llama": ("attention", "AttentionPlan(8, 4, 128, 128, 512, 'bfloat16', 0.088)"),
@@ -38,7 +39,7 @@ PLANS = {
         "attention",
         "AttentionPlan(8, 2, 256, 256, 1280, 'float16', 0.06, cap=50.0, window=4096, queries=2, split=256)",
     ),
-    "norm": ("norm", "NormPlan(3584, 'bfloat16', 1.0, 1e-6, True)"),
+    "norm": ("add_rms_norm", "NormPlan(3584, 'bfloat16', 1.0, 1e-6, True)"),
 }
 
 

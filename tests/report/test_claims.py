@@ -3,18 +3,17 @@
 import pytest
 
 from suite.report.claims import PAPER_MODELS, make_claims
-from suite.report.frames import Quality
-from suite.report.load import load_results
-from suite.report.series import is_shape_of
-from suite.report.speed import with_speed_up
+from suite.report.figures.tradeoff import is_shape_of
+from suite.report.results import load_results
+from tests.report.parts import material
 from tests.report.synthetic import MODEL, hand_run, hits, manifest, speed_row, write_run
 
 DENSE = ("dense", "none", 0.0, 0.0)
 
 
 def claims(folder):
-    results = load_results(folder)
-    return make_claims(Quality(results), with_speed_up(results.speed))
+    run = material(folder)
+    return make_claims(run.quality, run.speed)
 
 
 def pick(frame, **wanted):

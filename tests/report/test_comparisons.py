@@ -7,22 +7,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from suite.report.comparisons import (
-    corrected,
-    holm,
-    p_value,
-    pair_rows,
-    paired_lines,
-    paired_table,
-    scope_table,
-)
-from suite.report.frames import Quality
-from suite.report.load import load_results
+from suite.report.comparisons import corrected, holm, p_value, pair_rows
+from suite.report.findings import paired_lines
+from tests.report.parts import quality, table_text
 from tests.report.synthetic import hand_run, hits
-
-
-def quality(folder) -> Quality:
-    return Quality(load_results(folder))
 
 
 def lines_of(text: str, start: str) -> list[list[str]]:
@@ -62,7 +50,7 @@ def pairs(tmp_path):
 
 
 def test_paired_table_has_differences_stars_and_unequal_rows(pairs):
-    text = paired_table(quality(pairs))
+    text = table_text(pairs, "methods_against_each_other")
     block = text.partition("### m-countdown against cats")[2].partition("### ")[0]
     (ideal,) = lines_of(block, "ideal 0.8")
     (practical,) = lines_of(block, "practical 0.8")
@@ -97,7 +85,7 @@ def test_perplexities_are_compared_as_ratios(tmp_path):
     assert found.found[0] == pytest.approx(-math.log(2), abs=0.01)
     assert found.is_ratio
     assert corrected(rows)[0, "decode_perplexity perplexity"] < 1e-6
-    (line,) = lines_of(paired_table(quality(run)), "ideal 0.8")
+    (line,) = lines_of(table_text(run, "methods_against_each_other"), "ideal 0.8")
     assert line[-1].startswith(("-50.", "-49.")), line
     assert line[-1].endswith("*")
     assert "better in 1, worse in 0" in paired_lines(quality(run))[0]
@@ -110,7 +98,7 @@ def test_scope_effect_is_the_part_of_the_loss_that_scope_paper_hides(tmp_path):
         ("cats", "ideal", 0.8, 0.8, "paper"): {"arc_easy": hits(80), "piqa": hits(70)},
     }
     run = hand_run(tmp_path / "run", answers)
-    (row,) = lines_of(scope_table(quality(run)), "cats")
+    (row,) = lines_of(table_text(run, "scope_effect"), "cats")
     assert row[:6] == ["cats", "ideal", "0.8", "85.0", "75.0", "45.0"]
     assert row[6].startswith("+30.0 [+2")
     assert row[7].startswith("+75 [")  # of 40 points lost, 10 show
@@ -118,4 +106,4 @@ def test_scope_effect_is_the_part_of_the_loss_that_scope_paper_hides(tmp_path):
 
 
 def test_scope_effect_of_one_scope_is_empty_with_its_reason(pairs):
-    assert "Empty: this run has finished settings of scope scored only" in scope_table(quality(pairs))
+    assert "Empty: this run has finished settings of scope scored only" in table_text(pairs, "scope_effect")

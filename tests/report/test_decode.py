@@ -4,11 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from suite.report.decode_figures import break_even, decode_phases, decode_tokens
-from suite.report.figures import FIGURES, draw
-from suite.report.load import load_results
-from suite.report.page import CAPTIONS
-from suite.report.series import Material
+from tests.report import parts
+from tests.report.parts import figure
 from tests.report.synthetic import manifest, speed_row, write_run
 
 DECODE = {"level": "decode", "model": "m", "context_tokens": 128, "backend": "numba-cpu"}
@@ -32,17 +29,17 @@ def material(tmp_path):
         row("d-countdown", 0.5, 9000.0),
     ]
     run = write_run(tmp_path / "run", speed=rows, manifest=manifest())
-    parts = [("attention", 1000), ("MLP", 5000), ("head", 500), ("rest", 2500)]
+    times = [("attention", 1000), ("MLP", 5000), ("head", 500), ("rest", 2500)]
     cells = [
-        (made["cell_id"], part, time, "", "") for made in rows if made["variant"] != "generate" for part, time in parts
+        (made["cell_id"], part, time, "", "") for made in rows if made["variant"] != "generate" for part, time in times
     ]
     columns = ["cell_id", "phase", "us_median", "us_q05", "us_q95"]
     pd.DataFrame(cells, columns=columns).to_csv(run / "phases.csv", index=False)
-    return Material(load_results(run))
+    return parts.material(run)
 
 
 def test_bound_is_bandwidth_over_bytes(material):
-    found = decode_tokens(material.speed)
+    found = figure("decode_tokens").frame(material)
     speed = material.speed
     one = found[(found["method"] == "m-countdown") & (found["sparsity_target"] == 0.9)].iloc[0]
     raw = speed[(speed["method"] == "m-countdown") & (speed["sparsity_target"] == 0.9)].iloc[0]
@@ -54,7 +51,7 @@ def test_bound_is_bandwidth_over_bytes(material):
 
 
 def test_break_even_lies_where_the_speed_up_passes_one(material):
-    found = break_even(material.speed).set_index("method")
+    found = figure("break_even").frame(material).set_index("method")
     assert found.loc["m-countdown", "at"] == pytest.approx(0.1 + 0.4 * (1 - 8 / 9) / (8 / 7 - 8 / 9), abs=0.02)
     assert not found.loc["m-countdown", "below"]
     assert found.loc["cats", "at"] == pytest.approx(0.5, abs=0.02)
@@ -71,27 +68,25 @@ def test_break_even_of_layers_by_batch(tmp_path):
         rows += [speed_row("cats", s, factor * (120 - 100 * s), **more) for s in (0.0, 0.3, 0.6, 0.9)]
         rows += [speed_row("cats", s, 1.0, **more | {"variant": "trace"}) for s in (0.0, 0.3, 0.6, 0.9)]
         rows += [speed_row("m-countdown", s, 1.0, **more) for s in (0.3, 0.6, 0.9)]
-    found = break_even(Material(load_results(write_run(tmp_path / "run", speed=rows, manifest=manifest()))).speed)
+    run = write_run(tmp_path / "run", speed=rows, manifest=manifest())
+    found = figure("break_even").frame(parts.material(run))
     assert list(found["method"]) == ["cats", "cats"]
     assert list(found["at"]) == pytest.approx([0.18, 0.564], abs=1e-3)
 
 
 def test_parts_stand_with_their_row(material):
-    found = decode_phases(material.speed, material.results.phases)
+    found = figure("decode_phases").frame(material)
     assert list(dict.fromkeys(found["bar"])) == [
         "dense", "cats, s=0.5", "cats, s=0.9", "m-countdown, s=0.1", "m-countdown, s=0.5", "m-countdown, s=0.9",
         "d-countdown, s=0.5",
     ]  # fmt: skip
-    assert FIGURES["phases"][0](material).empty  # that one is of layers
+    assert figure("phases").frame(material).empty  # that one is of layers
 
 
 @pytest.mark.parametrize("name", ["decode_tokens", "decode_phases", "break_even"])
-def test_figures_are_drawn_and_have_captions(name, material, tmp_path):
-    assert name in CAPTIONS
-    figure = draw(name, FIGURES[name][0](material))
-    figure.savefig(tmp_path / f"{name}.png")
+def test_figures_are_drawn(name, material, tmp_path):
+    one = figure(name)
+    one.drawn(one.frame(material)).savefig(tmp_path / f"{name}.png")
     assert (tmp_path / f"{name}.png").stat().st_size > 5000
-    empty = Material(
-        load_results(write_run(tmp_path / "other", speed=[speed_row("dense", 0.0, 5.0)], manifest=manifest()))
-    )
-    assert draw(name, FIGURES[name][0](empty)) is None
+    empty = write_run(tmp_path / "other", speed=[speed_row("dense", 0.0, 5.0)], manifest=manifest())
+    assert one.drawn(one.frame(parts.material(empty))) is None

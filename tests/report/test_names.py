@@ -7,9 +7,11 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from suite.report import figures, style
-from suite.report.page import rebuild_problems, write_report
+from suite.report import style
+from suite.report.page import write_report
+from suite.report.rebuild import rebuild_problems
 from suite.report.text import markdown_table
+from tests.report import parts
 from tests.report.synthetic import MODEL, hand_run, hits
 
 DENSE = ("dense", "none", 0.0, 0.0)
@@ -50,7 +52,7 @@ def test_a_cell_has_no_bar_and_no_line_break():
 def test_no_figure_shows_mathtext_as_it_is_written(reported):
     n_log = 0
     for path in sorted(reported.glob("figures/*.csv")):
-        figure = figures.draw(path.stem, pd.read_csv(path))
+        figure = parts.figure(path.stem).drawn(pd.read_csv(path))
         if figure is None or not any(axes.get_yscale() == "log" for axes in figure.axes):
             continue
         n_log += 1

@@ -13,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from suite.errors import InputError
-from suite.report import figures, style
-from suite.report.load import load_results
-from suite.report.page import rebuild_problems, write_report
-from suite.report.series import Material
-from suite.runs.manifest import file_hashes
+from suite.report import style
+from suite.report.figures import FIGURES
+from suite.report.page import write_report
+from suite.report.rebuild import rebuild_problems
+from suite.report.results import load_results
+from suite.runs.view.manifest import file_hashes
+from tests.report.parts import figure, material
 from tests.report.synthetic import accuracy_row, hand_run, hits, manifest, speed_rows, write_run
 
 DENSE = ("dense", "none", 0.0, 0.0)
@@ -41,7 +43,7 @@ def test_every_part_is_there(reported):
     assert "no CUDA device" in page
     for target in re.findall(r"\]\(([^)]+)\)", page):
         assert (reported / target).is_file(), target
-    assert {p.stem for p in (reported / "figures").glob("*.png")} == set(figures.FIGURES)
+    assert {p.stem for p in (reported / "figures").glob("*.png")} == {one.name for one in FIGURES}
     assert len(load_results(reported).claims) > 20
     assert not re.search(r"\bnan\b", page)
 
@@ -77,7 +79,7 @@ def test_figures_are_the_same_bytes_each_time(reported, tmp_path):
     data = pd.read_csv(reported / "figures" / "sparsity_per_layer.csv")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        drawn = figures.draw("sparsity_per_layer", data)
+        drawn = figure("sparsity_per_layer").drawn(data)
         style.save(drawn, tmp_path / name / "figure")
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
     assert b"<dc:date>" not in (tmp_path / "a" / "figure.svg").read_bytes()
@@ -190,7 +192,7 @@ def test_measured_speed_up_stands_beside_quality_only_for_the_same_model(reporte
     run = shutil.copytree(reported, tmp_path / "copy")
     config = manifest(config={"models": [{"id": "owner/other"}]})
     write_run(run, manifest=config)
-    found = figures.FIGURES["quality_vs_bytes"][0](Material(load_results(run)))
+    found = figure("quality_vs_bytes").frame(material(run))
     named = found[found["quantity"].str.startswith("speed-up")]
     assert set(named["quantity"]) == {"speed-up, decode"}  # these rows name their model themselves
 
@@ -198,8 +200,8 @@ def test_measured_speed_up_stands_beside_quality_only_for_the_same_model(reporte
 def test_of_several_scopes_the_long_figures_show_scored(tmp_path):
     answers = {("dense", "none", 0.0, 0.0): {"a": hits(80)}}
     answers |= {("cats", "ideal", 0.8, 0.8, scope): {"a": hits(60)} for scope in ("paper", "scored")}
-    material = Material(load_results(hand_run(tmp_path, answers)))
-    scopes = {name: set(figures.FIGURES[name][0](material)["scope"]) for name in figures.FIGURES if "quality" in name}
+    run = material(hand_run(tmp_path, answers))
+    scopes = {one.name: set(one.frame(run)["scope"]) for one in FIGURES if "quality" in one.name}
     assert scopes.pop("quality_vs_sparsity") == {"paper", "scored"}
     assert set(scopes) == {"quality_per_task", "quality_vs_bytes"}
     assert all(found == {"scored"} for found in scopes.values())

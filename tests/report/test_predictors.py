@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from suite.report.load import load_results
-from suite.report.predictors import predictor_layers, predictor_table
+from suite.report.material import Material
+from suite.report.results import load_results
+from tests.report.parts import figure, material, table_text
 from tests.report.synthetic import embedded_run
 
 
@@ -13,7 +14,7 @@ def test_means_over_layers_with_time_and_domain(tmp_path):
     practical = accuracy.index[accuracy["mode"] == "practical"][:1]
     accuracy.loc[practical, ["fit_id", "calibration"]] = ["d-countdown-0.8", "train:arc"]
     manifest = {**results.manifest, "in_domain": {"train:arc": True}}
-    table = predictor_table(dataclasses.replace(results, accuracy=accuracy, manifest=manifest))
+    table = table_text(Material(dataclasses.replace(results, accuracy=accuracy, manifest=manifest)), "predictors")
     (line,) = [line for line in table.splitlines() if "d-countdown 0.8" in line]
     assert "low-rank 288 | train:arc (in domain)" in line
     # mean of .74 and .64; a quarter of a second a layer
@@ -22,7 +23,7 @@ def test_means_over_layers_with_time_and_domain(tmp_path):
 
 
 def test_figure_shows_the_sparsity_nearest_to_80_percent(tmp_path):
-    data = predictor_layers(load_results(embedded_run(tmp_path / "run")))
+    data = figure("predictors").frame(material(embedded_run(tmp_path / "run")))
     assert set(data["sparsity_target"]) == {0.8}
     assert data[["method", "layer", "mass_kept"]].values.tolist() == [
         ["d-countdown", 0, 0.74],

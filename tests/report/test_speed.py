@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from suite.report.load import load_results
 from suite.report.page import write_report
-from suite.report.speed import plain_table, speed_rows_table, speed_table, with_speed_up
+from suite.report.results import load_results
+from suite.report.speed import plain_table, with_speed_up
 from suite.speed.case import DISTURBED
+from tests.report.parts import table_text
 from tests.report.synthetic import manifest, speed_row, write_run
 
 
@@ -49,7 +50,7 @@ def test_bound_times_efficiency_is_the_speed_up(tmp_path):
 
 
 def test_failed_and_skipped_rows_have_a_reason_and_no_time(tmp_path):
-    found = frame(
+    frame(
         tmp_path,
         speed_row("dense", 0.0, 50.0),
         speed_row("cats", 0.9, 20.0) | {"status": "failed", "reason": "error 3e-2 above 1e-5"},
@@ -57,7 +58,7 @@ def test_failed_and_skipped_rows_have_a_reason_and_no_time(tmp_path):
         | {"status": "skipped", "reason": "no CUDA device", "latency_us_median": ""},
         speed_row("given", 0.9, 10.0),
     )
-    for table in (speed_table(found), speed_rows_table(found)):
+    for table in (table_text(tmp_path / "run", name) for name in ("speed", "speed_rows")):
         assert "failed (numba-cpu): error 3e-2 above 1e-5: cats 0.9." in table
         assert "skipped (numba-cuda): no CUDA device: m-countdown 0.9." in table
         assert "5.00" in table
@@ -67,7 +68,7 @@ def test_failed_and_skipped_rows_have_a_reason_and_no_time(tmp_path):
 def test_no_dense_row_no_speed_up(tmp_path):
     found = frame(tmp_path, speed_row("cats", 0.9, 20.0))
     assert np.isnan(found["speed_up"].iloc[0])
-    assert "| cats" in speed_rows_table(found)
+    assert "| cats" in table_text(tmp_path / "run", "speed_rows")
 
 
 def test_the_headline_is_held_against_the_fastest_dense_of_the_graph_clock(tmp_path):
@@ -107,7 +108,8 @@ def test_a_disturbed_time_is_marked_wherever_it_is_shown(tmp_path):
         speed_row("cats", 0.9, 20.0) | {"reason": DISTURBED},
         speed_row("given", 0.9, 10.0),
     )
-    table, rows, terminal = speed_table(found), speed_rows_table(found), plain_table(found)
+    table, rows = (table_text(tmp_path / "run", name) for name in ("speed", "speed_rows"))
+    terminal = plain_table(found)
     assert f"~ (numba-cpu): {DISTURBED}: cats 0.9." in table
     assert f"~ (numba-cpu): {DISTURBED}: cats 0.9." in rows
     marked = [line for line in (*table.splitlines(), *rows.splitlines()) if line.startswith("|") and " ~ |" in line]
@@ -116,5 +118,5 @@ def test_a_disturbed_time_is_marked_wherever_it_is_shown(tmp_path):
 
 
 def test_a_disturbed_dense_reference_is_marked(tmp_path):
-    found = frame(tmp_path, speed_row("dense", 0.0, 50.0) | {"reason": DISTURBED}, speed_row("given", 0.9, 10.0))
-    assert "50.0 us ~ |" in speed_table(found)
+    frame(tmp_path, speed_row("dense", 0.0, 50.0) | {"reason": DISTURBED}, speed_row("given", 0.9, 10.0))
+    assert "50.0 us ~ |" in table_text(tmp_path / "run", "speed")

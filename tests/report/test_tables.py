@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from suite.report.frames import Quality, above_chance
-from suite.report.load import load_results
-from suite.report.tables import accuracy_table, all_tables, chance_table, delta_table, perplexity_table
+from suite.report.quality import above_chance
+from suite.report.tables import TABLES
 from suite.report.text import MISSING
+from tests.report.parts import material, table_text
 from tests.report.synthetic import accuracy_row, hand_run, hits, manifest, write_run
 
 DENSE = ("dense", "none", 0.0, 0.0)
@@ -23,10 +23,6 @@ def row(table, method):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def quality(folder):
-    return Quality(load_results(folder))
-
-
 def test_best_is_bold_only_beyond_the_interval(tmp_path):
     # clear: 40 documents apart; close: 1 of 100 documents, whose interval [-.03, .0] ends at 0
     answers = {
@@ -35,7 +31,7 @@ def test_best_is_bold_only_beyond_the_interval(tmp_path):
         ideal("cats"): {"clear": hits(40), "close": hits(79)},
         ideal("m-countdown"): {"clear": hits(80), "close": hits(80)},
     }
-    table = accuracy_table(quality(hand_run(tmp_path, answers)))
+    table = table_text(hand_run(tmp_path, answers), "accuracy")
     assert row(table, "m-countdown") == ["m-countdown", "0.800", "**80.0**", "80.0", "**80.0**"]
     assert row(table, "cats") == ["cats", "0.800", "40.0", "79.0", "59.5"]
     assert row(table, "dense")[2:] == ["90.0", "90.0", "90.0"]
@@ -48,10 +44,10 @@ def test_a_better_average_needs_its_own_interval(tmp_path):
         ideal("cats"): {"task": [*worse[:50], *hits(10, 50)]},
         ideal("m-countdown"): {"task": [*better[:30], *worse[30:]]},
     }
-    table = accuracy_table(quality(hand_run(tmp_path, answers)))
+    table = table_text(hand_run(tmp_path, answers), "accuracy")
     assert "**" in row(table, "m-countdown")[2]  # 70 against 10
     answers[ideal("cats")] = {"task": [1.0 - v for v in hits(35)]}
-    table = accuracy_table(quality(hand_run(tmp_path / "b", answers)))
+    table = table_text(hand_run(tmp_path / "b", answers), "accuracy")
     assert "**" not in table.partition("###")[2]
 
 
@@ -62,13 +58,13 @@ def test_practical_methods_of_unequal_realised_sparsity_are_marked_and_not_compa
         ("cats", "practical", 0.8, 0.78): {"task": hits(20)},
         ("m-countdown", "practical", 0.8, 0.8): {"task": hits(80)},
     }
-    table = accuracy_table(quality(hand_run(tmp_path, answers)))
+    table = table_text(hand_run(tmp_path, answers), "accuracy")
     assert row(table, "cats")[1:3] == ["0.780 ≠", "20.0"]
     assert row(table, "m-countdown")[1:3] == ["0.800 ≠", "80.0"]
     assert "cats 0.780, m-countdown 0.800" in table
     assert "random (ideal)" in table
     answers[("cats", "practical", 0.8, 0.79)] = answers.pop(("cats", "practical", 0.8, 0.78))
-    table = accuracy_table(quality(hand_run(tmp_path / "equal", answers)))
+    table = table_text(hand_run(tmp_path / "equal", answers), "accuracy")
     assert row(table, "m-countdown")[1:3] == ["0.800", "**80.0**"]
 
 
@@ -85,7 +81,7 @@ def test_failed_and_missing_cells_are_no_numbers(tmp_path):
     missing = accuracy_row("d-countdown", "a", "", "", status="missing", reason="not run yet")
     rows = pd.DataFrame([failed, missing]).reindex(columns=text.splitlines()[0].split(","))
     rows.to_csv(run / "accuracy.csv", mode="a", header=False, index=False)
-    table = accuracy_table(quality(run))
+    table = table_text(run, "accuracy")
     assert row(table, "cats") == ["cats", "0.800", "40.0", "failed", MISSING]
     assert row(table, "m-countdown")[2:] == ["80.0", "80.0", "80.0"]  # nothing is best while a rival has no value
     assert row(table, "d-countdown")[2:] == [MISSING, MISSING, MISSING]
@@ -100,7 +96,7 @@ def test_the_summary_takes_acc_norm_then_acc_then_exact_match(tmp_path):
         accuracy_row("cats", "b", "exact_match", 0.4, filter="strict-match"),
         accuracy_row("cats", "c", "word_perplexity", 30.0),
     ]
-    table = accuracy_table(quality(write_run(tmp_path, rows, manifest=manifest())))
+    table = table_text(write_run(tmp_path, rows, manifest=manifest()), "accuracy")
     assert "a (acc_norm) | b (exact_match) | average" in table
     assert row(table, "cats")[2:] == ["20.0", "40.0", "30.0"]
 
@@ -110,7 +106,7 @@ def test_share_of_above_chance_accuracy_kept(tmp_path):
         DENSE: {"good": hits(85), "poor": hits(27)},
         ideal("cats"): {"good": hits(55), "poor": hits(25)},
     }
-    table = chance_table(quality(hand_run(tmp_path, answers)))
+    table = table_text(hand_run(tmp_path, answers), "above_chance")
     assert row(table, "cats") == ["cats", "50", MISSING, "50"]  # (.55 - .25) / (.85 - .25)
     assert "poor: empty, dense 27.0 is not 3 standard errors (4.5) above chance 25.0" in table
 
@@ -126,7 +122,7 @@ def test_differences_to_dense_come_from_the_rows_and_the_average_from_the_sample
         DENSE: {"a": hits(90), "b": hits(50)},
         ideal("cats"): {"a": hits(80), "b": hits(50)},
     }
-    cells = row(delta_table(quality(hand_run(tmp_path, answers))), "cats")
+    cells = row(table_text(hand_run(tmp_path, answers), "difference_to_dense"), "cats")
     assert cells[1].startswith("-10.0 [-1")
     assert cells[2] == "+0.0 [+0.0, +0.0]"
     assert cells[3].startswith("-5.0 [")
@@ -140,7 +136,7 @@ def test_the_lowest_perplexity_is_best(tmp_path):
         ideal("cats"): {"decode_perplexity": list(base + 1.0)},
         ideal("m-countdown"): {"decode_perplexity": list(base + 0.5)},
     }
-    table = perplexity_table(quality(hand_run(tmp_path, answers, metric="perplexity")))
+    table = table_text(hand_run(tmp_path, answers, metric="perplexity"), "perplexity")
     value = np.exp(base.mean() + 0.5)
     assert row(table, "m-countdown")[2] == f"**{value:.2f}**"
     assert row(table, "cats")[2] == f"{np.exp(base.mean() + 1.0):.2f}"
@@ -154,16 +150,16 @@ def test_settings_of_one_method_are_told_apart(tmp_path):
     frame.loc[frame["method"] == "cats", "estimator"] = "calibrated"
     other = frame[frame["method"] == "cats"].assign(estimator="mean-kth", cell_id="other", value="0.6")
     pd.concat([frame, other]).to_csv(run / "accuracy.csv", index=False)
-    table = accuracy_table(quality(run))
+    table = table_text(run, "accuracy")
     assert row(table, "cats (calibrated)")[2] == "70.0"
     assert row(table, "cats (mean-kth)")[2] == "60.0"
 
 
 def test_without_samples_nothing_is_bold(tmp_path):
     run = hand_run(tmp_path, {DENSE: {"t": hits(90)}, ideal("cats"): {"t": hits(10)}, ideal("random"): {"t": hits(1)}})
-    assert "**10.0**" in accuracy_table(quality(run))
+    assert "**10.0**" in table_text(run, "accuracy")
     (run / "samples.csv.gz").unlink()
-    assert "**" not in accuracy_table(quality(run)).partition("###")[2]
+    assert "**" not in table_text(run, "accuracy").partition("###")[2]
 
 
 def test_a_task_of_one_sparsity_stands_beside_the_average(tmp_path):
@@ -172,7 +168,7 @@ def test_a_task_of_one_sparsity_stands_beside_the_average(tmp_path):
         ("cats", "ideal", 0.5, 0.5): {"a": hits(70)},
         ("cats", "ideal", 0.8, 0.8): {"a": hits(60), "g": hits(2)},
     }
-    table = accuracy_table(quality(hand_run(tmp_path, answers)))
+    table = table_text(hand_run(tmp_path, answers), "accuracy")
     assert "| method | realised | a (acc) | average | g (acc) |" in table
     assert "| cats | 0.800 | 60.0 | 60.0 | 2.0 |\n" in table
     assert "| cats | 0.500 | 70.0 | 70.0 |\n" in table
@@ -187,12 +183,11 @@ def test_tables_say_which_split_the_examples_come_from(tmp_path):
     ]
     rows.append(accuracy_row("dense", "decode_perplexity", "perplexity", 9.0))
     run = write_run(tmp_path / "run", rows, [], manifest=manifest())
-    tables = all_tables(quality(run), load_results(run).speed, {})
     note = (
         "\nFew-shot examples: scored 3 from `test`, the scored split, without the document itself; "
         "trained 5 from `train`.\n"
     )
     for name in ("accuracy", "difference_to_dense", "methods_against_each_other", "above_chance", "perplexity"):
-        assert tables[name].endswith(note), name
+        assert table_text(run, name).endswith(note), name
     older = write_run(tmp_path / "older", [row | {"fewshot_split": ""} for row in rows], [], manifest=manifest())
-    assert not any("Few-shot" in table for table in all_tables(quality(older), load_results(older).speed, {}).values())
+    assert not any("Few-shot" in table.markdown(material(older)) for table in TABLES)

@@ -5,10 +5,10 @@ import json
 import pandas as pd
 import pytest
 
-from suite.report.frames import Quality
-from suite.report.load import load_results
-from suite.report.page import rebuild_problems, write_report
+from suite.report.page import write_report
+from suite.report.rebuild import rebuild_problems
 from suite.schema import ACCURACY
+from tests.report.parts import quality
 from tests.report.synthetic import hand_run, hits, manifest
 
 CHAT = '{"apply_chat_template":true,"fewshot_as_multiturn":true}'
@@ -48,13 +48,13 @@ def run_of(folder, variants, failed=()):
 @pytest.mark.parametrize("variants", [SHOTS, CHATS, LIMITS, MIXED], ids=["shots", "chats", "limits", "mixed"])
 def test_each_variant_is_a_column(tmp_path, variants):
     folder = run_of(tmp_path / "run", variants)
-    quality = Quality(load_results(folder))
-    ((_, settings),) = quality.summary_blocks
+    accuracy = quality(folder)
+    ((_, settings),) = accuracy.summary_blocks
     found = [{task: float(cell["value"]) for task, cell in one.cells.items()} for one in settings]
     assert found == [
         {f"arc_easy[{name}]": v[place] / 100 for name, v in variants.items()} | {"piqa": 0.7} for place in (3, 4)
     ]
-    assert quality.summary_tasks == [*sorted(f"arc_easy[{name}]" for name in variants), "piqa"]
+    assert accuracy.summary_tasks == [*sorted(f"arc_easy[{name}]" for name in variants), "piqa"]
     page = write_report(folder).read_text()
     assert rebuild_problems(folder) == []
     assert all(f"| arc_easy[{name}] " in page for name in variants)
@@ -62,8 +62,8 @@ def test_each_variant_is_a_column(tmp_path, variants):
 
 def test_a_failed_cell_stands_in_the_column_of_its_variant(tmp_path):
     for name in SHOTS:
-        quality = Quality(load_results(run_of(tmp_path / name, SHOTS, failed=[name])))
-        ((_, (_, cats)),) = quality.summary_blocks
+        found = quality(run_of(tmp_path / name, SHOTS, failed=[name]))
+        ((_, (_, cats)),) = found.summary_blocks
         assert {task for task, cell in cats.cells.items() if cell["status"] == "failed"} == {f"arc_easy[{name}]"}
         assert len(cats.cells) == 3
 
@@ -71,7 +71,7 @@ def test_a_failed_cell_stands_in_the_column_of_its_variant(tmp_path):
 def test_one_variant_keeps_its_name(tmp_path):
     for limit in ("", "100"):
         folder = run_of(tmp_path / f"run{limit}", {"x": ("5", CHAT, limit, 90, 60)}, failed=["x"])
-        assert Quality(load_results(folder)).summary_tasks == ["arc_easy", "piqa"]
+        assert quality(folder).summary_tasks == ["arc_easy", "piqa"]
 
 
 def test_rows_are_sorted_by_chat():

@@ -5,11 +5,11 @@ import random
 import shutil
 
 import pytest
-
 from suite.runs.compare import compare, timings_of
 from suite.runs.manifest import seal
-from suite.runs.run import Options, run
 from suite.runs.verify import verify_files
+
+from suite.runs.run import Options, run
 from suite.speed.case import time_columns
 from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
 from tests.runs.test_audit import SPEED, change

@@ -1,0 +1,216 @@
+"""Device code of CATS and M-COUNTDOWN: one loop for the dense rows that choose and for the rows of the neurons they find.
+
+The next free packet of the ring takes the rows of neurons if enough of them are waiting, else the next dense rows, so
+the stream of weights never pauses and the blocks end together: a block that finds more claims less (``work_queue``).
+One thread notes what a packet holds and which dense packet is next; the others read it behind the next packet's barrier.
+It is of the last warp: the first has the list of found neurons to write at the same time.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from kernels_numba.gpu.mlp.grid_barrier import make_flags, make_sync
+from kernels_numba.gpu.mlp.plan import RESERVE, Plan
+from kernels_numba.gpu.mlp.reduce import make_block_sum
+from kernels_numba.gpu.mlp.ring import make_ring, make_tokens
+from kernels_numba.gpu.mlp.sparse_rows import make_activation, make_coefficients
+from kernels_numba.gpu.mlp.trace import make_stamp
+from kernels_numba.gpu.mlp.work_list import HOLE
+from kernels_numba.gpu.mlp.work_queue import make_clear_counter, make_packet_numbers
+
+_DENSE = 1  # kinds of packets in flight, 4 bits each: 0 nothing, 1 dense rows, 1 + n the rows of n neurons
+
+
+def make_append(plan: Plan, dev: Any) -> Any:
+    """``append(...)``: add the kept rows of a dense packet to the block's circular list; returns how many it has taken in all.
+
+    A row is kept if any token keeps it (not score < threshold, so NaN is kept); its entry says which tokens do. Every
+    warp counts the same; warp 0 writes.
+    """
+    tokens, width, mask, d_ff = plan.batch, 32 // plan.dense_sums, plan.list_size - 1, plan.d_ff
+    activation, gate, at, area = make_activation(plan, dev), plan.first == "gate", plan.shared, plan.workspace
+
+    @dev.device_function
+    def append(shared, workspace, total, begin, found, threshold, n_tokens, tid):
+        lane = tid & 31
+        number, part = lane // width, lane % width
+        row, token = number // tokens, number % tokens
+        value = activation(total) if gate else total
+        wanted = begin + row < d_ff and token < n_tokens and not (abs(value) < threshold)
+        bits = dev.ballot(wanted and part == 0)
+        keepers = 0
+        for t in range(tokens):
+            keepers |= ((bits >> ((row * tokens + t) * width)) & 1) << t
+        kept = dev.ballot(keepers != 0 and part == 0 and token == 0)
+        if tid < 32 and part == 0:
+            if token == 0 and begin + row < d_ff:
+                dev.store_i32(workspace + area.kept + (begin + row) * 4, keepers)
+            if keepers != 0:
+                place = (found + dev.popcount(kept & ((1 << (row * tokens * width)) - 1))) & mask
+                dev.shared_store_f32(shared + at.work_value + (place * tokens + token) * 4, value)
+                if token == 0:
+                    dev.shared_store_i32(shared + at.work + place * 4, (begin + row) | (keepers << 24))
+        return found + dev.popcount(kept)
+
+    return append
+
+
+def make_use(plan: Plan, dev: Any) -> SimpleNamespace:
+    """``dense(...)``: dot products of a dense packet; ``sparse(...)``: y with a packet of neurons added."""
+    layout = (plan.batch, plan.chunks, plan.slot_bytes, plan.chunk_bytes)
+    rows_dot = dev.make_rows_dot(plan.dtype, plan.rows, *layout)
+    dot = dev.make_rows_dot(plan.dtype, plan.neurons, *layout)
+    add = dev.make_rows_add(plan.dtype, plan.neurons, *layout)
+    dense_sum, sparse_sum = make_block_sum(plan, dev, plan.dense_sums), make_block_sum(plan, dev, plan.sparse_sums)
+    coefficients, down_at, at = make_coefficients(plan, dev), plan.neurons * plan.slot_bytes, plan.shared
+    spread = dev.make_lanes_spread(plan.neurons * plan.batch, 32 // plan.sparse_sums)
+
+    @dev.device_function
+    def dense(shared, packet, scratch, tid):
+        return dense_sum(scratch, tid, rows_dot(packet + tid * 16, shared + at.x + tid * 16))
+
+    @dev.device_function
+    def sparse(shared, packet, scratch, place, n, y, tid):
+        total = sparse_sum(scratch, tid, dot(packet + tid * 16, shared + at.x + tid * 16))
+        v = spread(coefficients(shared, total, place, n, tid))
+        return add(packet + down_at + tid * 16, v, y)
+
+    return SimpleNamespace(dense=dense, sparse=sparse)
+
+
+def make_copy_found(plan: Plan, dev: Any) -> Any:
+    """``copy_found(...)``: copy the rows of ``n`` neurons from place ``head`` of the list on."""
+    neurons, at, mask, copy_neuron = plan.neurons, plan.shared, plan.list_size - 1, make_ring(plan, dev).copy_neuron
+
+    @dev.device_function
+    def copy_found(shared, packet, head, n, a, b, down, tid):
+        for j in range(neurons):
+            entry = HOLE
+            if j < n:
+                entry = dev.shared_load_i32(shared + at.work + ((head + j) & mask) * 4)
+            copy_neuron(packet, j, entry, j < n, a, b, down, tid)
+
+    return copy_found
+
+
+def make_fill(plan: Plan, dev: Any) -> Any:
+    """``fill(...)``: the first dense packets of the block; returns the kinds of the packets in flight."""
+    rows, depth, d_ff, n_blocks = plan.rows, plan.depth, plan.d_ff, plan.n_blocks
+    packet_bytes, at, clerk, copy_rows = plan.packet_bytes, plan.shared, plan.clerk, make_ring(plan, dev).copy_rows
+
+    @dev.device_function
+    def fill(shared, dense_rows, block, tid):
+        kinds = 0
+        for p in range(depth):
+            begin = (block + p * n_blocks) * rows
+            if tid == clerk:
+                dev.shared_store_i32(shared + at.begins + p * 4, begin)
+            if begin < d_ff:
+                copy_rows(shared + at.ring + p * packet_bytes, dense_rows, 0, 1, begin, d_ff, tid)
+                kinds |= _DENSE << (4 * p)
+            dev.copy_commit()
+        return kinds
+
+    return fill
+
+
+def make_begin(plan: Plan, dev: Any) -> Any:
+    """``begin(...)``: the first packets and x on their way; returns the kinds of the packets and the epoch."""
+    overlap, fill, stamp = plan.overlap, make_fill(plan, dev), make_stamp(plan, dev)
+    tokens, read_epoch = make_tokens(plan, dev), make_flags(plan, dev).epoch
+    load_x, copy_x, clear_counter = tokens.load_x, tokens.copy_x, make_clear_counter(plan, dev)
+
+    @dev.device_function
+    def begin(shared, workspace, x, dense_rows, n_tokens, block, tid):
+        if not overlap:
+            copy_x(shared, x, n_tokens, tid)
+        kinds = fill(shared, dense_rows, block, tid)
+        if overlap:
+            dev.grid_dependency_wait()
+        epoch = read_epoch(workspace, block)
+        if overlap:
+            load_x(shared, x, n_tokens, tid)
+        stamp(workspace, block, 1, tid)
+        clear_counter(workspace, epoch, block, tid)
+        return kinds, epoch
+
+    return begin
+
+
+def make_refill(plan: Plan, dev: Any) -> Any:
+    """``refill(...)``: the next neurons or dense rows into the packet that is free; (kinds, neurons begun, rows issued)."""
+    rows, neurons, d_ff, packets, at = plan.rows, plan.neurons, plan.d_ff, plan.dense_packets, plan.shared
+    newest, enough, clerk = 4 * (plan.depth - 1), RESERVE + plan.neurons, plan.clerk
+    copy_rows, copy_found = make_ring(plan, dev).copy_rows, make_copy_found(plan, dev)
+    numbers = make_packet_numbers(plan, dev)
+    note, number = numbers.note, numbers.number
+
+    @dev.device_function
+    def refill(shared, packet, ring, kinds, waiting, begun, issued, following, dense_rows, a, b, down, block, tid):
+        if waiting >= enough or (waiting > 0 and following >= packets):
+            n = min(waiting, neurons)
+            copy_found(shared, packet, begun, n, a, b, down, tid)
+            if tid == clerk:
+                dev.shared_store_i32(shared + at.begins + ring * 4, begun)
+            begun += n
+            kinds |= (_DENSE + n) << newest
+        elif following < packets:
+            copy_rows(packet, dense_rows, 0, 1, following * rows, d_ff, tid)
+            kinds |= _DENSE << newest
+            issued += 1
+            if tid == clerk:
+                # ``following`` read again: kept, it costs 8 tokens in fp32 a spill
+                dev.shared_store_i32(shared + at.begins + ring * 4, number(shared, issued - 1, block) * rows)
+                note(shared, issued, block)
+        dev.copy_commit()
+        return kinds, begun, issued
+
+    return refill
+
+
+def make_choose_and_add(plan: Plan, dev: Any) -> Any:
+    """``choose_and_add(...)``: the whole stream; returns the thread's share of y, the neurons found, and the epoch."""
+    depth, packets, packet_bytes, clerk = plan.depth, plan.dense_packets, plan.packet_bytes, plan.clerk
+    at, scratch_bytes, nothing = plan.shared, plan.scratch_floats * 4, np.float32(0.0)
+    start, refill, append = make_begin(plan, dev), make_refill(plan, dev), make_append(plan, dev)
+    use, numbers, sync = make_use(plan, dev), make_packet_numbers(plan, dev), make_sync(plan, dev)
+    dense, sparse, note, number = use.dense, use.sparse, numbers.note, numbers.number
+    zeros = dev.make_zeros(plan.batch * plan.chunks * plan.vector)
+    wait, drain = dev.make_copy_wait(plan.depth - 1), dev.make_copy_wait(0)
+
+    @dev.device_function
+    def choose_and_add(shared, workspace, x, dense_rows, a, b, down, threshold, n_tokens, block, tid):
+        kinds, epoch = start(shared, workspace, x, dense_rows, n_tokens, block, tid)
+        y, ring, parity, issued, found, begun, following = zeros(), 0, 0, depth, 0, 0, 0
+        if tid == clerk:
+            note(shared, issued, block)
+        sync()
+        while kinds != 0 or following < packets or begun < found:
+            packet, scratch = shared + at.ring + ring * packet_bytes, shared + at.scratch + parity * scratch_bytes
+            kind, total, waiting = kinds & 15, nothing, found - begun
+            begin = dev.shared_load_i32(shared + at.begins + ring * 4)
+            wait()
+            if kind == _DENSE:
+                total = dense(shared, packet, scratch, tid)
+            elif kind != 0:
+                y = sparse(shared, packet, scratch, begin, kind - _DENSE, y, tid)
+            else:
+                sync()  # what warp 0 found last
+            following = number(shared, issued, block)
+            kinds, parity = kinds >> 4, parity ^ 1
+            kinds, begun, issued = refill(
+                shared, packet, ring, kinds, waiting, begun, issued, following, dense_rows, a, b, down, block, tid
+            )
+            ring = ring + 1 if ring + 1 < depth else 0
+            if kind == _DENSE:
+                found = append(shared, workspace, total, begin, found, threshold, n_tokens, tid)
+            if depth == 1:
+                sync()  # with more in flight another packet's barrier comes before ``begin`` is read
+        drain()  # the sum of y uses the ring's memory
+        return y, found, epoch
+
+    return choose_and_add
