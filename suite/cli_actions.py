@@ -16,10 +16,10 @@ from suite.registry import METHODS, did_you_mean, method_class
 
 if TYPE_CHECKING:
     from suite.runs.generation import Generated
+    from suite.runs.group import Rerun
     from suite.runs.machine import LocalWorld
     from suite.runs.run import Finished
-    from suite.runs.runner import Rerun
-    from suite.runs.work.worker import LocalExecutor
+    from suite.runs.work.worker import TorchWorker
 
 _KINDS = ("methods", "tasks", "models", "profiles", "runs")
 _RERUN = ("missing", "failed", "all", "none")
@@ -120,7 +120,7 @@ def fit(source: str, results: Path | None, overrides: dict[str, Any]) -> int:
     from suite.runs.run import make_fits
 
     config = _config(source, overrides)
-    made = make_fits(config, _world(config), _executor(config), results or settings.results_dir(), _say)
+    made = make_fits(config, _world(config), _worker(config), results or settings.results_dir(), _say)
     typer.echo(f"{made} fits are there")
     return 0
 
@@ -145,10 +145,10 @@ def _config(source: str, overrides: dict[str, Any]) -> MatrixConfig:
     return override(load_config(source), **overrides)
 
 
-def _executor(config: MatrixConfig) -> LocalExecutor:
-    from suite.runs.work.worker import LocalExecutor
+def _worker(config: MatrixConfig) -> TorchWorker:
+    from suite.runs.work.worker import TorchWorker
 
-    return LocalExecutor(activation_budget_gib=config.predictor.activation_budget_gib, say=_say)
+    return TorchWorker(activation_budget_gib=config.predictor.activation_budget_gib, say=_say)
 
 
 def _world(config: MatrixConfig) -> Any:
@@ -186,7 +186,7 @@ def _finish(config: MatrixConfig, results: Path | None, out: Path | None, rerun:
         progress=True,
     )
     world = _world(config) if options.rerun != "none" else _stored_world(config, options.results)
-    return run_matrix(config, world, _executor(config), options, _say, report)
+    return run_matrix(config, world, _worker(config), options, _say, report)
 
 
 def _rerun(text: str) -> Rerun:
@@ -226,7 +226,9 @@ def verify(folder: Path, n_recompute: int, folders: dict[str, Any], *, allow_cod
     """Print the problems of a run folder; 1 if there are any."""
     from suite.files import links_in
     from suite.report.rebuild import rebuild_problems
-    from suite.runs.audit.verify import config_of, problems_of, recompute, verify_files
+    from suite.runs.audit.config import config_of
+    from suite.runs.audit.recompute import recompute
+    from suite.runs.audit.verify import problems_of, verify_files
 
     problems = verify_files(folder)
     if not any(links_in(folder)):
@@ -235,7 +237,7 @@ def verify(folder: Path, n_recompute: int, folders: dict[str, Any], *, allow_cod
         typer.echo("nothing is measured again while there are problems", err=True)
     elif n_recompute:
         config = config_of(folder, folders, allow_code=allow_code)
-        problems += recompute(folder, config, _world(config), _executor(config), n_recompute, _say)
+        problems += recompute(folder, config, _world(config), _worker(config), n_recompute, _say)
     for problem in problems:
         typer.echo(f"problem: {problem}", err=True)
     typer.echo(f"{folder}: {len(problems)} problems" if problems else f"{folder}: verified")

@@ -16,22 +16,14 @@ from suite.errors import InputError
 from suite.manifest_file import NAME as MANIFEST
 from suite.manifest_file import read_manifest
 
-SAMPLES_FILE = "samples.csv.gz"
-# What a setting of accuracy.csv is, beside its method; a column that varies within a block goes into the row's label.
+# What a setting of accuracy.csv is; a column that varies within a block goes into the row's label.
 BLOCK = ["model", "dtype", "scope", "mode", "sparsity_target"]
 VARIANT = [column for column in schema.ACCURACY.settings if column not in (*BLOCK, "method")]
 SETTING = [*BLOCK, "method", *VARIANT]
 # Rows of speed.csv that share these are of one shape on one device and may be compared; backend and variant compete.
 SHAPE = ["level", "model_shape", "model", "dtype", "batch_size", "threads", "context_tokens", "cache", "device_name"]
-LINE = ["method", "rank", "predictor", "backend", "variant", "clock"]  # what a line over sparsities is, within a shape
-DECODED = [
-    "model_shape",
-    "dtype",
-    "batch_size",
-    "context_tokens",
-    "threads",
-    "device_name",
-]  # a model and how it is run
+LINE = ["method", "rank", "predictor", "backend", "variant", "clock"]  # a line over sparsities, within a shape
+DECODED = "model_shape dtype batch_size context_tokens threads device_name".split()  # a model and how it decodes
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from suite import devices, settings
-from suite.code import ANALYSIS, CLOSED, ENTRIES, code_hash, strings_of
+from suite.code import ANALYSIS, cell_hash, strings_of
 from suite.config import MatrixConfig, TaskConfig
 from suite.decoding.shapes import has_weights
 from suite.devices import Device
@@ -18,12 +18,12 @@ from suite.errors import InputError
 from suite.evaluation.groups import Expansion, Group, expand_name
 from suite.evaluation.tasks import data_fingerprint, resolve_task
 from suite.registry import METHODS
-from suite.runs.cells.accuracy import FitRequest
 
 if TYPE_CHECKING:
     from suite.evaluation.tasks import TaskSpec
     from suite.fitting.calibration import Calibration
     from suite.modeling.loading import ModelRef
+    from suite.runs.fits import FitRequest
     from suite.runs.store import CellStore, Record
 
 ACCURACY_PACKAGES = ("torch", "transformers", "lm_eval")
@@ -217,8 +217,7 @@ class LocalWorld:
         # an analysis is over all methods that its module names
         methods = [method] if method else strings_of(ANALYSIS, METHODS)
         targets = [METHODS.get(name, name).partition(":") for name in methods]
-        entries = (*ENTRIES[kind], *(module for module, colon, _ in targets if colon))
-        return code_hash(entries, CLOSED.get(kind, ()))
+        return cell_hash(kind, tuple(module for module, colon, _ in targets if colon))
 
 
 class StoredWorld(LocalWorld):

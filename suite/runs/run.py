@@ -12,15 +12,19 @@ from suite.config import MatrixConfig
 from suite.errors import InputError
 from suite.files import is_part, refuse_links, remove_parts
 from suite.runs import machine
-from suite.runs.cells.accuracy import World, expand
+from suite.runs.cells.accuracy import expand
 from suite.runs.cells.analysis import expand_analysis
+from suite.runs.cells.base import World
+from suite.runs.cells.groups import group_cells
 from suite.runs.cells.matrix import Matrix
 from suite.runs.cells.speed import expand_speed
-from suite.runs.runner import Executor, Rerun, Runner, Say
+from suite.runs.executors.local import run_here
+from suite.runs.group import Rerun
+from suite.runs.runner import Executor, Runner, Say
 from suite.runs.store import CellStore, write_atomically
-from suite.runs.view.aggregates import group_cells
 from suite.runs.view.manifest import build_manifest, is_same, manifest_bytes, owned, sealed_later
 from suite.runs.view.scrub import Scrubber
+from suite.runs.work.base import Worker
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Options:
     folder : run folder; None: ``<results>/runs/<name>-<8 hex digits of its cells>``
     rerun, no_fit : see :class:`~suite.runs.runner.Runner`
     argv : command line, for the manifest
+    executor : see :class:`~suite.runs.runner.Runner`
     """
 
     results: Path
@@ -41,6 +46,7 @@ class Options:
     no_fit: bool = False
     argv: Sequence[str] = ()
     progress: bool = False
+    executor: Executor = run_here
 
     @property
     def fits(self) -> Path:
@@ -89,7 +95,7 @@ def run_folder(config: MatrixConfig, matrix: Matrix, options: Options) -> Path:
 def run(
     config: MatrixConfig,
     world: World,
-    executor: Executor,
+    worker: Worker,
     options: Options,
     say: Say = lambda line: None,
     report: Callable[[Path], None] = lambda folder: None,
@@ -109,13 +115,14 @@ def run(
     store = CellStore(options.results, say)
     runner = Runner(
         matrix,
-        executor,
+        worker,
         store,
         options.fits,
         rerun=options.rerun,
         no_fit=options.no_fit,
         say=say,
         progress=options.progress,
+        executor=options.executor,
     )
     folder = run_folder(config, matrix, options)
     _refuse_foreign(folder)
@@ -130,10 +137,10 @@ def run(
     return _write(config, world, matrix, store, folder, options, report)
 
 
-def make_fits(config: MatrixConfig, world: World, executor: Executor, results: Path, say: Say) -> int:
+def make_fits(config: MatrixConfig, world: World, worker: Worker, results: Path, say: Say) -> int:
     """Make the fits of a matrix that are missing, and return how many fits it has."""
     matrix = plan(config, world)
-    Runner(matrix, executor, CellStore(results, say), results / "fits", say=say).fit()
+    Runner(matrix, worker, CellStore(results, say), results / "fits", say=say).fit()
     return len(matrix.fits)
 
 

@@ -43,7 +43,7 @@ def test_a_store_is_read_under_the_versions_of_its_cells(command, tmp_path, monk
     def measures(*_):
         raise AssertionError("a cell was measured")
 
-    monkeypatch.setattr("suite.runs.work.worker.LocalExecutor.session", measures)
+    monkeypatch.setattr("suite.runs.work.worker.TorchWorker.session", measures)
     out = tmp_path / "there"
     assert main([*command, "--rerun", "none", "--out", str(out)]) == 0
     assert statuses(out) == {"ok"}

@@ -160,7 +160,7 @@ def test_decode_rows_of_random_weights_need_no_fit():
 
 
 def test_a_method_that_is_added_leaves_the_cells_of_the_others_as_they_are(monkeypatch):
-    from suite.code import ENTRIES, reached
+    from suite import code
     from suite.config import load_config
     from suite.registry import METHODS
     from suite.runs.machine import LocalWorld
@@ -174,7 +174,8 @@ def test_a_method_that_is_added_leaves_the_cells_of_the_others_as_they_are(monke
     assert world.code("accuracy", "mine") == world.code("accuracy", "tests.contract.third_party:Mine")
     assert world.code("accuracy", "mine") not in before.values()
     own = {target.partition(":")[0] for target in METHODS.values()}
-    assert not own & (reached(ENTRIES["accuracy"]) | reached(ENTRIES["speed"]))
+    for kind in ("accuracy", "speed"):
+        assert not own & code.reached((code.WORKER,), code.CLOSED.get(kind, ()), code.others(kind))
 
 
 def test_how_threads_wait_is_in_the_keys_of_times_on_a_cpu_only():

@@ -16,6 +16,7 @@ from suite.speed.clock import Rounds
 from suite.speed.expand import make_cases
 from tests.conftest import D_FF, D_MODEL, decode_state
 from tests.decoding.test_step import build
+from tests.speed import cuda_stand_in
 
 METHODS = ("dense", "cats", "m-countdown", "d-countdown")
 
@@ -195,3 +196,42 @@ def test_limit_of_the_check_grows_with_the_layers():
         mlps = Two.mlps * 4
 
     assert decode_check._limit(Eight) == pytest.approx(2 * decode_check._limit(Two))
+
+
+OWN = "tests.speed.own_methods:"
+
+
+@pytest.mark.parametrize("method", ["s-countdown", "dejavu", OWN + "MagnitudeOfGate", OWN + "Predicted"])
+def test_a_method_decodes_by_what_its_contract_says(tiny, method):
+    (row,) = run_group(cases((method,)))
+    assert (row["method"], row["status"], row["check"]) == (method, "ok", "passed"), row["reason"]
+    assert 0.35 < row["sparsity_realized"] < 0.65
+    assert row["predictor"] == (None if method.endswith("Gate") else "low-rank")
+
+
+def test_a_score_that_no_kernel_computes_is_skipped(tiny):
+    (row,) = run_group(cases(("tests.contract.third_party:PowerOfUp",)))
+    assert (row["status"], row["check"]) == ("skipped", "skipped")
+    assert "do not compute the score" in row["reason"]
+
+
+def test_on_a_gpu_steps_and_parts_are_graphs(tiny, monkeypatch):
+    """Played by the CPU: what is captured, replayed and noted down around the kernels."""
+    captured = []
+    monkeypatch.setattr(decode, "captured", lambda run: captured.append(run) or cuda_stand_in.captured(run))
+    monkeypatch.setattr(decode, "cuda_bandwidth", cuda_stand_in.small_bandwidth)
+    monkeypatch.setattr(decode, "free_bytes", lambda device: 80 << 30)
+    options = {"backends": ["torch", "numba-cuda"], "variants": ["graph", "generate"], "contexts": [16]}
+    with cuda_stand_in.play_gpu(monkeypatch):
+        rows = run_group(make_cases(["tiny"], ["dense", "cats", "d-countdown"], [0.5], level="decode", **options))
+    assert [(row["method"], row["variant"], row["clock"]) for row in rows] == [
+        ("dense", "graph", "graph"),
+        ("dense", "generate", "wall"),
+        ("cats", "graph", "graph"),
+        ("d-countdown", "graph", "graph"),
+    ]
+    assert len(captured) == 3 * 4  # a step and three parts each
+    for row in rows:
+        assert (row["status"], row["device_name"], row["threads"]) == ("ok", "a GPU", None), row["reason"]
+        graph = row["variant"] == "graph"
+        assert ((row["capture_s"] is not None), (row["peak_memory_mib"] == 3)) == (graph, graph)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from suite import schema
 from suite.errors import InputError
 from suite.evaluation.results import WEIGHT
-from suite.runs.audit.compare import Row, read_rows, rows_of, timings_of
 from suite.runs.view.manifest import key_fields
+from suite.runs.view.read import Row, read_rows, rows_of, timings_of
 from suite.speed.case import time_columns
 from suite.statistics import resampling_group, standard_error, statistic
 

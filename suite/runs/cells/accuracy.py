@@ -1,129 +1,33 @@
-"""Cells: what a matrix measures, one by one, each with the key of everything that decides its number. Loads no torch."""
+"""Accuracy cells: a setting on a task, with the key of everything that decides its number. Loads no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
-from suite.config import (
-    AccuracyBlock,
-    MatrixConfig,
-    MethodConfig,
-    ModelConfig,
-    Scope,
-    TaskConfig,
-)
+from suite.config import AccuracyBlock, MatrixConfig, MethodConfig, ModelConfig, Scope
 from suite.errors import InputError, named
 from suite.evaluation.tasks import ROLLING_TASKS, TaskSpec
-from suite.fitting.options import PredictorOptions
 from suite.registry import get_method, method_class
+from suite.runs.cells.base import ID_LENGTH, Cell, World
 from suite.runs.cells.guard import refuse_evaluated_text
-from suite.runs.store import canonical, sha256_of
+from suite.runs.cells.tasks import PreparedTask, prepare_task
+from suite.runs.fits import FitRequest, requests_of
+from suite.runs.store import canonical
 
 if TYPE_CHECKING:
-    from suite.devices import Device
-    from suite.evaluation.groups import Group
     from suite.methods.base import Mode
 
 CellScope = Scope | Literal[""]  # "" for dense, which has no sparse position
 
-ID_LENGTH = 16  # hex digits of a key that name a cell in the CSVs: 64 bits
 
-
-class World(Protocol):
-    """What keys are made of, as this machine has it; the runs' own is ``suite.runs.machine.LocalWorld``."""
-
-    device: Device
-
-    def speed_device(self, kind: str) -> Device | None:
-        """Device that speed cases of a kind, cpu or cuda, run on; None if there is none."""
-
-    def openmp_waiting(self) -> str:
-        """How the threads of a CPU wait for work, which decides times of microseconds."""
-
-    def model_name(self, spec: str) -> str:
-        """Short name of a model for the tables."""
-
-    def weights(self, spec: str) -> str:
-        """Fingerprint of a model's weights."""
-
-    def members(self, tasks: Sequence[TaskConfig]) -> list[TaskConfig]:
-        """Tasks with groups of tasks replaced by their members."""
-
-    def groups(self, task: TaskConfig) -> Sequence[Group]:
-        """Groups that a task's name stands for."""
-
-    def task(self, task: TaskConfig) -> TaskSpec:
-        """Find a task's data."""
-
-    def data(self, task: TaskSpec) -> str:
-        """Fingerprint of a task's data."""
-
-    def fit_key(self, request: FitRequest) -> str:
-        """Key of a fit."""
-
-    def versions(self, kind: str) -> dict[str, str]:
-        """Packages that decide numbers of a kind, accuracy or speed."""
-
-    def code(self, kind: str, method: str) -> str:
-        """Hash of the code that decides numbers of a kind with a method."""
-
-
-@dataclass(frozen=True)
-class PreparedTask:
-    """A task with the fingerprint of its data, or the problem why it has none."""
-
-    spec: TaskSpec
-    data: str
-    problem: str = ""
-
-    @property
-    def key_task(self) -> dict[str, Any]:
-        """What of a cell's key the task is."""
-        task = self.spec
-        fields = {
-            "name": task.name,
-            "source": task.source,
-            "num_fewshot": task.num_fewshot,
-            "limit": task.limit,
-            "options": dict(task.options),
-            "data": self.data,
-        }
-        return fields | ({"chat": dict(task.chat)} if task.chat else {})
-
-
-@dataclass(frozen=True)
-class FitRequest:
-    """A fit that a practical cell needs: thresholds, or with ``options`` a predictor, of one method at one sparsity."""
-
-    model: str
-    dtype: str
-    method: str
-    params: Mapping[str, Any] = field(hash=False)
-    sparsity: float
-    estimator: str
-    calibration: str
-    max_tokens: int
-    seed: int
-    options: PredictorOptions | None = None
-
-    @property
-    def shared(self) -> tuple[object, ...]:
-        """What fits that are made in one go have in common."""
-        return (self.model, self.dtype, self.calibration, self.max_tokens, self.seed, self.options)
-
-
-@dataclass(frozen=True, eq=False)
-class AccuracyCell:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AccuracyCell(Cell):
     """Model x method x mode x sparsity x scope x task; ``params`` are the method's fields besides sparsity."""
 
-    model: str
     model_name: str
-    dtype: str
-    device: str
     method: str
     params: Mapping[str, Any]
     mode: Mode
@@ -132,22 +36,8 @@ class AccuracyCell:
     task: TaskSpec
     batch_size: int
     seed: int
-    fit: FitRequest | None
-    fit_key: str | None
-    key_fields: Mapping[str, Any]
-    problem: str = ""  # why the task cannot be prepared: the cell fails with this reason and nothing is loaded for it
 
     kind = "accuracy"
-
-    @cached_property
-    def key(self) -> str:
-        """SHA-256 of everything that decides the number."""
-        return sha256_of(self.key_fields)
-
-    @property
-    def id(self) -> str:
-        """Name of the cell in the CSVs."""
-        return self.key[:ID_LENGTH]
 
     @property
     def label(self) -> str:
@@ -163,14 +53,35 @@ class AccuracyCell:
         return self.fit.seed if self.fit is not None else int(self.params.get("seed", self.seed))
 
     @property
-    def load_group(self) -> tuple[str, str, str]:
-        """Cells of one group share one loaded model."""
-        return (self.model, self.dtype, self.device)
-
-    @property
     def base(self) -> tuple[object, ...]:
         """Cells of one base are compared with the same dense cell."""
         return (*self.load_group, self.seed, self.batch_size, canonical(self.key_fields["task"]))
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What of its rows in accuracy.csv is known before it is measured, with the paths of this machine."""
+        options = self.fit.options if self.fit else None
+        return {
+            "cell_id": self.id,
+            "model": self.model_name,
+            "dtype": self.dtype,
+            "method": self.method,
+            "mode": self.mode,
+            "sparsity_target": self.sparsity,
+            "estimator": self.fit.estimator if self.fit else None,
+            "calibration": self.fit.calibration if self.fit else None,
+            "fit_id": self.fit_key[:ID_LENGTH] if self.fit_key else None,
+            "predictor": options.predictor if options else None,
+            "rank": options.rank if options else None,
+            "scope": self.scope,
+            "task": self.task.name,
+            "data_fingerprint": self.key_fields["task"]["data"],
+            "num_fewshot": self.task.num_fewshot,
+            "chat": canonical(dict(self.task.chat)) if self.task.chat else None,
+            "limit": self.task.limit,
+            "batch_size": self.batch_size,
+            "seed": self.decided_seed,
+        }
 
 
 def expand(config: MatrixConfig, world: World) -> list[AccuracyCell]:
@@ -209,26 +120,6 @@ def _block_cells(
                 yield _cell(config, world, model, seed, prepared, method, mode, sparsity, fit, scope)
 
 
-def prepare_task(config: TaskConfig, world: World, place: str) -> PreparedTask:
-    """Find a task and read its data; where that fails, the reason stands in for both."""
-    # it is in the cell's key, which no task that was prepared has: with its data mended, the cell is another one
-    bare = TaskSpec(
-        config.name,
-        "hub" if config.source == "auto" else config.source,
-        config.num_fewshot,
-        config.limit,
-        {},
-        config.options,
-    )
-    spec = None
-    try:
-        with named(place):
-            spec = world.task(config)
-            return PreparedTask(spec, world.data(spec))
-    except InputError as error:
-        return PreparedTask(spec or bare, "", str(error))
-
-
 def _scopes(task: TaskSpec, block: AccuracyBlock) -> list[Scope]:
     if task.is_text:
         return ["scored"]
@@ -258,23 +149,8 @@ def _settings(
                 yield method, mode, sparsity, None
                 continue
             for fit_seed in block.fit_seeds or [seed]:
-                for fit in _fits(config, block, model, method, sparsity, fit_seed):
+                for fit in requests_of(config, block, model, method, sparsity, fit_seed):
                     yield method, mode, sparsity, fit
-
-
-def _fits(
-    config: MatrixConfig, block: AccuracyBlock, model: ModelConfig, method: MethodConfig, sparsity: float, seed: int
-) -> Iterator[FitRequest]:
-    """The fits of one practical setting: thresholds by every estimator, or every predictor."""
-    text, predictor = config.calibration, config.predictor
-    common = (model.id, model.dtype, method.name, method.params, sparsity)
-    if not method_class(method.name).needs_predictor:
-        for estimator, source in product(text.estimators, block.fit_sources or [text.source]):
-            yield FitRequest(*common, estimator, source, text.max_tokens, seed)
-        return
-    sources = block.fit_sources or predictor.sources or [text.source]
-    for options, zero_or_calibrated, source in product(predictor.options(), predictor.estimators, sources):
-        yield FitRequest(*common, zero_or_calibrated, source, predictor.max_tokens, seed, options)
 
 
 def _check_params(method: MethodConfig, place: str) -> None:

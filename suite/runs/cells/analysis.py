@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from suite.config import AnalysisConfig, MatrixConfig, ModelConfig, TaskConfig
 from suite.errors import InputError
 from suite.evaluation.tasks import DECODE_PERPLEXITY
-from suite.runs.cells.accuracy import ID_LENGTH, PreparedTask, World, prepare_task
-from suite.runs.store import sha256_of
+from suite.runs.cells.base import Cell, World
+from suite.runs.cells.tasks import PreparedTask, prepare_task
 
 if TYPE_CHECKING:
     from suite.evaluation.tasks import TaskSpec
 
 
-@dataclass(frozen=True, eq=False)
-class AnalysisCell:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AnalysisCell(Cell):
     """The coefficients of one model's generated tokens."""
 
-    model: str
     model_name: str
-    dtype: str
-    device: str
     task: TaskSpec
     config: AnalysisConfig
-    key_fields: Mapping[str, Any]
-    problem: str = ""  # as of an accuracy cell
 
     kind = "analysis"
-    fit = None
-    fit_key = None
-
-    @cached_property
-    def key(self) -> str:
-        """SHA-256 of everything that decides the rows."""
-        return sha256_of(self.key_fields)
-
-    @property
-    def id(self) -> str:
-        """Name of the cell in the manifest."""
-        return self.key[:ID_LENGTH]
 
     @property
     def label(self) -> str:
@@ -53,11 +34,6 @@ class AnalysisCell:
     def base(self) -> tuple[object, ...]:
         """A task of its own beside those of the accuracy cells."""
         return (*self.load_group, self.kind)
-
-    @property
-    def load_group(self) -> tuple[str, str, str]:
-        """Cells of one group share one loaded model."""
-        return (self.model, self.dtype, self.device)
 
 
 def expand_analysis(config: MatrixConfig, world: World) -> list[AnalysisCell]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from suite.runs.cells.accuracy import AccuracyCell, FitRequest
+from suite.runs.cells.accuracy import AccuracyCell
 from suite.runs.cells.analysis import AnalysisCell
+from suite.runs.cells.groups import GroupCells
 from suite.runs.cells.speed import TimedCell
-from suite.runs.view.aggregates import GroupCells
+from suite.runs.fits import FitRequest, fits_of
 
 ModelCell = AccuracyCell | AnalysisCell  # what needs a loaded model
 
@@ -43,7 +44,7 @@ class Matrix:
     @property
     def fits(self) -> dict[str, FitRequest]:
         """Every fit that a cell needs, by its key."""
-        return {cell.fit_key: cell.fit for cell in self.fitted if cell.fit_key and cell.fit}
+        return fits_of(self.fitted)
 
     @property
     def keys(self) -> list[str]:

@@ -2,63 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from suite.config import MatrixConfig
 from suite.errors import InputError
-from suite.fitting.options import PredictorOptions
-from suite.registry import method_class
-from suite.runs.cells.accuracy import FitRequest, World
-from suite.runs.store import sha256_of
+from suite.runs.cells.base import Cell, World
+from suite.runs.fits import request_of_case
 
 if TYPE_CHECKING:
     from suite.speed.case import SpeedCase
 
-ID_LENGTH = 16
 
-
-@dataclass(frozen=True, eq=False)
-class TimedCell:
-    """One speed case on one device; ``fit`` of a model with real weights that decodes with a sparse method."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TimedCell(Cell):
+    """One speed case on one device; with the fit that a model with real weights decodes with."""
 
     case: SpeedCase
     seed: int
-    group: str
-    label: str
-    key_fields: Mapping[str, Any]
-    fit: FitRequest | None = None
-    fit_key: str | None = None
 
     kind = "speed"
-    problem = ""
 
     @property
-    def model(self) -> str:
-        """Model that a fit is made on."""
-        return self.case.model_shape
+    def group(self) -> str:
+        """Cells of one group are timed interleaved."""
+        return self.case.group
 
     @property
-    def dtype(self) -> str:
-        """Type of its weights."""
-        return self.case.dtype
-
-    @property
-    def device(self) -> str:
-        """Where it is loaded."""
-        return self.case.device
-
-    @cached_property
-    def key(self) -> str:
-        """SHA-256 of everything that decides the time."""
-        return sha256_of(self.key_fields)
-
-    @property
-    def id(self) -> str:
-        """Name of the cell in the CSVs."""
-        return self.key[:ID_LENGTH]
+    def label(self) -> str:
+        """One line for progress and messages."""
+        case = self.case
+        return f"{case.label} {case.dtype} batch {case.batch_size} threads {case.threads}"
 
 
 def expand_speed(config: MatrixConfig, world: World) -> list[TimedCell]:
@@ -86,43 +60,18 @@ def expand_speed(config: MatrixConfig, world: World) -> list[TimedCell]:
     return sorted(cells.values(), key=lambda cell: rank[cell.group])
 
 
-def _fit_of(case: SpeedCase, config: MatrixConfig) -> FitRequest | None:
-    """What a sparse row of a model with real weights decodes with: the first of the matrix' estimators and texts."""
-    from suite.decoding.shapes import has_weights
-
-    if case.level != "decode" or case.method == "dense" or not has_weights(case.model_shape):
-        return None
-    text, predictor = config.calibration, config.predictor
-    estimator: str = text.estimators[0]
-    source, max_tokens, options = text.source, text.max_tokens, None
-    if method_class(case.method).needs_predictor:
-        estimator, source, max_tokens = predictor.estimators[0], [*predictor.sources, source][0], predictor.max_tokens
-        options = next((one for one in predictor.options() if one.predictor == "low-rank"), PredictorOptions())
-    return FitRequest(
-        model=case.model_shape,
-        dtype=case.dtype,
-        method=case.method,
-        params={},
-        sparsity=case.sparsity,
-        estimator=estimator,
-        calibration=source,
-        max_tokens=max_tokens,
-        seed=config.seeds[0],
-        options=options,
-    )
-
-
 def _timed(case: SpeedCase, config: MatrixConfig, world: World) -> TimedCell:
     device, seed = world.speed_device(case.device), config.seeds[0]
-    fit = _fit_of(case, config) if device else None  # where nothing can run, no model need be there
+    fit = request_of_case(case, config) if device else None  # where nothing can run, no model need be there
     if fit is not None and fit.options is not None and fit.options.rank is not None:
         case = replace(case, rank=fit.options.rank)
     fit_key = world.fit_key(fit) if fit is not None else None
     return TimedCell(
         case=case,
+        model=case.model_shape,
+        dtype=case.dtype,
+        device=case.device,
         seed=seed,
-        group=case.group,
-        label=f"{case.label} {case.dtype} batch {case.batch_size} threads {case.threads}",
         key_fields={
             "kind": "speed",
             **case.key_fields(),

@@ -17,7 +17,7 @@ from suite.methods.cost import read_share
 from suite.registry import method_class
 from suite.runs.cells.accuracy import AccuracyCell
 from suite.runs.cells.matrix import Matrix
-from suite.runs.store import Record, canonical
+from suite.runs.store import Record
 from suite.runs.view.aggregates import aggregate_rows
 from suite.runs.view.scrub import Scrubber
 from suite.statistics import paired_delta, paired_delta_of_resampled, resampling_group
@@ -125,28 +125,8 @@ class Assembly:
         return [common | row | self._delta(cell, row) for row in record["rows"]]
 
     def _identity(self, cell: AccuracyCell) -> Row:
-        return {
-            "run_id": self._run_id,
-            "cell_id": cell.id,
-            "model": cell.model_name,
-            "dtype": cell.dtype,
-            "method": cell.method,
-            "mode": cell.mode,
-            "sparsity_target": cell.sparsity,
-            "estimator": cell.fit.estimator if cell.fit else None,
-            "calibration": self._scrub.text(cell.fit.calibration) if cell.fit else None,
-            "fit_id": cell.fit_key[:16] if cell.fit_key else None,
-            "predictor": cell.fit.options.predictor if cell.fit and cell.fit.options else None,
-            "rank": cell.fit.options.rank if cell.fit and cell.fit.options else None,
-            "scope": cell.scope,
-            "task": cell.task.name,
-            "data_fingerprint": cell.key_fields["task"]["data"],
-            "num_fewshot": cell.task.num_fewshot,
-            "chat": self._scrub.text(canonical(dict(cell.task.chat))) if cell.task.chat else None,
-            "limit": cell.task.limit,
-            "batch_size": cell.batch_size,
-            "seed": cell.decided_seed,
-        }
+        found = {"run_id": self._run_id, **cell.columns}
+        return found | {name: self._scrub.text(found[name]) for name in ("calibration", "chat") if found[name]}
 
     def _delta(self, cell: AccuracyCell, row: Row) -> Row:
         """Paired difference to the dense cell of the same model and task, with its interval; empty for dense itself."""

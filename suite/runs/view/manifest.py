@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from suite import __version__, manifest_file
-from suite.code import ENTRIES, code_hash
+from suite.code import REPORT, code_hash
 from suite.config import MatrixConfig
 from suite.devices import Device
 from suite.errors import InputError
 from suite.files import refuse_links
 from suite.fitting.calibration import Calibration
 from suite.manifest_file import NAME, whole
-from suite.runs.cells.matrix import Matrix, ModelCell
-from suite.runs.cells.speed import TimedCell
+from suite.runs.cells.base import Cell
+from suite.runs.cells.matrix import Matrix
 from suite.runs.machine import git_state
 from suite.runs.store import Record, sha256_of, write_atomically
 from suite.runs.view.scrub import Scrubber
@@ -60,7 +60,7 @@ def build_manifest(
         "config": resolved,
         "config_sha256": sha256_of(resolved),
         "git": git_state(),
-        "report_code": code_hash(ENTRIES["report"]),
+        "report_code": code_hash((REPORT,)),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": dict(packages),
@@ -118,9 +118,7 @@ def _fits(matrix: Matrix, records: Mapping[str, Record | None]) -> dict[str, str
     return dict(sorted(found.items()))
 
 
-def _cell(
-    cell: ModelCell | TimedCell, record: Record | None, common: Mapping[str, Any], scrub: Scrubber
-) -> dict[str, Any]:
+def _cell(cell: Cell, record: Record | None, common: Mapping[str, Any], scrub: Scrubber) -> dict[str, Any]:
     own = {name: value for name, value in cell.key_fields.items() if name not in common}
     found: dict[str, Any] = {"kind": cell.kind, "label": cell.label, "fields": scrub.value(own)}
     if record is None:
