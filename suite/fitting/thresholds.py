@@ -66,7 +66,8 @@ def fit(
     CellError
         NaN scores.
     """
-    if not (method.needs_calibration or "practical" in method.modes) or method.needs_predictor:
+    fitted = method.needs_calibration or "practical" in method.modes
+    if not fitted or method.needs_predictor or method.needs_prompt:  # a calibration text has no prompt
         raise InputError(f"method {method.name} has no threshold to fit: its practical mode needs a trained predictor")
     if estimator not in ESTIMATORS:
         raise InputError(f"unknown estimator {estimator!r}{did_you_mean(estimator, ESTIMATORS)}")
