@@ -123,7 +123,7 @@ def _block_cells(
 def _scopes(task: TaskSpec, block: AccuracyBlock) -> list[Scope]:
     if task.is_text:
         return ["scored"]
-    # of a rolling task the scope is part of its definition (PROTOCOL section 3): one cell per setting
+    # of a rolling task the scope is part of its definition: one cell per setting
     return ["all"] if task.name in ROLLING_TASKS else list(block.scopes)
 
 

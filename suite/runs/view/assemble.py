@@ -119,9 +119,9 @@ class Assembly:
         }
         if record["status"] != "ok":
             return [common]
-        realized = _realized(cell, record)
-        share = _bytes_share(cell, realized, record["rows"][0].get("predictor_share", 0.0))
-        common |= {"sparsity_realized": realized, "bytes_share": share}
+        realised = _realised(cell, record)
+        share = _bytes_share(cell, realised, record["rows"][0].get("predictor_share", 0.0))
+        common |= {"sparsity_realized": realised, "bytes_share": share}
         return [common | row | self._delta(cell, row) for row in record["rows"]]
 
     def _identity(self, cell: AccuracyCell) -> Row:
@@ -280,7 +280,7 @@ def _measured(label: str, fields: Row, row: Row) -> Row:
     return row
 
 
-def _realized(cell: AccuracyCell, record: Record) -> float | None:
+def _realised(cell: AccuracyCell, record: Record) -> float | None:
     """Mean over layers of the realised sparsity; 0 for dense, None where no token was in scope."""
     if cell.mode == "none":
         return 0.0
@@ -288,10 +288,10 @@ def _realized(cell: AccuracyCell, record: Record) -> float | None:
     return sum(layers) / len(layers) if layers else None
 
 
-def _bytes_share(cell: AccuracyCell, realized: float | None, predictor_share: float) -> float | None:
+def _bytes_share(cell: AccuracyCell, realised: float | None, predictor_share: float) -> float | None:
     """MLP bytes per token over dense at the realised sparsity, those of a predictor added."""
     if cell.mode == "none":
         return 1.0
-    if realized is None:
+    if realised is None:
         return None
-    return read_share(method_class(cell.method), realized) + predictor_share
+    return read_share(method_class(cell.method), realised) + predictor_share
