@@ -5,7 +5,7 @@
 ``kernels_numba.cpu``
     ``ThresholdLayer`` (CATS, M-COUNTDOWN), ``GivenLayer`` (a given active set), ``sparse_down_proj``, ``transpose_down``.
 ``kernels_numba.gpu``
-    The same for CUDA devices.
+    The same for CUDA devices; its README.md walks one launch from x to y.
 
 Import the module that is needed: importing this package loads neither torch nor numba. It sets ``OMP_WAIT_POLICY`` to
 ``passive`` where the user has not set it: OpenMP's idle threads spin by default, and on a machine with one other busy

@@ -173,7 +173,7 @@ class ThresholdLayer(_Layer):
     Raises
     ------
     ValueError
-        Wrong dtype, device, shape, contiguity or name, or a threshold that is NaN or no number.
+        Wrong dtype, device, shape, contiguity or name, or a threshold that is NaN or not a number.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ _PUBLIC = {
     "attach": "suite.modeling.attach",
     "fit": "suite.fitting.api",
     "evaluate": "suite.evaluation.evaluator",
-    "benchmark": "suite.speed.cases",
+    "benchmark": "suite.speed.bench",
     "load_results": "suite.report.results",
 }
 __all__ = ["__version__", *_PUBLIC]

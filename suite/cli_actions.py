@@ -15,11 +15,11 @@ from suite.errors import InputError
 from suite.registry import METHODS, did_you_mean, method_class
 
 if TYPE_CHECKING:
-    from suite.runs.executor import LocalExecutor
     from suite.runs.generation import Generated
+    from suite.runs.group import Rerun
+    from suite.runs.machine import LocalWorld
     from suite.runs.run import Finished
-    from suite.runs.runner import Rerun
-    from suite.runs.world import LocalWorld
+    from suite.runs.work.worker import TorchWorker
 
 _KINDS = ("methods", "tasks", "models", "profiles", "runs")
 _RERUN = ("missing", "failed", "all", "none")
@@ -70,13 +70,13 @@ def show_info() -> None:
     import platform
 
     from suite import devices
-    from suite.runs import provenance
+    from suite.runs import machine
 
     late = f", but {' and '.join(OPENMP_TOO_LATE)} loaded before: import suite first" if OPENMP_TOO_LATE else ""
     gpu, cpu = devices.gpu(), devices.cpu()
     lines = {
         "python": platform.python_version(),
-        **provenance.versions(),
+        **machine.versions(),
         "cpu": f"{cpu.name}, {cpu.memory_bytes / 2**30:.0f} GiB of memory",
         "gpu": f"{gpu.name}, driver {gpu.driver}, {gpu.memory_bytes / 2**30:.0f} GiB" if gpu else "none",
         "OMP_WAIT_POLICY": settings.openmp_policy() + late,
@@ -91,9 +91,9 @@ def show_info() -> None:
 def check(source: str, results: Path | None, overrides: dict[str, Any]) -> int:
     """Print what a run would take; 2 if something stands in its way."""
     from suite.runs.estimate import describe, estimate
+    from suite.runs.machine import LocalWorld
     from suite.runs.run import plan
     from suite.runs.store import CellStore
-    from suite.runs.world import LocalWorld
 
     config = _config(source, overrides)
     world = LocalWorld(config)
@@ -120,7 +120,7 @@ def fit(source: str, results: Path | None, overrides: dict[str, Any]) -> int:
     from suite.runs.run import make_fits
 
     config = _config(source, overrides)
-    made = make_fits(config, _world(config), _executor(config), results or settings.results_dir(), _say)
+    made = make_fits(config, _world(config), _worker(config), results or settings.results_dir(), _say)
     typer.echo(f"{made} fits are there")
     return 0
 
@@ -145,15 +145,15 @@ def _config(source: str, overrides: dict[str, Any]) -> MatrixConfig:
     return override(load_config(source), **overrides)
 
 
-def _executor(config: MatrixConfig) -> LocalExecutor:
-    from suite.runs.executor import LocalExecutor
+def _worker(config: MatrixConfig) -> TorchWorker:
+    from suite.runs.work.worker import TorchWorker
 
-    return LocalExecutor(activation_budget_gib=config.predictor.activation_budget_gib, say=_say)
+    return TorchWorker(activation_budget_gib=config.predictor.activation_budget_gib, say=_say)
 
 
 def _world(config: MatrixConfig) -> Any:
     """The world with every model on disk: a hub model is downloaded before cells get their keys."""
-    from suite.runs.world import LocalWorld
+    from suite.runs.machine import LocalWorld
 
     world = LocalWorld(config)
     if config.accuracy or config.analysis:
@@ -163,8 +163,8 @@ def _world(config: MatrixConfig) -> Any:
 
 
 def _stored_world(config: MatrixConfig, results: Path) -> LocalWorld:
+    from suite.runs.machine import StoredWorld
     from suite.runs.store import CellStore
-    from suite.runs.world import StoredWorld
 
     return StoredWorld(config, CellStore(results, _say))
 
@@ -186,7 +186,7 @@ def _finish(config: MatrixConfig, results: Path | None, out: Path | None, rerun:
         progress=True,
     )
     world = _world(config) if options.rerun != "none" else _stored_world(config, options.results)
-    return run_matrix(config, world, _executor(config), options, _say, report)
+    return run_matrix(config, world, _worker(config), options, _say, report)
 
 
 def _rerun(text: str) -> Rerun:
@@ -207,7 +207,7 @@ def _tell(finished: Finished) -> int:
 def report(folder: Path) -> None:
     """Write the report of a run folder and seal the folder with the hashes of its files."""
     from suite.report.page import write_report
-    from suite.runs.manifest import seal
+    from suite.runs.view.manifest import seal
 
     write_report(folder)
     if (folder / "manifest.json").exists():
@@ -216,7 +216,7 @@ def report(folder: Path) -> None:
 
 def compare(first: Path, second: Path) -> None:
     """Print what differs between two runs."""
-    from suite.runs.compare import compare as compare_runs
+    from suite.runs.audit.compare import compare as compare_runs
 
     for line in compare_runs(first, second):
         typer.echo(line)
@@ -226,7 +226,9 @@ def verify(folder: Path, n_recompute: int, folders: dict[str, Any], *, allow_cod
     """Print the problems of a run folder; 1 if there are any."""
     from suite.files import links_in
     from suite.report.rebuild import rebuild_problems
-    from suite.runs.verify import config_of, problems_of, recompute, verify_files
+    from suite.runs.audit.config import config_of
+    from suite.runs.audit.recompute import recompute
+    from suite.runs.audit.verify import problems_of, verify_files
 
     problems = verify_files(folder)
     if not any(links_in(folder)):
@@ -235,7 +237,7 @@ def verify(folder: Path, n_recompute: int, folders: dict[str, Any], *, allow_cod
         typer.echo("nothing is measured again while there are problems", err=True)
     elif n_recompute:
         config = config_of(folder, folders, allow_code=allow_code)
-        problems += recompute(folder, config, _world(config), _executor(config), n_recompute, _say)
+        problems += recompute(folder, config, _world(config), _worker(config), n_recompute, _say)
     for problem in problems:
         typer.echo(f"problem: {problem}", err=True)
     typer.echo(f"{folder}: {len(problems)} problems" if problems else f"{folder}: verified")

@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 _HOUSE = ("suite", "kernels_numba", "baselines")
 # Names every method, where a cell depends on its own, or everything public: hashed without that, which is not followed.
 _TABLES = {"suite.registry": ("METHODS",), "suite": ("__version__", "_PUBLIC")}
-# Serves every kind of cell: hashed, but what it imports is followed from the entry of the kind.
-_EXECUTOR = "suite.runs.executor"
 ANALYSIS = "suite.analysis.coefficients"
-# Where the executor enters for each kind of cell, and the report.
-ENTRIES: dict[str, tuple[str, ...]] = {
-    "accuracy": (_EXECUTOR, "suite.evaluation.evaluator", "suite.fitting.thresholds", "suite.fitting.predictor"),
-    "analysis": (_EXECUTOR, ANALYSIS, "suite.modeling.loading", "suite.data_files"),
-    "speed": (_EXECUTOR, "suite.speed.cases", "suite.fitting.artifacts"),
-    "report": ("suite.report.page",),
+REPORT = "suite.report.page"
+# The worker does the work of all cells. Its modules that serve some kinds alone count for those; what a fit was made by is
+# known to the accuracy cells, a timing takes it as it is.
+WORKER = "suite.runs.work.worker"
+WORK: dict[str, tuple[str, ...]] = {
+    "suite.runs.work.accuracy": ("accuracy",),
+    "suite.runs.work.fits": ("accuracy",),
+    "suite.runs.work.analysis": ("analysis",),
+    "suite.runs.work.speed": ("speed",),
 }
 # Kernels for decode steps, which accuracy and its analysis never call: both are always masked. What decides so is hashed,
 # what it would import is not followed; the kernel that selects for the masked backend is `suite.methods.base`'s own.
@@ -36,30 +37,41 @@ CLOSED: dict[str, tuple[str, ...]] = {"accuracy": _DECODE, "analysis": _DECODE}
 _QUOTED = re.compile(rf"""["']((?:{"|".join(_HOUSE)})(?:\.\w+)+)["']""")
 
 
+def cell_hash(kind: str, methods: tuple[str, ...]) -> str:
+    """Hash of what decides the numbers of a kind of cell; ``methods`` are the modules of its methods."""
+    return code_hash((WORKER, *methods), CLOSED.get(kind, ()), others(kind))
+
+
+def others(kind: str) -> tuple[str, ...]:
+    """Modules of the worker's that serve other kinds of cells alone."""
+    return tuple(module for module, kinds in WORK.items() if kind not in kinds)
+
+
 @cache
-def code_hash(entries: tuple[str, ...], closed: tuple[str, ...] = ()) -> str:
+def code_hash(entries: tuple[str, ...], closed: tuple[str, ...] = (), shut: tuple[str, ...] = ()) -> str:
     """First 16 hex digits of the SHA-256 over the source of all modules that are `reached` from ``entries``."""
     digest = hashlib.sha256()
-    for module in sorted(reached(entries, closed)):
+    for module in sorted(reached(entries, closed, shut)):
         digest.update(module.encode() + b"\0" + hashlib.sha256(source_of(module)).digest())
     return digest.hexdigest()[:16]
 
 
 @cache
-def reached(entries: tuple[str, ...], closed: tuple[str, ...] = ()) -> frozenset[str]:
+def reached(entries: tuple[str, ...], closed: tuple[str, ...] = (), shut: tuple[str, ...] = ()) -> frozenset[str]:
     """Modules that the entries import, themselves included: of the suite, its kernels and baselines, and of an entry's package.
 
     Imports inside functions count, those for type checkers only do not; a string that names a module counts as its import.
-    The packages around a module count, as their ``__init__`` runs before it. The imports of ``closed`` modules do not.
+    The packages around a module count, as their ``__init__`` runs before it. The imports of ``closed`` modules do not, and
+    ``shut`` ones are left out themselves.
     """
-    found: set[str] = set()
+    found: set[str] = set(shut)
     todo = list(entries)
     while todo:
         module = todo.pop()
         if module not in found:
             found.add(module)
-            todo += _around(module) if module in (_EXECUTOR, *closed) else _imports(module)
-    return frozenset(found)
+            todo += _around(module) if module in closed else _imports(module)
+    return frozenset(found.difference(shut))
 
 
 def _around(module: str) -> set[str]:

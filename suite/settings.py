@@ -48,6 +48,11 @@ def hub_offline() -> bool:
     return any(os.environ.get(name, "").lower() in _YES for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
 
 
+def package_dir() -> Path:
+    """Folder that the suite is imported from: of a checkout its root."""
+    return Path(__file__).resolve().parents[1]
+
+
 def openmp_policy() -> str:
     """How idle threads shall wait: ``OMP_WAIT_POLICY``, which `kernels_numba` sets."""
     return os.environ.get("OMP_WAIT_POLICY", "")

@@ -78,6 +78,7 @@ def activations(n_tokens=5, d_ff=D_FF, dtype=torch.float32, layer=0, seed=0):
         documents=keys * 7,
         positions=keys,
         norms=lambda matrix, of: norms,
+        act_fn=torch.nn.functional.silu,
     )
 
 

@@ -319,8 +319,8 @@ def test_practical_without_a_fit_under_no_fit(folder, capsys):
 def test_results_folder_of_a_newer_schema(folder, capsys):
     (folder / "m.yaml").write_text(yaml.dump(GOOD))
     from suite.config import load_config
+    from suite.runs.machine import LocalWorld
     from suite.runs.run import plan
-    from suite.runs.world import LocalWorld
 
     config = load_config("m.yaml")
     key = plan(config, LocalWorld(config)).keys[0]
@@ -362,19 +362,19 @@ def test_full_disk_is_exit_1_and_keeps_finished_cells(folder):
     )
     code = (
         "import resource, signal, sys\n"
-        "import suite.runs.executor, suite.runs.world\n"
+        "import suite.runs.work.worker, suite.runs.machine\n"
         "from suite.cli import main\n"
-        "from tests.runs.fakes import FakeExecutor, FakeWorld\n"
-        "from suite.runs.runner import Outcome\n"
+        "from tests.runs.fakes import FakeWorker, FakeWorld\n"
+        "from suite.runs.work.base import Outcome\n"
         "import random\n"
-        "class Big(FakeExecutor):\n"
+        "class Big(FakeWorker):\n"
         "    def run(self, cell, fits):\n"
         "        found = super().run(cell, fits)\n"
         "        if len(self.ran) < 4: return found\n"
         "        samples = [(str(i), 'acc', random.random()) for i in range(3000)]\n"
         "        return Outcome(found.rows, found.sparsity, samples)\n"
-        "suite.runs.executor.LocalExecutor = lambda **_: Big()\n"
-        "suite.runs.world.LocalWorld = FakeWorld\n"
+        "suite.runs.work.worker.TorchWorker = lambda **_: Big()\n"
+        "suite.runs.machine.LocalWorld = FakeWorld\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "sys.exit(main(['run', sys.argv[1]]))\n"

@@ -14,8 +14,9 @@ from safetensors.numpy import save_file
 
 from suite import __version__
 from suite.cli import main
-from suite.runs.verify import config_of, recompute
-from tests.runs.fakes import FakeExecutor, FakeWorld
+from suite.runs.audit.config import config_of
+from suite.runs.audit.recompute import recompute
+from tests.runs.fakes import FakeWorker, FakeWorld
 
 ROOT = Path(__file__).parents[1]
 MATRIX = {
@@ -41,7 +42,7 @@ def quick_report(folder: Path) -> None:
 
 
 @pytest.fixture
-def executor(quick, monkeypatch: pytest.MonkeyPatch) -> FakeExecutor:
+def executor(quick, monkeypatch: pytest.MonkeyPatch) -> FakeWorker:
     """The quick executor without the report, which takes most of a run's time and has tests of its own."""
     monkeypatch.setattr("suite.report.page.write_report", quick_report)
     monkeypatch.setattr("suite.report.rebuild.rebuild_problems", lambda folder: [])
@@ -49,11 +50,11 @@ def executor(quick, monkeypatch: pytest.MonkeyPatch) -> FakeExecutor:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> FakeExecutor:
+def quick(monkeypatch: pytest.MonkeyPatch) -> FakeWorker:
     """One quick executor for all commands of a test, and no real models or data."""
-    made = FakeExecutor()
-    monkeypatch.setattr("suite.runs.executor.LocalExecutor", lambda **_: made)
-    monkeypatch.setattr("suite.runs.world.LocalWorld", FakeWorld)
+    made = FakeWorker()
+    monkeypatch.setattr("suite.runs.work.worker.TorchWorker", lambda **_: made)
+    monkeypatch.setattr("suite.runs.machine.LocalWorld", FakeWorld)
     return made
 
 

@@ -12,7 +12,7 @@ from suite.data_files import read_documents
 from suite.errors import InputError
 from suite.evaluation.tasks import DECODE_PERPLEXITY, data_fingerprint, resolve_task
 from suite.fitting.calibration import Calibration
-from suite.runs.guard import _scored
+from suite.runs.cells.guard import _scored
 
 LONG = "An own paragraph of well over one hundred characters, so that it counts when documents are compared with it. "
 

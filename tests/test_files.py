@@ -7,7 +7,7 @@ import pytest
 
 from suite.errors import InputError
 from suite.files import links_in, write_atomically
-from suite.runs.manifest import seal
+from suite.runs.view.manifest import seal
 from tests.report.synthetic import hand_run, hits
 
 DENSE = ("dense", "none", 0.0, 0.0)

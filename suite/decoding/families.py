@@ -6,7 +6,7 @@ model's own forward pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from suite.errors import InputError
@@ -35,18 +35,19 @@ class Family:
 
 
 _HEAD_NORMS = ("q_norm", "k_norm")
-_NORMS_AROUND = {
-    "after_attention": "post_attention_layernorm",
-    "before_mlp": "pre_feedforward_layernorm",
-    "after_mlp": "post_feedforward_layernorm",
-}
+_GEMMA = Family(
+    after_attention="post_attention_layernorm",
+    before_mlp="pre_feedforward_layernorm",
+    after_mlp="post_feedforward_layernorm",
+    norm_offset=1.0,
+)
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(head_norms=_HEAD_NORMS),
-    "gemma2": Family(norm_offset=1.0, **_NORMS_AROUND),
-    "gemma3_text": Family(norm_offset=1.0, head_norms=_HEAD_NORMS, **_NORMS_AROUND),
+    "gemma2": _GEMMA,
+    "gemma3_text": replace(_GEMMA, head_norms=_HEAD_NORMS),
     "phi3": Family(qkv=("qkv_proj",)),
 }
 

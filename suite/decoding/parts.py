@@ -63,10 +63,15 @@ def head_norms(qkv: Tensor, norms: tuple[Tensor, Tensor], n_heads: int, n_kv: in
     return torch.cat([q, k, v]).view(1, -1)
 
 
+def activate(gate: Tensor, activation: str) -> Tensor:
+    """``act(g)`` of a name."""
+    return functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
+
+
 def act(gate_up: Tensor, activation: str) -> Tensor:
     """``act(g) * u`` of both, laid end to end."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return (functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")) * up
+    return activate(gate, activation) * up
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -131,14 +131,12 @@ class ThresholdFitter:
         self._predictor = predictor
         self._calibrated = calibrated
         self._method = method
-        n_layers = len(find_gated_mlps(loaded.model))
-        places = [(site, layer) for site in method.sites for layer in range(n_layers)]
-        self._place = {place: index for index, place in enumerate(places)}
+        self._sites = [mlp.site(name) for name in method.sites for mlp in find_gated_mlps(loaded.model)]
 
     def fit(self, windows: Sequence[list[int]], estimator: str) -> Tensor:
         """Thresholds, shape (n_sites * n_layers,), fp32."""
         if self._method.sparsity == 0:
-            return torch.full((len(self._place),), -torch.inf)
+            return self._of_all(lambda site: -math.inf)
         if estimator == "mean-kth":
             return self._mean_kth(windows)
         if estimator == "pooled-quantile":
@@ -149,8 +147,11 @@ class ThresholdFitter:
         """Sparsity that the thresholds realise, every token sparse."""
         return self._run(windows, threshold_selection(self._method, thresholds))
 
-    def _at(self, site: Site) -> int:
-        return self._place[site.name, site.layer]
+    def _of_all(self, threshold: Callable[[Site], float]) -> Tensor:
+        """Thresholds in the order of a fit; -inf where nothing is dropped."""
+        return torch.tensor(
+            [threshold(site) if self._method.sparsity_at(site) > 0 else -math.inf for site in self._sites]
+        )
 
     def _run(self, windows: Sequence[list[int]], select: Select) -> list[LayerSparsity]:
         model, device = self._loaded.model, self._loaded.device
@@ -179,41 +180,40 @@ class ThresholdFitter:
         through histograms, whose quantiles replace them.
         """
         first = windows[: _CHUNK // max(map(len, windows))]
-        thresholds = torch.full((len(self._place),), -torch.inf)
+        found: dict[Site, float] = {}
 
         def set_and_apply(site: Site, score: Tensor) -> Tensor:
-            threshold = exact_quantile(score, self._method.sparsity)
-            thresholds[self._at(site)] = threshold
-            return select_threshold(score, threshold)
+            found[site] = exact_quantile(score, self._method.sparsity_at(site))
+            return select_threshold(score, found[site])
 
         self._run(first, set_and_apply)
+        thresholds = self._of_all(found.__getitem__)
         if len(first) < len(windows):
             return self._pooled_quantile(windows, threshold_selection(self._method, thresholds))
         return thresholds
 
     def _pooled_quantile(self, windows: Sequence[list[int]], apply: Select) -> Tensor:
-        histograms = [ScoreHistogram() for _ in self._place]
+        histograms = {site: ScoreHistogram() for site in self._sites}
 
         def count(site: Site, score: Tensor) -> Tensor:
-            histograms[self._at(site)].add(score)
+            histograms[site].add(score)
             return apply(site, score)
 
         self._run(windows, count)
-        return torch.tensor([histogram.quantile(self._method.sparsity) for histogram in histograms])
+        return self._of_all(lambda site: histograms[site].quantile(self._method.sparsity_at(site)))
 
     def _mean_kth(self, windows: Sequence[list[int]]) -> Tensor:
-        total = torch.zeros(len(self._place), dtype=torch.float64)
-        n_tokens = torch.zeros(len(self._place), dtype=torch.int64)
+        total, n_tokens = dict.fromkeys(self._sites, 0.0), dict.fromkeys(self._sites, 0)
 
         def add(site: Site, score: Tensor) -> Tensor:
-            k = kept_count(score.shape[-1], self._method.sparsity)
+            k = kept_count(site.width, self._method.sparsity_at(site))
             kth = torch.topk(score.float(), k, dim=-1, sorted=True).values[:, -1]
-            total[self._at(site)] += kth.double().sum().cpu()
-            n_tokens[self._at(site)] += len(kth)
+            total[site] += float(kth.double().sum())
+            n_tokens[site] += len(kth)
             return _keep_all(site, score)
 
         self._run(windows, add)
-        return (total / n_tokens).float()
+        return self._of_all(lambda site: total[site] / n_tokens[site])
 
 
 def _keep_all(_site: Site, score: Tensor) -> Tensor:

@@ -96,6 +96,8 @@ class Activations:
         Which document and which position in it each token is; noise is keyed by them so that batching cannot change it.
     norms : callable
         Makes `norm2`.
+    act_fn : callable
+        The model's activation function, for a method that approximates g.
     rows : slice or Tensor, shape (n_tokens,), int64
         Tokens in scope among those of ``values``.
     calibrated : Calibrated, optional
@@ -109,6 +111,7 @@ class Activations:
     documents: Tensor
     positions: Tensor
     norms: Callable[[Matrix, Side], Tensor]
+    act_fn: Callable[[Tensor], Tensor]
     rows: slice | Tensor = field(default_factory=lambda: slice(None))
     calibrated: Calibrated | None = None
     prompts: Callable[[], Tensor] | None = None
@@ -240,6 +243,10 @@ class Method(ABC):
     def needs_calibration(self) -> bool:
         """Whether its score asks the fit for moments or factors: then its ideal mode takes a fit too."""
         return bool(self.moments or self.factors)
+
+    def sparsity_at(self, site: Site) -> float:
+        """Share of a site's entries that are dropped: the same at all, unless a method allocates it."""
+        return self.sparsity
 
     @abstractmethod
     def score(self, activations: Activations) -> Tensor:

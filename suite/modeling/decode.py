@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from suite.devices import dtype_name
 from suite.methods.base import NEURONS, Activations, Method, Mode, Site, select_threshold
@@ -160,7 +161,7 @@ def why_not_numba(model: nn.Module, method: Method, mode: Mode, state: object) -
             return (
                 f"its kernels read rows, and gate or up of {mlp.module_name} is not contiguous: call contiguous() on it"
             )
-    if not isinstance(state, PredictorState) and not _is_magnitude(method):
+    if not isinstance(state, PredictorState) and not is_magnitude(method):
         return f"its kernels do not compute the score of {method.name}"
     return _why_not_cuda(mlps[0], len(mlps), device) if device.type == "cuda" else ""
 
@@ -180,7 +181,7 @@ def _why_not_cuda(mlp: GatedMLP, n_layers: int, device: torch.device) -> str:
     return ""
 
 
-def _is_magnitude(method: Method) -> bool:
+def is_magnitude(method: Method) -> bool:
     """Whether the score is the magnitude of the first projection, seen from its values on a sample."""
     generator = torch.Generator().manual_seed(0)
     gate, act, up = (torch.randn(4, 64, generator=generator) for _ in range(3))
@@ -190,7 +191,7 @@ def _is_magnitude(method: Method) -> bool:
     keys = torch.arange(4)
     values = {"input": gate, "gate": gate, "act": act, "up": up, "product": act * up}
     site = Site(NEURONS, layer=0, width=64)
-    score = method.score(Activations(site, values, keys, keys, norms=lambda matrix, of: torch.ones(64)))
+    score = method.score(Activations(site, values, keys, keys, norms=lambda matrix, of: torch.ones(64), act_fn=silu))
     return torch.equal(score.float(), magnitude.abs())
 
 

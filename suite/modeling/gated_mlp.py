@@ -123,6 +123,7 @@ class GatedMLP:
             values={"input": x, "gate": gate, "act": act, "up": up, "product": act * up},
             documents=nowhere if documents is None else documents,
             positions=nowhere if positions is None else positions,
+            act_fn=self.act,
             **{"norms": self.norm2} | more,
         )
 

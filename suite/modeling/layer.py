@@ -135,6 +135,7 @@ class SparseLayer:
             documents=tokens.documents,
             positions=tokens.positions,
             norms=self._norms,
+            act_fn=self.mlp.act,
             rows=index,
             calibrated=self._calibrated,
             prompts=(lambda: self._prompts(index, vector.shape)) if self._method.needs_prompt else None,
@@ -160,7 +161,10 @@ class SparseLayer:
         square = product.detach().float().square()
         share = square / square.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         sums = (share * prompt.tokens.to(product.device)[:, :, None]).sum(1)
-        self._prompt = sums if prompt.begins or self._prompt is None else self._prompt + sums
+        if prompt.begins:
+            self._prompt = sums
+        elif self._prompt is not None and len(self._prompt) == len(sums):
+            self._prompt = self._prompt + sums
 
     def _prompts(self, index: slice | Tensor, shape: tuple[int, ...]) -> Tensor:
         """Sums of the rows that the tokens ``index`` of a batch of (batch, width) are in, shape (n_tokens, d_ff)."""

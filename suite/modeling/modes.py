@@ -154,8 +154,8 @@ def threshold_selection(method: Method, thresholds: Tensor) -> Select:
 def top_k_selection(method: Method) -> Select:
     """Selection of the ideal mode: exactly k entries of each token."""
 
-    def select(_site: Site, score: Tensor) -> Tensor:
-        return select_top_k(score, kept_count(score.shape[-1], method.sparsity))
+    def select(site: Site, score: Tensor) -> Tensor:
+        return select_top_k(score, kept_count(site.width, method.sparsity_at(site)))
 
     return select
 

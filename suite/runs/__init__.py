@@ -1,1 +1,1 @@
-"""Runs: cells, the cell store, provenance, the runner."""
+"""Runs: cells, their work, the store, the run folder and its checks."""

@@ -15,10 +15,11 @@ import psutil
 from suite import settings
 from suite.devices import DTYPE_BYTES, Device
 from suite.evaluation.tasks import LOCAL_TASKS, OWN_EXAMPLES
-from suite.runs.analysis_cells import AnalysisCell
-from suite.runs.cells import AccuracyCell, FitRequest
-from suite.runs.matrix import Matrix, ModelCell
-from suite.runs.speed_cells import TimedCell
+from suite.runs.cells.accuracy import AccuracyCell
+from suite.runs.cells.analysis import AnalysisCell
+from suite.runs.cells.matrix import Matrix, ModelCell
+from suite.runs.cells.speed import TimedCell
+from suite.runs.fits import FitRequest, has_fit
 from suite.runs.store import CellStore, Record, canonical
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def _flops(world: Models) -> float:
 
 
 def _missing_fits(matrix: Matrix, results: Path) -> list[FitRequest]:
-    return [fit for key, fit in matrix.fits.items() if not any((results / "fits").glob(f"{key}*"))]
+    return [fit for key, fit in matrix.fits.items() if not has_fit(results / "fits", key)]
 
 
 def _fit_seconds(fit: FitRequest, world: Models) -> float:

@@ -143,9 +143,10 @@ def _state(
 ) -> Fit | PredictorFit:
     """The method's fit, the one that the embedded profile's calibration gives; made if it is missing."""
     from suite.fitting.artifacts import load_fit
-    from suite.runs.cells import expand
-    from suite.runs.executor import LocalSession
-    from suite.runs.world import LocalWorld
+    from suite.runs.cells.accuracy import expand
+    from suite.runs.fits import has_fit
+    from suite.runs.machine import LocalWorld
+    from suite.runs.work.worker import TorchSession
 
     embedded = load_config("embedded")  # its calibration, so that fits are shared with its runs
     block = {
@@ -166,12 +167,12 @@ def _state(
     cell = next(cell for cell in expand(config, LocalWorld(config)) if cell.fit_key)
     if cell.fit is None or cell.fit_key is None:
         raise InputError(f"method {request.method} has nothing to fit: use mode ideal")
-    if not any(fits.glob(f"{cell.fit_key}*")):
+    if not has_fit(fits, cell.fit_key):
         what = f"fit of {request.method} at {request.sparsity} on {loaded.ref.name}"
         if no_fit:
             raise InputError(f"{what} is missing and --no-fit is given: leave it out to make the fit")
         say(f"making the {what}: once, some minutes; kept in {fits.name}/")
-    LocalSession(loaded).ensure_fit(cell.fit, cell.fit_key, fits, remake=False)
+    TorchSession(loaded).ensure_fit(cell.fit, cell.fit_key, fits, remake=False)
     return load_fit(fits, cell.fit_key)
 
 

@@ -11,15 +11,20 @@ from pathlib import Path
 from suite.config import MatrixConfig
 from suite.errors import InputError
 from suite.files import is_part, refuse_links, remove_parts
-from suite.runs import provenance
-from suite.runs.aggregates import group_cells
-from suite.runs.analysis_cells import expand_analysis
-from suite.runs.cells import World, expand
-from suite.runs.manifest import build_manifest, is_same, manifest_bytes, owned, sealed_later
-from suite.runs.matrix import Matrix
-from suite.runs.runner import Executor, Rerun, Runner, Say
-from suite.runs.speed_cells import expand_speed
+from suite.runs import machine
+from suite.runs.cells.accuracy import expand
+from suite.runs.cells.analysis import expand_analysis
+from suite.runs.cells.base import World
+from suite.runs.cells.groups import group_cells
+from suite.runs.cells.matrix import Matrix
+from suite.runs.cells.speed import expand_speed
+from suite.runs.executors.local import run_here
+from suite.runs.group import Rerun
+from suite.runs.runner import Executor, Runner, Say
 from suite.runs.store import CellStore, write_atomically
+from suite.runs.view.manifest import build_manifest, is_same, manifest_bytes, owned, sealed_later
+from suite.runs.view.scrub import Scrubber
+from suite.runs.work.base import Worker
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Options:
     folder : run folder; None: ``<results>/runs/<name>-<8 hex digits of its cells>``
     rerun, no_fit : see :class:`~suite.runs.runner.Runner`
     argv : command line, for the manifest
+    executor : see :class:`~suite.runs.runner.Runner`
     """
 
     results: Path
@@ -40,6 +46,7 @@ class Options:
     no_fit: bool = False
     argv: Sequence[str] = ()
     progress: bool = False
+    executor: Executor = run_here
 
     @property
     def fits(self) -> Path:
@@ -88,7 +95,7 @@ def run_folder(config: MatrixConfig, matrix: Matrix, options: Options) -> Path:
 def run(
     config: MatrixConfig,
     world: World,
-    executor: Executor,
+    worker: Worker,
     options: Options,
     say: Say = lambda line: None,
     report: Callable[[Path], None] = lambda folder: None,
@@ -108,13 +115,14 @@ def run(
     store = CellStore(options.results, say)
     runner = Runner(
         matrix,
-        executor,
+        worker,
         store,
         options.fits,
         rerun=options.rerun,
         no_fit=options.no_fit,
         say=say,
         progress=options.progress,
+        executor=options.executor,
     )
     folder = run_folder(config, matrix, options)
     _refuse_foreign(folder)
@@ -129,10 +137,10 @@ def run(
     return _write(config, world, matrix, store, folder, options, report)
 
 
-def make_fits(config: MatrixConfig, world: World, executor: Executor, results: Path, say: Say) -> int:
+def make_fits(config: MatrixConfig, world: World, worker: Worker, results: Path, say: Say) -> int:
     """Make the fits of a matrix that are missing, and return how many fits it has."""
     matrix = plan(config, world)
-    Runner(matrix, executor, CellStore(results, say), results / "fits", say=say).fit()
+    Runner(matrix, worker, CellStore(results, say), results / "fits", say=say).fit()
     return len(matrix.fits)
 
 
@@ -192,10 +200,10 @@ def _write(
     options: Options,
     report: Callable[[Path], None] = lambda folder: None,
 ) -> Finished:
-    from suite.runs.assemble import Assembly  # late: scipy takes 1.5 s, which a run can spend while it works
+    from suite.runs.view.assemble import Assembly  # late: scipy takes 1.5 s, which a run can spend while it works
 
     records = {key: store.get(key) for key in matrix.keys}
-    scrub = provenance.Scrubber(
+    scrub = Scrubber(
         [
             ("results_dir", options.results),
             ("data_dir", config.data_dir),
@@ -207,7 +215,7 @@ def _write(
     assembly = Assembly(run_id, matrix, records, scrub)
     # cells carried over were measured with the packages that their keys name, not with those that are installed here
     kind = "accuracy" if matrix.accuracy else "speed"
-    packages = world.versions(kind) if options.rerun == "none" else provenance.versions()
+    packages = world.versions(kind) if options.rerun == "none" else machine.versions()
     manifest = build_manifest(run_id, config, matrix, records, world.device, scrub, options.argv, packages)
     with store.lock(f"run-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}"):
         files = assembly.files()

@@ -1,183 +1,332 @@
-"""Whole-model decode cases: one sequence, greedy, dense and sparse in the same loop, each checked before it is timed.
+"""Tokens of whole models: one sequence, greedy, dense and sparse in the same loop, and dense by transformers' own.
 
-On a GPU a step is one CUDA graph that feeds itself its next token; on a CPU it is called. A model with real weights takes
-its thresholds and predictors from fits. Of random weights thresholds are set on the decode steps themselves, so that the
-realised sparsity is the target, and a predictor has random matrices: its cost is what counts. `suite.speed.decode_check`
-holds the kernels' logits against the masked computation.
+On a GPU a step is one CUDA graph that feeds itself its next token; on a CPU it is called. `suite.speed.decode_check` holds
+the kernels' logits against the masked computation.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from suite.decoding.graphs import captured
 from suite.decoding.parts import Parts
-from suite.decoding.shapes import SHAPES, build_model, model_name, prompt_tokens
+from suite.decoding.shapes import SHAPES, build_model, has_weights, model_name, prompt_tokens
+from suite.decoding.sparse import SparseMethod
 from suite.decoding.step import DecodeModel, Mlp
 from suite.devices import DTYPE_BYTES
-from suite.methods.base import kept_count
-from suite.modeling.decode import ChoosingKernels, DecodeKernels, decode_kernels
-from suite.modeling.modes import PredictorState, ThresholdState, checked_thresholds, placed_predictor
-from suite.registry import get_method
-from suite.speed.cases import Progress, Row, SpeedCase, States, empty_row, needed_bytes, skipped_row
+from suite.speed.case import Check, Kernel, Progress, Row, SpeedCase, States, needed_bytes, phase_row
+from suite.speed.clock import ReadBandwidth, Rounds, cpu_bandwidth, cuda_bandwidth, event_times, wall_times
+from suite.speed.decode_check import check, check_dense
+from suite.speed.layer import why_no_kernel
+from suite.speed.rig import Rig, Subject
 
 if TYPE_CHECKING:
     from torch import nn
 
-_CALIBRATION_STEPS = 12
+    from suite.modeling.decode import DecodeKernels
+
+_ROUND_STEPS, _COUNTED_STEPS, _PART_CALLS = 12, 12, 3
 _STEPS = 260  # most steps after the prompt: those of the check with real weights
 _GENERATED = 48
+_RESERVED = 2 << 30  # bytes of cache, workspaces and what torch itself takes
+_PARTS = ("attention", "MLP", "head")
+_CONTEXT = 128
 
 
-@dataclass(frozen=True)
-class RandomPredictor:
-    """Low-rank matrices of every layer with random entries: v (d_model, rank), u (d_ff, rank)."""
+class Context:
+    """A model's decode steps after a prompt, with the dense step held against the model's own forward pass."""
 
-    v: tuple[Tensor, ...]
-    u: tuple[Tensor, ...]
+    def __init__(self, model: nn.Module, case: SpeedCase, parts: Parts | None, seed: int, tell: Progress) -> None:
+        start = time.perf_counter()
+        self.n_tokens = context_of(case)
+        self.decode = DecodeModel(model, self.n_tokens + _STEPS, parts)
+        vocabulary = int(self.decode.head.shape[0])
+        self.prompt = prompt_tokens(case.model_shape, self.n_tokens, vocabulary, seed).to(self.decode.device)
+        self.decode.prefill(self.prompt)
+        self.start = int(self.decode.token), int(self.decode.position)
+        self.dense = check_dense(self.decode, self.prompt, self.start)
+        self.jit_s = time.perf_counter() - start
+        self.methods: dict[tuple[str, int | None], SparseMethod] = {}
+        tell(self.dense.summary)
 
-    @classmethod
-    def make(cls, decode: DecodeModel, rank: int, seed: int) -> RandomPredictor:
-        """Entries of size 1/sqrt(inputs), in the model's dtype and on its device."""
-        generator = torch.Generator(device=decode.device).manual_seed(seed)
-
-        def normal(rows: int, columns: int, inputs: int) -> Tensor:
-            values = torch.randn(rows, columns, device=decode.device, generator=generator) * inputs**-0.5
-            return values.to(decode.dtype)
-
-        mlp = decode.mlps[0]
-        v = tuple(normal(mlp.d_model, rank, mlp.d_model) for _ in decode.mlps)
-        return cls(v, tuple(normal(mlp.d_ff, rank, rank) for _ in decode.mlps))
-
-    def logits(self, layer: int, x: Tensor) -> Tensor:
-        """``(x V) U^T``, fp32, shape (n_tokens, d_ff)."""
-        return x.float() @ self.v[layer].float() @ self.u[layer].float().T
-
-
-class MaskedMlp:
-    """The definition: every product dense, entries of v outside the set 0. ``chosen`` gives the set, bool (1, d_ff)."""
-
-    def __init__(self, decode: DecodeModel, chosen: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> None:
-        self._decode, self._chosen = decode, chosen
-
-    def __call__(self, layer: int, x: Tensor) -> Tensor:
-        """The MLP's output, (1, d_model)."""
-        mlp = self._decode.mlps[layer]
-        gate, up = mlp.gate_up(x)
-        act = mlp.act(gate)
-        return mlp.down((act * up) * self._chosen(layer, x, act, up))
+    def token_bytes(self, case: SpeedCase, realised: float) -> float:
+        """Bytes that a token has to read: MLPs at a realised sparsity, attention, head, keys and values of the context."""
+        decode = self.decode
+        attention = sum(a.weight.numel() + a.out.numel() for a in decode.attentions)
+        heads = [a.heads for a in decode.attentions]
+        cache = sum(2 * h.n_kv * h.head_dim * min(self.n_tokens, h.window or self.n_tokens) for h in heads)
+        rest = (attention + decode.head.numel() + cache) * DTYPE_BYTES[case.dtype]
+        return needed_bytes(case, realised) * len(decode.mlps) + rest
 
 
-class Method:
-    """A sparse method of a model: its scores, thresholds and kernels.
+def context_of(case: SpeedCase) -> int:
+    """Tokens in the cache."""
+    return case.context_tokens or _CONTEXT
 
-    Parameters
-    ----------
-    decode, name
-    rank, seed : of a predictor with random matrices; thresholds are then set by `calibrate`
-    state : fit of the practical mode, instead of both
-    """
 
-    def __init__(
-        self,
-        decode: DecodeModel,
-        name: str,
-        rank: int | None = None,
-        seed: int = 0,
-        state: ThresholdState | None = None,
-    ) -> None:
-        self.decode, self.name = decode, name
-        self.predictor: Any = None
-        self.thresholds = torch.full((len(decode.mlps),), -math.inf)
+class StepSubject(Subject):
+    """Steps of the own loop, dense or sparse; ``method`` is None for dense."""
+
+    rounds = Rounds(least=10, most=10)
+
+    def __init__(self, case: SpeedCase, context: Context, method: SparseMethod | None, tell: Progress) -> None:
+        super().__init__(case)
+        self._context, self._decode, self._method, self._tell = context, context.decode, method, tell
         self._kernels: DecodeKernels | None = None
-        if state is not None:
-            self.thresholds = checked_thresholds(decode.model, get_method(name, sparsity=state.sparsity), state)
-            if isinstance(state, PredictorState):
-                self.predictor = placed_predictor(decode.model, state)
-        elif rank is not None:
-            self.predictor = RandomPredictor.make(decode, rank, seed)
+        self._mlp: Mlp = context.decode.dense
+        self._inputs: list[Tensor] = []
+        self._run: Callable[[], None] = self._step
+        self._parts: dict[str, Callable[[], None]] = {name: partial(self._part, name) for name in _PARTS}
+        self._part_samples: dict[str, list[float]] = {name: [] for name in _PARTS}
+        self._capture_s: float | None = None
+        self._graphs: dict[str, Any] = {}
+        self._realised = 0.0
 
-    def score(self, layer: int, x: Tensor, act: Tensor, up: Tensor) -> Tensor:
-        """What the threshold is set on, fp32, (1, d_ff)."""
-        if self.predictor is not None:
-            return self.predictor.logits(layer, x)
-        return (act if self.name == "cats" else up).float().abs()
+    def check(self) -> Check:
+        """As `suite.speed.decode_check` does."""
+        case, context = self.case, self._context
+        facts: Row = {"n_layers": len(self._decode.mlps), "model": model_name(case.model_shape)}
+        outcome = context.dense
+        if self._method is not None:
+            self._kernels = self._method.kernels()
+            self._mlp = self._kernels.run
+            real = has_weights(case.model_shape)
+            outcome = check(self._decode, self._method, self._kernels, context.start, real=real)
+            self._tell(f"{case.label}: {outcome.summary}")
+            facts |= {"extra_memory_mib": self._method.extra_bytes / 2**20}
+            facts |= {"predictor": "low-rank"} if case.rank is not None else {}
+        passed = {} if outcome.reason else {"jit_s": context.jit_s, "decode_check": outcome.row}
+        return Check(outcome.error, outcome.reason, facts | passed)
 
-    def calibrate(self, sparsity: float, start: tuple[int, int]) -> None:
-        """Thresholds that keep the target on decode steps with every layer sparse: the median kth score of some tokens."""
-        n_layers = len(self.decode.mlps)
-        seen: list[list[float]] = [[] for _ in range(n_layers)]
+    def prepare(self) -> None:
+        """Warm up, count what is kept, and capture graphs on a GPU."""
+        layers, kept = range(len(self._decode.mlps)), []
 
-        def chosen(layer: int, x: Tensor, act: Tensor, up: Tensor) -> Tensor:
-            score = self.score(layer, x, act, up)
-            k = kept_count(score.shape[-1], sparsity)
-            top = score.topk(min(k + 1, score.shape[-1]), dim=-1).values[0]
-            seen[layer].append(float(top[k - 1 :].mean()) if len(top) > k else -math.inf)
-            return score >= seen[layer][-1]
+        def watching(layer: int, x: Tensor) -> Tensor:
+            self._inputs.append(x.clone())
+            return self._mlp(layer, x)
 
-        mlp = MaskedMlp(self.decode, chosen)
-        self.decode.rewind(*start)
-        for _ in range(_CALIBRATION_STEPS):
-            self.decode.step(mlp)
-        self.thresholds = torch.tensor([float(np.median(values)) for values in seen])
+        self._decode.rewind(*self._context.start)
+        for _ in range(_COUNTED_STEPS):
+            self._inputs.clear()
+            self._decode.step(watching)
+            if self._kernels is not None:
+                kept.append(float(self._kernels.kept(layers, 1).double().mean()) / self.case.d_ff)
+        self._realised = 1.0 - float(np.mean(kept)) if kept else 0.0
+        if self.case.device == "cuda":
+            begin = time.perf_counter()
+            self._graphs = {name: captured(run) for name, run in (self._parts | {"step": self._step}).items()}
+            self._capture_s = time.perf_counter() - begin
+            self._parts = {name: self._graphs[name].replay for name in _PARTS}
+            self._run = self._graphs["step"].replay
 
-    def masked(self, layer: int, x: Tensor, act: Tensor, up: Tensor) -> Tensor:
-        """The method's own set."""
-        return ~(self.score(layer, x, act, up) < float(self.thresholds[layer]))
+    def _step(self) -> None:
+        self._decode.step(self._mlp)
 
-    def kernels(self) -> DecodeKernels:
-        """Kernels with the thresholds as they are now; on a GPU they hold one copy of W_down for all sparsities."""
-        if isinstance(self._kernels, ChoosingKernels):
-            for layer, threshold in zip(self._kernels.layers, self.thresholds.tolist(), strict=True):
-                layer.threshold = threshold
-        else:
-            self._kernels = decode_kernels(self.decode.model, get_method(self.name), self.thresholds, self.predictor)
-        return self._kernels
+    @torch.no_grad()
+    def _part(self, name: str) -> None:
+        """One part of a step alone; what attention writes at the present position, the next step overwrites."""
+        decode = self._decode
+        if name == "head":
+            decode.parts.next_token(self._inputs[-1], decode.head)
+            return
+        for layer, x in enumerate(self._inputs):
+            if name == "MLP":
+                self._mlp(layer, x)
+            else:
+                decode.attentions[layer](x, decode.position, decode.parts)
+
+    def run(self) -> None:
+        """One token."""
+        self._run()
+
+    def sample(self, bandwidth: ReadBandwidth | None) -> list[float]:
+        """Some tokens after the prompt, and each part alone; the first token is not timed: the caches are another case's."""
+        clock = event_times if self.case.device == "cuda" else wall_times
+        self._decode.rewind(*self._context.start)
+        self._run()
+        seconds = clock(self._run, _ROUND_STEPS)
+        for name, part in self._parts.items():
+            self._part_samples[name] += clock(part, _PART_CALLS)[1:]
+        return seconds
 
     @property
-    def extra_bytes(self) -> int:
-        """Memory beyond the dense model's: transposed copies of W_down and the predictor."""
-        extra = [mlp.weights()[2] for mlp in self.decode.mlps]
-        if self.predictor is not None:
-            extra += [*self.predictor.v, *self.predictor.u]
-        return sum(matrix.numel() * matrix.element_size() for matrix in extra)
+    def needed_bytes(self) -> float:
+        """Of all that a token reads."""
+        return self._context.token_bytes(self.case, self._realised)
+
+    def facts(self, seconds: float) -> Row:
+        """Realised sparsity, tokens per second, and what each part takes."""
+        found: Row = {
+            "sparsity_realized": self._realised,
+            "tokens_per_s": 1 / seconds,
+            "mlp_share": float(np.median(self._part_samples["MLP"])) / seconds,
+            "phases": phase_rows(self._part_samples, seconds),
+            "capture_s": self._capture_s,
+        }
+        if self.case.device == "cuda":
+            found["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        return found
 
 
-@dataclass
-class Timed:
-    """A case ready to be timed.
-
-    Parameters
-    ----------
-    run : makes one step
-    parts : name -> all attentions, all MLPs or the head alone, on inputs of such a step
-    samples : seconds of a step, and of each part
-    """
-
-    case: SpeedCase
-    run: Callable[[], None]
-    parts: dict[str, Callable[[], None]]
-    realised: float
-    capture_s: float | None = None
-    keep: list[Any] = field(default_factory=list)
-    samples: list[float] = field(default_factory=list)
-    part_samples: dict[str, list[float]] = field(default_factory=dict)
+def phase_rows(parts: dict[str, list[float]], seconds: float) -> list[Row]:
+    """Microseconds of each part of a step; the rest is norms, additions, embedding and what lies between the parts."""
+    rows = [phase_row(name, [1e6 * sample for sample in samples]) for name, samples in parts.items()]
+    rest = seconds * 1e6 - math.fsum(float(str(row["us_median"])) for row in rows)
+    return [*rows, {"phase": "rest", "us_median": max(0.0, rest), "us_q05": None, "us_q95": None}]
 
 
-def unavailable(device: str) -> str:
-    """Reason why nothing can run on a device; empty if it can."""
-    if device == "cpu":
-        return ""
-    from kernels_numba.gpu.host.checks import unavailable as no_cuda
+class _Stamps:
+    """Streamer of `generate`: when each token reached the host."""
 
-    return no_cuda()
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def put(self, _tokens: Any) -> None:
+        """One token."""
+        self.at.append(time.perf_counter())
+
+    def end(self) -> None:
+        """No more."""
+
+
+class GenerateSubject(Subject):
+    """Dense by transformers' own generate: dynamic cache, or (``compile``) a static one, which it compiles on a GPU."""
+
+    rounds = Rounds(least=3, most=3)
+
+    def __init__(self, case: SpeedCase, model: nn.Module, prompt: Tensor) -> None:
+        super().__init__(case)
+        self._model: Any = model
+        self._prompt = prompt
+
+    def check(self) -> Check:
+        """It is the definition; the first run compiles what there is to compile."""
+        compiled = self.case.variant == "compile"
+        begin = time.perf_counter()
+        self._generate(_GENERATED if compiled else 4)  # what is compiled is compiled for this length of the cache
+        facts: Row = {"n_layers": SHAPES[self.case.model_shape].n_layers, "model": model_name(self.case.model_shape)}
+        return Check(None, "", facts | {"jit_s": time.perf_counter() - begin if compiled else None})
+
+    def prepare(self) -> None:
+        """Nothing is left to make."""
+
+    def _generate(self, n_tokens: int, streamer: _Stamps | None = None) -> None:
+        options: dict[str, Any] = {"do_sample": False, "min_new_tokens": n_tokens, "max_new_tokens": n_tokens}
+        options |= {"attention_mask": torch.ones_like(self._prompt), "pad_token_id": 0}
+        if self.case.variant == "compile":
+            options["cache_implementation"] = "static"
+        with torch.inference_mode():
+            self._model.generate(self._prompt, streamer=streamer, **options)
+
+    def run(self) -> None:
+        """One answer."""
+        self._generate(_GENERATED)
+
+    def sample(self, bandwidth: ReadBandwidth | None) -> list[float]:
+        """Times between the tokens of an answer."""
+        stamps = _Stamps()
+        self._generate(_GENERATED, stamps)
+        return [float(seconds) for seconds in np.diff(stamps.at[2:])]  # without the prompt, and the prefill's token
+
+    def facts(self, seconds: float) -> Row:
+        """Tokens per second."""
+        return {"sparsity_realized": 0.0, "tokens_per_s": 1 / seconds}
+
+
+class DecodeRig(Rig):
+    """One model, its contexts one after another."""
+
+    def __init__(self, cases: Sequence[SpeedCase], seed: int, tell: Progress, states: States) -> None:
+        super().__init__(cases, seed, tell, states)
+        self._parts: Parts | None = None
+        self._present: Context | None = None
+
+    @staticmethod
+    def why_not(case: SpeedCase) -> str:
+        """As `Rig`."""
+        return why_no_kernel(case)
+
+    @staticmethod
+    def no_room(cases: Sequence[SpeedCase]) -> str:
+        """As `Rig`: the model with a copy of W_down for each method; says what would fit."""
+        first, free = cases[0], free_bytes(cases[0].device)
+        shape, size = SHAPES[first.model_shape], DTYPE_BYTES[first.dtype]
+        copies = len({case.method for case in cases if case.kernel is not Kernel.DENSE})
+        weights = shape.n_parameters + copies * shape.n_layers * first.d_model * first.d_ff
+        needed = weights * size + _RESERVED
+        if needed <= free:
+            return ""
+        fits = [name for name, shape in SHAPES.items() if 2 * shape.n_parameters * size + _RESERVED < free]
+        return (
+            f"{first.model_shape} in {first.dtype} needs about {needed / 2**30:.0f} GiB with its copies, "
+            f"{free / 2**30:.0f} are free; {', '.join(fits) or 'no model'} would fit"
+        )
+
+    def __enter__(self) -> DecodeRig:
+        self._threads = torch.get_num_threads()
+        if self.cases[0].device == "cpu":
+            torch.set_num_threads(self.cases[0].threads)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._threads)
+        if self.cases[0].device == "cuda":
+            self._present = None
+            torch.cuda.empty_cache()
+
+    def batches(self) -> Iterator[Sequence[SpeedCase]]:
+        """As `Rig`; builds the model. Transformers' loop, whose caches are its own, is not interleaved with the others."""
+        first = self.cases[0]
+        self.tell(f"building {first.model_shape}")
+        self._model: nn.Module = build_model(first.model_shape, first.dtype, first.device, self.seed)
+        for context in dict.fromkeys(context_of(case) for case in self.cases):
+            mine = [case for case in self.cases if context_of(case) == context]
+            yield from ([case] for case in mine if is_generate(case))
+            if steps := [case for case in mine if not is_generate(case)]:
+                yield steps
+
+    def subject(self, case: SpeedCase) -> Subject:
+        """As `Rig`."""
+        context = self._context(case)
+        if is_generate(case):
+            return GenerateSubject(case, self._model, context.prompt)
+        method = None if case.kernel is Kernel.DENSE else self._method(case, context)
+        return StepSubject(case, context, method, self.tell)
+
+    def _context(self, case: SpeedCase) -> Context:
+        if self._present is None or self._present.n_tokens != context_of(case):
+            self._present = None  # its cache and copies make room
+            self._present = Context(self._model, case, self._parts, self.seed, self.tell)
+            self._parts = self._present.decode.parts
+        return self._present
+
+    def _method(self, case: SpeedCase, context: Context) -> SparseMethod:
+        """The case's method by its fit; else with thresholds for the target, on kernels that all its sparsities share."""
+        if (state := self.states.get(case)) is not None:
+            return SparseMethod(context.decode, case.method, state=state)
+        key = case.method, case.rank
+        if key not in context.methods:
+            context.methods[key] = SparseMethod(context.decode, case.method, case.rank, self.seed + 1)
+        context.methods[key].calibrate(case.sparsity, context.start)
+        return context.methods[key]
+
+    def bandwidth(self) -> ReadBandwidth:
+        """As `Rig`."""
+        return cuda_bandwidth() if self.cases[0].device == "cuda" else cpu_bandwidth(self.cases[0].threads)
+
+
+def is_generate(case: SpeedCase) -> bool:
+    """Whether transformers' own loop is timed."""
+    return case.variant in ("generate", "compile")
 
 
 def free_bytes(device: str) -> int:
@@ -187,144 +336,3 @@ def free_bytes(device: str) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
-
-
-def too_big(cases: Sequence[SpeedCase], free: int) -> str:
-    """Reason why a model with its copies does not fit, with what would; empty if it does."""
-    first = cases[0]
-    size = DTYPE_BYTES[first.dtype]
-    layers = _n_layers(first)
-    copies = len({case.method for case in cases if case.method != "dense"})
-    needed = SHAPES[first.model_shape].n_parameters * size + copies * layers * first.d_model * first.d_ff * size
-    needed += 2 << 30  # cache, workspaces and what torch itself takes
-    if needed <= free:
-        return ""
-    fits = [name for name, shape in SHAPES.items() if 2 * shape.n_parameters * size + (2 << 30) < free]
-    return (
-        f"{first.model_shape} in {first.dtype} needs about {needed / 2**30:.0f} GiB with its copies, "
-        f"{free / 2**30:.0f} are free; {', '.join(fits) or 'no model'} would fit"
-    )
-
-
-def _n_layers(case: SpeedCase) -> int:
-    return SHAPES[case.model_shape].n_layers
-
-
-def time_group(
-    cases: Sequence[SpeedCase], *, seed: int = 0, progress: Progress | None = None, states: States | None = None
-) -> list[Row]:
-    """Check and time the decode cases of one model; rows and states as `suite.speed.cases.run_group`."""
-
-    def tell(text: str) -> None:
-        if progress is not None:
-            progress(text)
-
-    first = cases[0]
-    reason = unavailable(first.device) or too_big(cases, free_bytes(first.device))
-    if reason:
-        return [skipped_row(case, reason) for case in cases]
-    before = torch.get_num_threads()
-    try:
-        if first.device == "cpu":
-            torch.set_num_threads(first.threads)
-        return _Group(cases, seed, tell, states or {}).rows()
-    finally:
-        torch.set_num_threads(before)
-        if first.device == "cuda":
-            torch.cuda.empty_cache()
-
-
-class _Group:
-    """The cases of one model: built once, its contexts one after another."""
-
-    def __init__(self, cases: Sequence[SpeedCase], seed: int, tell: Progress, states: States) -> None:
-        self.cases, self.seed, self.tell, self.states = cases, seed, tell, states
-        first = cases[0]
-        self.device = first.device
-        tell(f"building {first.model_shape}")
-        self.parts: Parts | None = None
-        self.model: nn.Module = build_model(first.model_shape, first.dtype, first.device, seed)
-
-    def rows(self) -> list[Row]:
-        """One row a case, in order."""
-        found: dict[SpeedCase, Row] = {}
-        for context in dict.fromkeys(case.context_tokens or 128 for case in self.cases):
-            mine = [case for case in self.cases if (case.context_tokens or 128) == context]
-            try:
-                found |= self._context(context, mine)
-            except torch.OutOfMemoryError as error:
-                line = " ".join(str(error).split())[:200]
-                failed: Row = {"check": "failed", "status": "failed", "reason": f"out of memory: {line}"}
-                found |= {case: empty_row(case) | failed for case in mine if case not in found}
-        return [found[case] for case in self.cases]
-
-    def _context(self, context: int, cases: Sequence[SpeedCase]) -> dict[SpeedCase, Row]:
-        from suite.speed.decode_check import check, check_dense
-        from suite.speed.decode_time import device_facts, generate_row, numbers, prepare, time_all
-
-        start_jit = time.perf_counter()
-        decode = DecodeModel(self.model, context + _STEPS, self.parts)
-        self.parts = decode.parts
-        first, vocabulary = self.cases[0], int(decode.head.shape[0])
-        prompt = prompt_tokens(first.model_shape, context, vocabulary, self.seed).to(decode.device)
-        decode.prefill(prompt)
-        start = int(decode.token), int(decode.position)
-        dense = check_dense(decode, prompt, start)
-        jit_s = time.perf_counter() - start_jit
-        self.tell(dense.summary)
-        methods: dict[tuple[str, int | None], Method] = {}
-        rows: dict[SpeedCase, Row] = {}
-        timed: list[Timed] = []
-        for case in cases:
-            row = (
-                empty_row(case)
-                | {"n_layers": len(decode.mlps), "model": model_name(case.model_shape)}
-                | device_facts(case)
-            )
-            rows[case] = row
-            if case.variant in ("generate", "compile"):
-                self.tell(case.label)
-                rows[case] |= generate_row(case, self.model, prompt, _GENERATED)
-                continue
-            self.tell(f"check {case.label} context {context}")
-            mlp: Mlp = decode.dense
-            outcome, kernels = dense, None
-            row["max_rel_error"] = dense.error
-            if case.method != "dense":
-                method = self._method(case, decode, methods, start)
-                kernels = method.kernels()
-                mlp = kernels.run
-                outcome = check(decode, method, kernels, start, real=case.model_shape == "embedded")
-                self.tell(f"{case.label}: {outcome.summary}")
-                row |= {"max_rel_error": outcome.error, "extra_memory_mib": method.extra_bytes / 2**20}
-                row |= {"predictor": "low-rank"} if case.rank is not None else {}
-            if outcome.reason:
-                rows[case] = row | {"check": "failed", "status": "failed", "reason": outcome.reason}
-                continue
-            rows[case] = row | {"check": "passed", "jit_s": jit_s, "decode_check": outcome.row}
-            timed.append(prepare(case, decode, mlp, kernels, start))
-        bandwidth = time_all(decode, timed, start, self.tell)
-        for entry in timed:
-            rows[entry.case] |= numbers(entry, decode, context, bandwidth)
-        return rows
-
-    def _method(
-        self, case: SpeedCase, decode: DecodeModel, made: dict[tuple[str, int | None], Method], start: tuple[int, int]
-    ) -> Method:
-        """The case's method by its fit; else with thresholds for the target, on kernels that all its sparsities share."""
-        if (state := self.states.get(case)) is not None:
-            return Method(decode, case.method, state=state)
-        key = case.method, case.rank
-        if key not in made:
-            made[key] = Method(decode, case.method, case.rank, self.seed + 1)
-        made[key].calibrate(case.sparsity, start)
-        return made[key]
-
-
-def token_bytes(case: SpeedCase, decode: DecodeModel, context: int, realised: float) -> float:
-    """Bytes that a token has to read: MLPs at a realised sparsity, attention, head, keys and values of the context."""
-    size = DTYPE_BYTES[case.dtype]
-    attention = sum(a.weight.numel() + a.out.numel() for a in decode.attentions)
-    heads = [a.heads for a in decode.attentions]
-    cache = sum(2 * h.n_kv * h.head_dim * min(context, h.window or context) for h in heads)
-    return needed_bytes(case, realised) * len(decode.mlps) + (attention + decode.head.numel() + cache) * size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels_numba.reference import UNIT_ROUNDOFF
+from suite.decoding.sparse import MaskedMlp, SparseMethod
+from suite.devices import dtype_name
+
 if TYPE_CHECKING:
     from suite.decoding.step import DecodeModel, Mlp
     from suite.modeling.decode import DecodeKernels
-    from suite.speed.decode import Method
 
 _UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 _STEPS, _REAL_STEPS = 8, 200
@@ -51,7 +55,9 @@ def check_dense(decode: DecodeModel, prompt: Tensor, start: tuple[int, int]) -> 
 def _rounding(decode: DecodeModel) -> float:
     """Standard deviation of an MLP's output relative to itself: g, u, v and y in the dtype, sums in fp32."""
     mlp = decode.mlps[0]
-    return 2 * _UNIT[decode.dtype] / math.sqrt(3) + _UNIT[torch.float32] * math.sqrt(mlp.d_model + mlp.d_ff)
+    return 2 * UNIT_ROUNDOFF[dtype_name(decode.dtype)] / math.sqrt(3) + UNIT_ROUNDOFF["float32"] * math.sqrt(
+        mlp.d_model + mlp.d_ff
+    )
 
 
 def _limit(decode: DecodeModel) -> float:
@@ -59,7 +65,7 @@ def _limit(decode: DecodeModel) -> float:
 
 
 def check(
-    decode: DecodeModel, method: Method, kernels: DecodeKernels, start: tuple[int, int], *, real: bool
+    decode: DecodeModel, method: SparseMethod, kernels: DecodeKernels, start: tuple[int, int], *, real: bool
 ) -> Outcome:
     """Compare some steps (200 of a model with real weights, else 8) that follow the kernels' own tokens.
 
@@ -70,9 +76,25 @@ def check(
     once again with random errors of that size in every MLP's output, and 4 times their largest effect is allowed. The
     median step has to keep the first bound.
     """
-    from suite.speed.decode import MaskedMlp
-
     n_steps = min(_REAL_STEPS if real else _STEPS, decode.length - start[1] - 1)
+    found, tokens, sets = _follow_kernels(decode, kernels, start, n_steps)
+    now: list[list[Tensor]] = [[]]
+    masked = MaskedMlp(decode, lambda activations: now[0][activations.site.layer])
+
+    def replay(mlp: Mlp) -> list[Tensor]:
+        at = iter(sets)
+        return _follow(decode, mlp, tokens, start[1], lambda: now.__setitem__(0, next(at)))
+
+    replayed = replay(masked)
+    amplified = max(_errors(replay(_shaken(decode, masked)), replayed))
+    own = _follow(decode, MaskedMlp(decode, method.choose), tokens, start[1], lambda: None)
+    return _outcome(_errors(found, replayed), _limit(decode), 4 * amplified, found, own)
+
+
+def _follow_kernels(
+    decode: DecodeModel, kernels: DecodeKernels, start: tuple[int, int], n_steps: int
+) -> tuple[list[Tensor], list[int], list[list[Tensor]]]:
+    """Logits of each step, the tokens (one more than steps), and by step the set that each layer used."""
     sets: list[list[Tensor]] = []
 
     def recorded(layer: int, x: Tensor) -> Tensor:
@@ -89,22 +111,18 @@ def check(
         found.append(_logits(decode, recorded))
         tokens.append(int(found[-1].argmax()))
         decode.rewind(tokens[-1], start[1] + len(found))
-    now: list[list[Tensor]] = [[]]
-    masked = MaskedMlp(decode, lambda layer, *_: now[0][layer])
+    return found, tokens, sets
 
-    def replay(mlp: Mlp) -> list[Tensor]:
-        at = iter(sets)
-        return _follow(decode, mlp, tokens, start[1], lambda: now.__setitem__(0, next(at)))
 
-    replayed = replay(masked)
-    amplified = max(_errors(replay(_shaken(decode, masked)), replayed))
-    own = _follow(decode, MaskedMlp(decode, method.masked), tokens, start[1], lambda: None)
-    errors = sorted(_errors(found, replayed))
-    error, middle, limit = errors[-1], errors[n_steps // 2], max(_limit(decode), 4 * amplified)
+def _outcome(errors: list[float], bound: float, amplified: float, found: list[Tensor], own: list[Tensor]) -> Outcome:
+    """What the errors of the replay say, and how far the method's own sets lead elsewhere (``own``: logits)."""
+    n_steps = len(errors)
+    errors = sorted(errors)
+    error, middle, limit = errors[-1], errors[n_steps // 2], max(bound, amplified)
     finite = math.isfinite(error)  # a bound may be infinite, where what is not finite in the replay is amplified
     reason = "" if finite and error <= limit else f"check failed: logits off by {error:.3g}, over the bound {limit:.3g}"
-    if not reason and middle > _limit(decode):
-        reason = f"check failed: logits of half of the steps off by {middle:.3g}, over the bound {_limit(decode):.3g}"
+    if not reason and middle > bound:
+        reason = f"check failed: logits of half of the steps off by {middle:.3g}, over the bound {bound:.3g}"
     kl = sorted(_kl(b, a) for a, b in zip(found, own, strict=True))
     same = sum(int(a.argmax()) == int(b.argmax()) for a, b in zip(found, own, strict=True)) / n_steps
     summary = (
@@ -134,10 +152,12 @@ def _shaken(decode: DecodeModel, mlp: Mlp) -> Mlp:
     return run
 
 
-def _follow(decode: DecodeModel, mlp: Mlp, tokens: list[int], position: int, begin: object) -> list[Tensor]:
+def _follow(
+    decode: DecodeModel, mlp: Mlp, tokens: list[int], position: int, begin: Callable[[], object]
+) -> list[Tensor]:
     found = []
     for number, token in enumerate(tokens[:-1]):
-        begin()  # type: ignore[operator]
+        begin()
         decode.rewind(token, position + number)
         found.append(_logits(decode, mlp))
     return found

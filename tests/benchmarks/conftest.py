@@ -7,5 +7,5 @@ def pytest_addoption(parser):
     parser.addoption(
         "--speed-shapes",
         default="embedded,llama-3.1-8b",
-        help="Layer shapes of the speed benchmarks, comma-separated (suite.speed.cases.SHAPES).",
+        help="Layer shapes of the speed benchmarks, comma-separated (suite.decoding.shapes.SHAPES).",
     )

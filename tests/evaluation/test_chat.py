@@ -15,11 +15,11 @@ from suite.errors import InputError
 from suite.evaluation.chat import chat_options
 from suite.evaluation.evaluator import Evaluator
 from suite.evaluation.tasks import resolve_task
-from suite.runs.assemble import Assembly
-from suite.runs.cells import expand
-from suite.runs.matrix import Matrix
-from suite.runs.provenance import Scrubber
-from suite.runs.world import LocalWorld
+from suite.runs.cells.accuracy import expand
+from suite.runs.cells.matrix import Matrix
+from suite.runs.machine import LocalWorld
+from suite.runs.view.assemble import Assembly
+from suite.runs.view.scrub import Scrubber
 from tests.evaluation.conftest import byte_tokenizer
 from tests.evaluation.oracle_tasks import ANSWERS, ITEMS, SHOTS, Shape, answering, choosing, write
 

@@ -12,8 +12,8 @@ from suite.config import build_config
 from suite.errors import InputError
 from suite.evaluation import groups, tasks
 from suite.evaluation.groups import expand_name
-from suite.runs.cells import expand
-from suite.runs.world import LocalWorld
+from suite.runs.cells.accuracy import expand
+from suite.runs.machine import LocalWorld
 from tests.evaluation.oracle_tasks import ITEMS, Shape, choosing, write
 
 

@@ -12,7 +12,7 @@ from suite.evaluation.plan import Request
 from suite.evaluation.tasks import resolve_task
 from suite.fitting.calibration import Calibration
 from suite.modeling.attach import attach
-from suite.runs.executor import _layer
+from suite.runs.work.worker import _layer
 from suite.schema import SPARSITY
 from tests.modeling.site_methods import Griffin, Teal
 
@@ -49,11 +49,14 @@ def test_a_method_on_inputs_is_fitted_evaluated_and_has_rows(tiny, text, mode):
 
 
 def test_a_method_that_ranks_by_the_prompt_gets_it_though_contexts_are_shared(tiny):
-    """Continuations of one context, batched or alone, with the context's states or without, have one score."""
+    """Continuations of two contexts, batched or alone, where contexts' states are shared or not, have one score."""
     generator = torch.Generator().manual_seed(4)
-    context = torch.randint(1, 260, (20,), generator=generator).tolist()
-    endings = [torch.randint(1, 260, (n,), generator=generator).tolist() for n in (3, 5, 8)]
-    requests = [Request(tuple(context + end), tuple(end), document) for document, end in enumerate(endings)]
+    requests = []
+    for document in range(2):
+        context = torch.randint(1, 260, (20 + document,), generator=generator).tolist()
+        for n in (3, 5, 8):
+            end = torch.randint(1, 260, (n,), generator=generator).tolist()
+            requests.append(Request(tuple(context + end), tuple(end), document))
     found = []
     for options in ({"batch_size": 1}, {"batch_size": 4}, {"batch_size": 4, "share_contexts": False}):
         with attach(tiny.model, Griffin(sparsity=0.6), scope="scored") as attached:

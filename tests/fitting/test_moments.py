@@ -8,13 +8,13 @@ import torch
 from suite import attach, fit
 from suite.errors import CellError, InputError
 from suite.fitting.artifacts import load_fit, save_fit
-from suite.fitting.keys import key_of
+from suite.fitting.keys import ESTIMATORS, key_of
 from suite.fitting.moments import low_rank
 from suite.fitting.windows import make_windows
 from suite.modeling.gated_mlp import find_gated_mlps
 from tests.conftest import D_FF, D_MODEL
 from tests.fitting.conftest import flip, loaded
-from tests.modeling.site_methods import Chess, Gated, Static, Teal, TealInput, Undeclared
+from tests.modeling.site_methods import Allocated, Chess, Gated, Static, Teal, TealInput, Undeclared
 from tests.modeling.test_sites import masked_by_hand
 
 
@@ -61,6 +61,18 @@ def test_every_site_and_layer_gets_its_quantile_behind_the_sparse_ones_before_it
     )
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_thresholds_follow_the_allocation(tmp_path, text, estimator):
+    much = dataclasses.replace(text, max_tokens=16384)
+    made = fit(loaded(tmp_path), Allocated(sparsity=0.5), much, estimator=estimator)
+    bare = fit(loaded(tmp_path), Allocated(sparsity=0.5, slope=0.25), text, estimator=estimator)
+    assert [float(value) == -torch.inf for value in bare.thresholds] == [False, True, False, False]
+    # the sites one after the other; the dense estimators realise less than they are asked for
+    assert made.meta["held_out_sparsity"] == pytest.approx(
+        [0.25, 0.5, 0.15, 0.4], abs=0.02 if estimator == "calibrated" else 0.08
+    )
+
+
 @pytest.mark.parametrize("estimator", ["mean-kth", "pooled-quantile"])
 def test_other_estimators_take_dense_scores_of_every_site(tmp_path, text, estimator):
     model = loaded(tmp_path, "gemma2")
@@ -76,6 +88,7 @@ def test_other_estimators_take_dense_scores_of_every_site(tmp_path, text, estima
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])
 def test_moments_are_mean_squares_and_reach_the_score_in_both_modes(tmp_path, text, architecture):
     model, method = loaded(tmp_path, architecture), Chess(sparsity=0.6)
+    text = dataclasses.replace(text, max_tokens=4000)  # 3000 to fit on: the last window is padded
     made = load_fit(save_fit(fit(model, method, text), tmp_path))
     assert made.extra_bytes == 2 * D_FF * 4
     windows = make_windows(text, model.tokenizer, 0).fit
@@ -128,8 +141,33 @@ def test_a_factor_is_the_best_of_its_rank_on_the_inputs_that_occur(tmp_path, tex
         act = torch.nn.functional.silu
         residual = (act(gate) - act(found)).square().mean(0)
         torch.testing.assert_close(factor.residual, residual, rtol=1e-3, atol=1e-6)
+
+
+def test_a_score_of_a_factor_sees_the_input_of_its_own_layer(tmp_path, text):
+    model, method = loaded(tmp_path), Gated(sparsity=0.5, rank=6)
+    made, ids, seen = fit(model, method, text), torch.arange(3, 40)[None], {}
+    factors = [layer.factors["gate"] for layer in made.calibrated(torch.device("cpu"))]
+
+    def keep(_site, layer, v):
+        x, u = seen[layer]
+        act = torch.nn.functional.silu(x @ (factors[layer].u @ factors[layer].v.T).T)
+        score = u.abs() * (act.square() + factors[layer].residual).sqrt()
+        return score.argsort(-1, descending=True).argsort(-1) < D_FF // 2
+
+    handles = [
+        block.mlp.up_proj.register_forward_hook(
+            lambda _, args, output, layer=layer: seen.update({layer: (*args, output)})
+        )
+        for layer, block in enumerate(model.model.model.layers)
+    ]
+    by_hand, _ = masked_by_hand(model.model, ids, ("mlp.neurons",), keep)
+    for handle in handles:
+        handle.remove()
+    with attach(model.model, method, made, mode="ideal"), torch.inference_mode():
+        ours = model.model(ids).logits
+    torch.testing.assert_close(ours, by_hand, rtol=0, atol=1e-4)
     with attach(model.model, method, made) as attached:
-        model.model(torch.arange(3, 40)[None])
+        model.model(ids)
     assert 0.3 < attached.realized < 0.7
 
 
@@ -143,11 +181,15 @@ def test_the_full_rank_is_the_projection():
 def test_keys_name_what_a_method_asks_for_and_only_that(tmp_path):
     rest = ("calibrated", "weights", "text", 4096, 0, "float32")
     keys = {key_of(method, *rest) for method in (Teal(), Chess(), Gated(), Static())}
-    for cls, changes in ((Teal, {"sites": ("mlp.input",)}), (Chess, {"moments": ("act",)})):
+    for cls, changes in (
+        (Teal, {"sites": ("mlp.input",)}),
+        (Chess, {"moments": ("act",)}),
+        (Gated, {"factors": {"up": 8}}),
+    ):
         changed = type(cls.__name__, (cls,), {"__module__": cls.__module__, **changes})
         keys.add(key_of(changed(), *rest))
     keys.add(key_of(Gated(rank=9), *rest))
-    assert len(keys) == 7
+    assert len(keys) == 8
     plain = dataclasses.make_dataclass("Undeclared", [], bases=(Undeclared,), frozen=True, kw_only=True)
     plain.__module__, plain.__qualname__ = Undeclared.__module__, Undeclared.__qualname__
     plain.sites, plain.moments = ("mlp.neurons",), ()

@@ -9,12 +9,12 @@ import transformers
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from suite.decoding.graphs import captured
+from suite.decoding.sparse import SparseMethod
 from suite.decoding.step import DecodeModel
 from suite.modeling.attach import attach
 from suite.registry import get_method
-from suite.speed.decode import Method
 from suite.speed.decode_check import check, check_dense
-from suite.speed.decode_time import prepare
 from tests.conftest import CONFIGS, decode_state, tiny_model
 
 METHODS = [("cats", ""), ("m-countdown", ""), ("d-countdown", "low-rank"), ("d-countdown", "ternary")]
@@ -60,7 +60,7 @@ def test_graph_of_a_step(architecture, name):
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture](**sizes), dtype=torch.bfloat16)
     decode = DecodeModel(model.eval(), 300)
-    method = Method(decode, name, 64 if name == "d-countdown" else None, 0)
+    method = SparseMethod(decode, name, 64 if name == "d-countdown" else None, 0)
     graph = None
     for n_tokens in (40, 11, 270):
         prompt = torch.randint(0, 256, (1, n_tokens), device="cuda")
@@ -72,11 +72,10 @@ def test_graph_of_a_step(architecture, name):
             kernels = method.kernels()
             for layer in kernels.layers:
                 layer.change_plan(deterministic=True)  # in another order of sums near ties may turn out otherwise
-            case = type("Case", (), {"d_ff": 512, "device": "cuda"})
-            graph = prepare(case, decode, kernels.run, kernels, start)
+            graph = captured(lambda run=kernels.run: decode.step(run))
         assert not check(decode, method, kernels, start, real=False).reason
         runs = []
-        for step in (graph.run, lambda: decode.step(kernels.run)):
+        for step in (graph.replay, lambda: decode.step(kernels.run)):
             decode.rewind(*start)
             tokens = []
             for _ in range(12):

@@ -43,21 +43,13 @@ with mock.patch("numba.cuda.dispatcher.get_current_device") as device:  # no GPU
 """
 
 
-@pytest.fixture(scope="module")
-def ptx() -> dict[str, str]:
-    """PTX of every plan, each made in a process of its own (an earlier test may have started the simulator)."""
-    made = {}
-    running = {}
-    for name, arguments in PLANS.items():
-        command = [sys.executable, "-c", COMPILE.replace("{arguments}", arguments)]
-        running[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        if len(running) == 2 or name == list(PLANS)[-1]:
-            for done, process in running.items():
-                out, error = process.communicate(timeout=300)
-                assert process.returncode == 0, error[-2000:]
-                made[done] = out
-            running = {}
-    return made
+@pytest.fixture(scope="module", params=PLANS)
+def compiled(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Name and PTX of a plan, made once for its tests in a process of its own: an earlier test may have started the simulator."""
+    command = [sys.executable, "-c", COMPILE.replace("{arguments}", PLANS[request.param])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return request.param, done.stdout
 
 
 def assert_clean(text: str) -> None:
@@ -79,9 +71,8 @@ def assert_spills(text: str, capability: str, folder: Path, stack: int = 0, spil
     assert re.search(rf"(?<!\d){wanted}", done.stderr)
 
 
-@pytest.mark.parametrize("name", PLANS)
-def test_ptx(name: str, ptx: dict[str, str]) -> None:
-    text = ptx[name]
+def test_ptx(compiled: tuple[str, str]) -> None:
+    name, text = compiled
     assert f".target sm_{name[-2:]}" in text
     assert re.search(r"cp\.async\.cg\.shared\.global\S* \[\S+\], \[\S+\], 16", text), "no 16-byte copies"
     assert "ld.shared.v4.b32" in text
@@ -91,6 +82,6 @@ def test_ptx(name: str, ptx: dict[str, str]) -> None:
 
 
 @ptxas_needed
-@pytest.mark.parametrize("name", PLANS)
-def test_no_spills(name: str, ptx: dict[str, str], tmp_path: Path) -> None:
-    assert_spills(ptx[name], name[-2:], tmp_path, *SPILLS.get(name, (0, 0)))
+def test_no_spills(compiled: tuple[str, str], tmp_path: Path) -> None:
+    name, text = compiled
+    assert_spills(text, name[-2:], tmp_path, *SPILLS.get(name, (0, 0)))

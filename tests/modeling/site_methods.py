@@ -19,6 +19,18 @@ class Teal(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Allocated(Teal):
+    """A share of its own for each site and layer."""
+
+    slope: float = 0.1
+
+    name: ClassVar[str] = "allocated"
+
+    def sparsity_at(self, site):
+        return {"mlp.input": self.sparsity / 2, "mlp.neurons": self.sparsity}[site.name] - site.layer * self.slope
+
+
+@dataclass(frozen=True, kw_only=True)
 class TealInput(Teal):
     """The same on gate_proj and up_proj alone."""
 
@@ -66,10 +78,8 @@ class Gated(Method):
         return {"gate": self.rank}
 
     def score(self, activations):
-        import torch
-
         gate = activations.factor("gate")
-        act = torch.nn.functional.silu(gate.apply(activations.input))
+        act = activations.act_fn(gate.apply(activations.input))
         return activations.up.abs() * (act.square() + gate.residual).sqrt()
 
 

@@ -10,8 +10,8 @@ import torch
 from suite.errors import InputError
 from suite.modeling.attach import attach
 from suite.modeling.gated_mlp import find_gated_mlps
-from tests.conftest import D_FF, D_MODEL, PAD, activations, tiny_model
-from tests.modeling.site_methods import Chess, Griffin, Peeking, Static, Teal, TealInput, Undeclared, Wina
+from tests.conftest import D_FF, D_MODEL, activations, tiny_model
+from tests.modeling.site_methods import Allocated, Chess, Griffin, Peeking, Static, Teal, TealInput, Undeclared, Wina
 
 WIDTH = {"mlp.input": D_MODEL, "mlp.neurons": D_FF}
 
@@ -91,6 +91,13 @@ def test_ideal_keeps_the_k_largest_of_each_input(cls, architecture, ids):
     for row in attached.sparsity():
         assert row.sparsity_realized == pytest.approx(1 - counts[row.site] / WIDTH[row.site], abs=1e-12)
     assert torch.equal(logits(model, ids), before)
+
+
+def test_a_method_allocates_its_sparsity(ids):
+    with attach(tiny_model("llama"), Allocated(sparsity=0.5)) as attached:
+        logits(tiny_model("llama"), ids)
+    shares = [8 / 32, 24 / 48, 4 / 32, 19 / 48]  # of .25 and .5, then of .15 and .4, in whole entries
+    assert [row.sparsity_realized for row in attached.sparsity()] == pytest.approx(shares)
 
 
 def test_only_tokens_in_scope_are_masked_and_counted(ids):
@@ -221,16 +228,16 @@ def test_prompt_of_the_prefill_serves_the_decode_steps(architecture, ids):
     model = tiny_model(architecture)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    padded = ids.masked_fill(mask == 0, PAD)
+    padded = ids.masked_fill(mask == 0, 9)  # PAD is embedded as 0, and would add nothing
     with attach(model, Griffin(sparsity=0.5), scope="paper"), torch.inference_mode():
-        for _ in range(2):
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            given = {"attention_mask": mask[:, :7], "position_ids": positions[:, :7]}
-            cache = model(input_ids=padded[:, :7], use_cache=True, **given).past_key_values
-            steps = []
-            for i in range(7, 12):
-                given = {"attention_mask": mask[:, : i + 1], "position_ids": positions[:, i : i + 1]}
-                steps.append(model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True, **given).logits)
+        model(input_ids=ids.flip(1), use_cache=True)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        given = {"attention_mask": mask[:, :7], "position_ids": positions[:, :7]}
+        cache = model(input_ids=padded[:, :7], use_cache=True, **given).past_key_values
+        steps = []
+        for i in range(7, 12):
+            given = {"attention_mask": mask[:, : i + 1], "position_ids": positions[:, i : i + 1]}
+            steps.append(model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True, **given).logits)
     ours = torch.cat(steps, 1)
     for row, start in enumerate((3, 0)):
         by_hand = griffin_by_hand(model, ids[row, start:], 7 - start)[7 - start :]
@@ -245,6 +252,10 @@ def test_a_token_without_a_prompt_is_refused(llama, ids):
         cache.batch_select_indices(torch.tensor([1]))
         with pytest.raises(InputError, match="1 rows follow the prompts of 2"):
             llama(input_ids=ids[:1, 6:7], past_key_values=cache, use_cache=True)
+        cache = llama(input_ids=ids[:1, :6], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(2)
+        with pytest.raises(InputError, match="2 rows follow the prompts of 1"):
+            llama(input_ids=ids[:, 6:8], past_key_values=cache, use_cache=True)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from suite.report.figures import FIGURES
 from suite.report.page import write_report
 from suite.report.rebuild import rebuild_problems
 from suite.report.results import load_results
-from suite.runs.manifest import file_hashes
+from suite.runs.view.manifest import file_hashes
 from tests.report.parts import figure, material
 from tests.report.synthetic import accuracy_row, hand_run, hits, manifest, speed_rows, write_run
 

@@ -9,7 +9,7 @@ import pytest
 from suite.errors import InputError
 from suite.report.page import write_report
 from suite.report.results import load_results
-from suite.runs.manifest import read_manifest
+from suite.runs.view.manifest import read_manifest
 from tests.report.synthetic import accuracy_row, manifest, write_run
 
 

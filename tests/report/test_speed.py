@@ -6,7 +6,7 @@ import pytest
 from suite.report.page import write_report
 from suite.report.results import load_results
 from suite.report.speed import plain_table, with_speed_up
-from suite.speed.timing import DISTURBED
+from suite.speed.case import DISTURBED
 from tests.report.parts import table_text
 from tests.report.synthetic import manifest, speed_row, write_run
 

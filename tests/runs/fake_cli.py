@@ -3,15 +3,15 @@
 import sys
 import types
 
-import suite.runs.executor
-import suite.runs.world
+import suite.runs.machine
+import suite.runs.work.worker
 from suite.cli import main
-from tests.runs.fakes import FakeExecutor, FakeWorld
+from tests.runs.fakes import FakeWorker, FakeWorld
 
 if __name__ == "__main__":
     seconds = float(sys.argv.pop(1))
-    suite.runs.executor.LocalExecutor = lambda **_: FakeExecutor(seconds=seconds)
-    suite.runs.world.LocalWorld = FakeWorld
+    suite.runs.work.worker.TorchWorker = lambda **_: FakeWorker(seconds=seconds)
+    suite.runs.machine.LocalWorld = FakeWorld
     page = types.ModuleType("suite.report.page")  # has tests of its own, and takes most of a quick run's time
     page.write_report = lambda folder: None
     sys.modules[page.__name__] = page

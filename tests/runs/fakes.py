@@ -17,10 +17,11 @@ from suite.devices import Device
 from suite.evaluation.groups import Group
 from suite.evaluation.tasks import TaskSpec
 from suite.modeling.sources import ModelRef
-from suite.runs.analysis_cells import AnalysisCell
-from suite.runs.cells import AccuracyCell, FitRequest
-from suite.runs.runner import Outcome
+from suite.runs.cells.accuracy import AccuracyCell
+from suite.runs.cells.analysis import AnalysisCell
+from suite.runs.fits import FitRequest
 from suite.runs.store import sha256_of, write_atomically
+from suite.runs.work.base import Outcome
 from suite.statistics import standard_error
 
 
@@ -85,7 +86,7 @@ class FakeWorld:
         return self._code
 
 
-class FakeExecutor:
+class FakeWorker:
     """Yields numbers drawn from the key; ``fail`` names labels that raise, ``seconds`` is slept per cell."""
 
     def __init__(self, *, fail: Sequence[str] = (), seconds: float = 0.0, log: Path | None = None) -> None:
@@ -97,7 +98,7 @@ class FakeExecutor:
         self.fit_text = "fit"
 
     @contextlib.contextmanager
-    def session(self, cell: AccuracyCell) -> Iterator[FakeExecutor]:
+    def session(self, cell: AccuracyCell) -> Iterator[FakeWorker]:
         self.loads.append(cell.model)
         yield self
 

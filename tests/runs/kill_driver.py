@@ -13,9 +13,9 @@ import time
 import traceback
 from pathlib import Path
 
-import suite.runs.assemble  # noqa: F401  imported before the fork, so that children start at once
+import suite.runs.view.assemble  # noqa: F401  imported before the fork, so that children start at once
 from suite.runs.run import Options, run
-from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
+from tests.runs.fakes import FakeWorker, FakeWorld, matrix
 
 CONFIG = matrix(seeds=[0, 1])
 
@@ -28,7 +28,7 @@ def child(results: Path, log: Path, seconds: float, say_file: Path) -> int:
     code = 1
     try:
         with say_file.open("a") as said:
-            executor = FakeExecutor(seconds=seconds, log=log)
+            executor = FakeWorker(seconds=seconds, log=log)
             run(CONFIG, FakeWorld(), executor, Options(results), lambda line: print(line, file=said, flush=True))
         code = 0
     except BaseException:  # noqa: BLE001  a forked child must never return into the parent's loop

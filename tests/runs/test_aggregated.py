@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from suite.cli import main
-from suite.runs.manifest import read_manifest, seal
-from suite.runs.verify import verify_files
+from suite.runs.audit.verify import verify_files
+from suite.runs.view.manifest import read_manifest, seal
 from tests.evaluation.test_metrics import CHOICE, ROWS, write_task
 from tests.runs.test_audit import change
 from tests.runs.tiny_world import tiny_models

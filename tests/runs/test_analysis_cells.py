@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from suite.cli import main
-from suite.runs.analysis_cells import expand_analysis
+from suite.runs.cells.analysis import expand_analysis
 from suite.runs.run import plan
-from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
+from tests.runs.fakes import FakeWorker, FakeWorld, matrix
 
 ANALYSIS = {"documents": 3, "new_tokens": 5, "sparsities": [0.2, 0.8]}
 
@@ -33,9 +33,9 @@ def test_whatever_decides_the_rows_changes_the_key(changes):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    executor = FakeExecutor()
-    monkeypatch.setattr("suite.runs.executor.LocalExecutor", lambda **_: executor)
-    monkeypatch.setattr("suite.runs.world.LocalWorld", FakeWorld)
+    executor = FakeWorker()
+    monkeypatch.setattr("suite.runs.work.worker.TorchWorker", lambda **_: executor)
+    monkeypatch.setattr("suite.runs.machine.LocalWorld", FakeWorld)
     path = tmp_path / "m.yaml"
     path.write_text(yaml.safe_dump({"name": "m", "models": [{"id": "a"}, {"id": "b"}], "analysis": ANALYSIS}))
     out = tmp_path / "out"

@@ -10,7 +10,7 @@ import pytest
 from suite.devices import Device
 from suite.errors import InputError
 from suite.schema import SPEED
-from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
+from tests.runs.fakes import FakeWorker, FakeWorld, matrix
 from tests.runs.test_runner import go, rows
 
 BLOCK = {"shapes": ["embedded"], "methods": ["dense", "cats"], "sparsities": [0.5], "threads": [1]}
@@ -25,7 +25,7 @@ class Driven(FakeWorld):
 
 
 def timed(tmp_path: Path, **measured: Any) -> list[dict[str, str]]:
-    class Timer(FakeExecutor):
+    class Timer(FakeWorker):
         def time(self, cells, fits):
             return [row | measured for row in super().time(cells, fits)]
 

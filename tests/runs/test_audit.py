@@ -10,18 +10,19 @@ import pytest
 
 from suite.cli import main
 from suite.errors import InputError
-from suite.runs.audit import table_problems
-from suite.runs.manifest import read_manifest, seal
+from suite.runs.audit.config import config_of
+from suite.runs.audit.tables import table_problems
+from suite.runs.audit.verify import verify_files
 from suite.runs.run import Options, run
-from suite.runs.verify import config_of, verify_files
-from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
+from suite.runs.view.manifest import read_manifest, seal
+from tests.runs.fakes import FakeWorker, FakeWorld, matrix
 
 SPEED = {"shapes": ["embedded"], "methods": ["dense", "cats"], "sparsities": [0.5], "threads": [1]}
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    folder = run(matrix(speed=[SPEED]), FakeWorld(), FakeExecutor(), Options(tmp_path_factory.mktemp("r"))).folder
+    folder = run(matrix(speed=[SPEED]), FakeWorld(), FakeWorker(), Options(tmp_path_factory.mktemp("r"))).folder
     seal(folder)
     assert verify_files(folder) == []
     return folder
@@ -205,7 +206,7 @@ def test_a_foreign_folder_is_refused_before_anything_runs(tmp_path):
     files = {name: f"my {name}" for name in ("accuracy.csv", "logs/a.txt", "manifest.json")}
     for name, text in files.items():
         (mine / name).write_text(text)
-    executor = FakeExecutor()
+    executor = FakeWorker()
     with pytest.raises(InputError, match=r"mine is not empty and not a run folder.*--out"):
         run(matrix(), FakeWorld(), executor, Options(tmp_path / "r", folder=mine))
     assert executor.ran == []
@@ -215,14 +216,14 @@ def test_a_foreign_folder_is_refused_before_anything_runs(tmp_path):
 def test_a_second_run_removes_only_what_it_had_written(tmp_path):
     out = tmp_path / "out"
     options = Options(tmp_path / "r", folder=out)
-    run(matrix(), FakeWorld(), FakeExecutor(fail=["A t1 random ideal 0.5"]), options)
+    run(matrix(), FakeWorld(), FakeWorker(fail=["A t1 random ideal 0.5"]), options)
     seal(out)
     (log,) = out.glob("logs/*.txt")
     mine = [out / "logs" / "mine.txt", out / "notes.csv.bak", out / "logs" / ("0" * 16 + ".txt")]
     for path in mine:
         path.write_text("mine")
     (out / ".accuracy.csv.0.part").write_text("left by a kill")
-    run(matrix(), FakeWorld(), FakeExecutor(), Options(tmp_path / "r", folder=out, rerun="failed"))
+    run(matrix(), FakeWorld(), FakeWorker(), Options(tmp_path / "r", folder=out, rerun="failed"))
     assert not log.exists()
     assert not list(out.glob(".*.part"))
     assert [path.read_text() for path in mine] == ["mine"] * 3
@@ -231,4 +232,4 @@ def test_a_second_run_removes_only_what_it_had_written(tmp_path):
 def test_an_empty_folder_and_a_new_one_are_taken(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "new"):
-        assert run(matrix(), FakeWorld(), FakeExecutor(), Options(tmp_path / "r", folder=tmp_path / name)).n_ok == 24
+        assert run(matrix(), FakeWorld(), FakeWorker(), Options(tmp_path / "r", folder=tmp_path / name)).n_ok == 24

@@ -11,9 +11,9 @@ import yaml
 
 from suite.cli import main
 from suite.errors import CellInputError, InputError
-from suite.runs.manifest import seal
-from suite.runs.verify import verify_files
-from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
+from suite.runs.audit.verify import verify_files
+from suite.runs.view.manifest import seal
+from tests.runs.fakes import FakeWorker, FakeWorld, matrix
 from tests.runs.test_runner import go, rows
 
 ROW = {"id": "1", "question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
@@ -47,7 +47,7 @@ def status_by_task(folder: Path) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize(("world", "reason"), [(Without(), "did you mean 't2'"), (Unreadable(), "line 2")])
 def test_the_other_tasks_run_and_the_reason_is_in_the_row(tmp_path, world, reason):
-    executor, said = FakeExecutor(), []
+    executor, said = FakeWorker(), []
     finished = go(tmp_path, executor, world=world, say=said.append)
     assert (finished.n_ok, finished.n_failed, finished.n_missing) == (10, 14, 0)
     assert not any(" t1 " in label for label in executor.ran)
@@ -60,7 +60,7 @@ def test_the_other_tasks_run_and_the_reason_is_in_the_row(tmp_path, world, reaso
     seal(finished.folder)
     assert verify_files(finished.folder) == []
 
-    again = FakeExecutor()
+    again = FakeWorker()
     mended = go(tmp_path, again)  # no --rerun: what was bad is looked at anew
     assert (mended.n_ok, mended.n_failed) == (24, 0)
     assert len(again.ran) == 14
@@ -69,10 +69,10 @@ def test_the_other_tasks_run_and_the_reason_is_in_the_row(tmp_path, world, reaso
 def test_a_matrix_without_any_task_that_can_be_prepared_is_refused(tmp_path):
     block = {**BLOCK, "tasks": ["t1"]}
     with pytest.raises(InputError, match=r"^accuracy.0.tasks: unknown task 't1'"):
-        go(tmp_path, FakeExecutor(), matrix(accuracy=[block]), Without())
+        go(tmp_path, FakeWorker(), matrix(accuracy=[block]), Without())
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="unknown task"):  # nothing is computed, and a cell of t1 cannot be looked up
-        go(tmp_path, FakeExecutor(), matrix(), Without(), rerun="none")
+        go(tmp_path, FakeWorker(), matrix(), Without(), rerun="none")
 
 
 def test_the_text_of_the_analysis_fails_its_cell_alone(tmp_path):
@@ -82,11 +82,11 @@ def test_the_text_of_the_analysis_fails_its_cell_alone(tmp_path):
                 raise InputError("no such text")
             return super().data(task)
 
-    finished = go(tmp_path, FakeExecutor(), matrix(analysis={"documents": 3}), NoText())
+    finished = go(tmp_path, FakeWorker(), matrix(analysis={"documents": 3}), NoText())
     assert (finished.n_ok, finished.n_failed) == (24, 2)
 
 
-class Broken(FakeExecutor):
+class Broken(FakeWorker):
     """Finds out while it runs that t1, or a whole model, is bad input."""
 
     def __init__(self, *bad: str, model: str = "") -> None:
@@ -105,7 +105,7 @@ def test_a_task_that_turns_out_bad_in_mid_run_fails_its_cells_alone(tmp_path):
     finished = go(tmp_path, Broken("t1"))
     assert (finished.n_ok, finished.n_failed, finished.n_missing) == (10, 14, 0)
     assert {row["reason"] for row in rows(finished.folder) if row["task"] == "t1"} == {"t1: document 3 has no answer"}
-    assert go(tmp_path, FakeExecutor()).n_ok == 24
+    assert go(tmp_path, FakeWorker()).n_ok == 24
 
 
 def test_bad_input_in_mid_run_leaves_a_folder(tmp_path):
@@ -117,7 +117,7 @@ def test_bad_input_in_mid_run_leaves_a_folder(tmp_path):
     assert said[-1].startswith("stopped: 12 of 24 cells are finished and kept in ")
 
 
-class Unloadable(FakeExecutor):
+class Unloadable(FakeWorker):
     """Cannot load the named models."""
 
     def __init__(self, *bad: str) -> None:
@@ -135,7 +135,7 @@ def test_a_model_that_cannot_be_loaded_fails_its_cells_alone(tmp_path):
     assert (finished.n_ok, finished.n_failed, finished.n_missing) == (12, 12, 0)
     failed = [row for row in rows(finished.folder) if row["status"] == "failed"]
     assert {(row["model"], row["reason"]) for row in failed} == {("A", "a: tensor 'lm_head.weight' is missing")}
-    assert go(tmp_path, FakeExecutor()).n_ok == 24
+    assert go(tmp_path, FakeWorker()).n_ok == 24
 
 
 def test_models_of_which_none_can_be_loaded_are_bad_input(tmp_path):
@@ -153,7 +153,7 @@ def test_a_run_of_bad_tasks_alone_stops_with_its_reasons_and_leaves_a_folder(tmp
 
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("suite.runs.executor.LocalExecutor", lambda **_: FakeExecutor())
+    monkeypatch.setattr("suite.runs.work.worker.TorchWorker", lambda **_: FakeWorker())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COUNTDOWN_RESULTS", str(tmp_path / "results"))
     tasks = [{"name": "pack_grammar", "limit": 2}, "pack_gramar", "arc_easy", "arc_challenge"]

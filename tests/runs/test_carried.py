@@ -10,9 +10,9 @@ import yaml
 from suite import devices, settings
 from suite.cli import main
 from suite.config import build_config
-from suite.runs import provenance
+from suite.runs import machine
+from suite.runs.machine import StoredWorld
 from suite.runs.store import CellStore
-from suite.runs.world import StoredWorld
 from tests.runs.tiny_world import _SHAPE, ARCHITECTURES, data_folder, save_model
 
 
@@ -37,18 +37,18 @@ def statuses(folder: Path) -> set[str]:
 
 def test_a_store_is_read_under_the_versions_of_its_cells(command, tmp_path, monkeypatch, capsys):
     assert main([*command, "--out", str(tmp_path / "here")]) == 0
-    versions = provenance.versions
-    monkeypatch.setattr(provenance, "versions", lambda *names: versions(*names) | {"torch": "another"})
+    versions = machine.versions
+    monkeypatch.setattr(machine, "versions", lambda *names: versions(*names) | {"torch": "another"})
 
     def measures(*_):
         raise AssertionError("a cell was measured")
 
-    monkeypatch.setattr("suite.runs.executor.LocalExecutor.session", measures)
+    monkeypatch.setattr("suite.runs.work.worker.TorchWorker.session", measures)
     out = tmp_path / "there"
     assert main([*command, "--rerun", "none", "--out", str(out)]) == 0
     assert statuses(out) == {"ok"}
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["packages"] == versions(provenance.ACCURACY_PACKAGES)
+    assert manifest["packages"] == versions(machine.ACCURACY_PACKAGES)
     assert main([*command, "--rerun", "none", "--limit", "1", "--out", str(tmp_path / "other")]) == 1
     assert statuses(tmp_path / "other") == {"missing"}
     assert "2 cells: 0 cached, 2 missing" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 import pytest
 
 from suite.errors import InputError
-from suite.runs.cells import expand
+from suite.runs.cells.accuracy import expand
 from tests.runs.fakes import FakeWorld, matrix
 
 SPARSE = {"methods": ["cats"], "sparsities": [0.5], "tasks": ["t1"]}
@@ -128,7 +128,7 @@ def test_bad_settings_are_named_with_their_place(blocks, message):
 
 def test_embedded_profile_times_every_cpu_kernel_at_every_level():
     from suite.config import load_config
-    from suite.runs.speed_cells import expand_speed
+    from suite.runs.cells.speed import expand_speed
 
     cases = [cell.case for cell in expand_speed(load_config("embedded"), FakeWorld())]
     timed = {(case.level, case.method) for case in cases if case.backend == "numba-cpu"}
@@ -138,7 +138,7 @@ def test_embedded_profile_times_every_cpu_kernel_at_every_level():
 
 def test_decode_rows_of_real_weights_share_the_fits_of_the_matrix():
     from suite.config import load_config
-    from suite.runs.speed_cells import expand_speed
+    from suite.runs.cells.speed import expand_speed
 
     config, world = load_config("embedded"), FakeWorld()
     fits = {cell.fit_key for cell in expand(config, world)}
@@ -152,7 +152,7 @@ def test_decode_rows_of_real_weights_share_the_fits_of_the_matrix():
 
 def test_decode_rows_of_random_weights_need_no_fit():
     from suite.config import load_config
-    from suite.runs.speed_cells import expand_speed
+    from suite.runs.cells.speed import expand_speed
 
     cells_ = [c for c in expand_speed(load_config("gpu-decode"), FakeWorld()) if c.case.model_shape != "embedded"]
     assert cells_
@@ -160,10 +160,10 @@ def test_decode_rows_of_random_weights_need_no_fit():
 
 
 def test_a_method_that_is_added_leaves_the_cells_of_the_others_as_they_are(monkeypatch):
-    from suite.code import ENTRIES, reached
+    from suite import code
     from suite.config import load_config
     from suite.registry import METHODS
-    from suite.runs.world import LocalWorld
+    from suite.runs.machine import LocalWorld
 
     world = LocalWorld(load_config("embedded"))
     cells_ = [(kind, name) for kind in ("accuracy", "speed") for name in METHODS]
@@ -174,12 +174,13 @@ def test_a_method_that_is_added_leaves_the_cells_of_the_others_as_they_are(monke
     assert world.code("accuracy", "mine") == world.code("accuracy", "tests.contract.third_party:Mine")
     assert world.code("accuracy", "mine") not in before.values()
     own = {target.partition(":")[0] for target in METHODS.values()}
-    assert not own & (reached(ENTRIES["accuracy"]) | reached(ENTRIES["speed"]))
+    for kind in ("accuracy", "speed"):
+        assert not own & code.reached((code.WORKER,), code.CLOSED.get(kind, ()), code.others(kind))
 
 
 def test_how_threads_wait_is_in_the_keys_of_times_on_a_cpu_only():
     from suite.config import load_config
-    from suite.runs.speed_cells import expand_speed
+    from suite.runs.cells.speed import expand_speed
 
     class Spinning(FakeWorld):
         def openmp_waiting(self):

@@ -19,7 +19,7 @@ import json, sys
 from pathlib import Path
 from suite import code
 from suite.config import load_config
-from suite.runs.world import LocalWorld
+from suite.runs.machine import LocalWorld
 
 OWN = [("accuracy", "own.method:Own"), ("accuracy", "alone:Own")]
 KINDS = [("accuracy", "cats"), ("accuracy", "m-countdown"), *OWN, ("speed", "cats"), ("analysis", "")]
@@ -31,7 +31,7 @@ for name, old, new in json.loads(sys.argv[1]):
     path.write_text(was.replace(old, new, 1) if was else new)
     for function in (code.code_hash, code.reached, code._imports, code._graph, code.source_of):
         function.cache_clear()
-    print(json.dumps([world.code(*kind) for kind in KINDS] + [code.code_hash(code.ENTRIES["report"])]))
+    print(json.dumps([world.code(*kind) for kind in KINDS] + [code.code_hash((code.REPORT,))]))
     path.write_text(was) if was is not None else path.unlink()
 assert "torch" not in sys.modules
 """
@@ -69,15 +69,21 @@ EDITS = {
     ("suite/__init__.py", "import kernels_numba ", "import kernels_numba  "): CELLS | {REPORT},
     ("kernels_numba/__init__.py", "", "#\n"): CELLS | {REPORT},  # sets how threads wait
     ("own/__init__.py", "", "import os\n"): {OWN},
-    ("suite/speed/cpu.py", "", "#\n"): {SPEED},  # imported by its name, a string
+    ("suite/speed/layer_cpu.py", "", "#\n"): {SPEED},
+    ("suite/decoding/parts_cuda.py", "", "#\n"): {SPEED},
+    ("suite/devices.py", "", "#\n"): CELLS,
     ("kernels_numba/gpu/decode/attention.py", "", "#\n"): {SPEED},
     ("kernels_numba/gpu/host/layers.py", "", "#\n"): {SPEED},  # accuracy is computed masked
     ("kernels_numba/cpu_kernels.py", "", "#\n"): {SPEED},
     ("kernels_numba/gpu/topk.py", "", "#\n"): CELLS | {REPORT},  # but it selects
     ("suite/modeling/decode.py", "", "#\n"): ACCURACY | {SPEED},
     ("suite/modeling/decode_probe.py", "", "#\n"): ACCURACY,
-    ("suite/runs/executor.py", "", "#\n"): CELLS,
-    ("suite/runs/assemble.py", "", "#\n"): set(),
+    ("suite/runs/work/worker.py", "", "#\n"): CELLS,
+    ("suite/runs/work/accuracy.py", "", "#\n"): ACCURACY,
+    ("suite/runs/work/fits.py", "", "#\n"): ACCURACY,
+    ("suite/runs/work/analysis.py", "", "#\n"): {ANALYSIS},
+    ("suite/runs/work/speed.py", "", "#\n"): {SPEED},
+    ("suite/runs/view/assemble.py", "", "#\n"): set(),
     ("suite/report/quality.py", "", "#\n"): {REPORT},
     ("suite/cli.py", "", "#\n"): set(),
     ("own/method.py", "", "#\n"): {OWN},
@@ -122,12 +128,17 @@ def test_a_hash_covers_what_decides_the_number_and_no_other_method(changed, edit
     assert changed[edit] == EDITS[edit]
 
 
-def test_whatever_the_executor_uses_is_behind_an_entry():
-    used = code._graph("suite", "kernels_numba", "baselines").find_modules_directly_imported_by("suite.runs.executor")
-    rooms = ("suite.evaluation.", "suite.fitting.", "suite.speed.", "suite.analysis.", "suite.modeling.")
-    reached = frozenset().union(*(code.reached(code.ENTRIES[kind]) for kind in ("accuracy", "analysis", "speed")))
-    assert {module for module in used if module.startswith(rooms)} <= reached
-    assert len(used) > 10
+def test_the_work_of_one_kind_is_in_the_keys_of_its_cells_alone():
+    """Modules of suite.runs.work that are not named serve every kind; whatever one of them imports is covered."""
+    graph = code._graph("suite", "kernels_numba", "baselines")
+    work = {module for module in graph.modules if module.startswith("suite.runs.work.")}
+    assert set(code.WORK) < work
+    for kind in ("accuracy", "analysis", "speed"):
+        found = code.reached((code.WORKER,), code.CLOSED.get(kind, ()), code.others(kind))
+        assert found & set(code.WORK) == {module for module, kinds in code.WORK.items() if kind in kinds}
+        assert {module for module in found if module.startswith("suite.runs.")} <= work | {"suite.runs.work"}
+        for module in found & work:
+            assert graph.find_modules_directly_imported_by(module) - set(code.others(kind)) <= found
 
 
 def test_an_analysis_is_over_the_methods_that_it_names():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from suite.runs.compare import compare
+from suite.runs.audit.compare import compare
 from tests.report.synthetic import accuracy_row, manifest, write_run
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"

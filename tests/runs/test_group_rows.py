@@ -11,9 +11,9 @@ import yaml
 
 from suite.cli import main
 from suite.evaluation.groups import Group, Weighting
-from suite.runs.aggregates import GroupCells, aggregate_rows
-from suite.runs.manifest import seal
-from suite.runs.verify import verify_files
+from suite.runs.audit.verify import verify_files
+from suite.runs.view.aggregates import GroupCells, aggregate_rows
+from suite.runs.view.manifest import seal
 from tests.evaluation.test_metrics import CHOICE, ROWS, write_task
 from tests.runs.test_aggregated import table
 from tests.runs.test_audit import change

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from suite.runs.run import Options, plan, run
-from tests.runs.fakes import FakeExecutor, FakeWorld
+from tests.runs.fakes import FakeWorker, FakeWorld
 from tests.runs.kill_driver import CONFIG
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ def tables(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return tables(run(CONFIG, FakeWorld(), FakeExecutor(), Options(tmp_path_factory.mktemp("unbroken"))).folder)
+    return tables(run(CONFIG, FakeWorld(), FakeWorker(), Options(tmp_path_factory.mktemp("unbroken"))).folder)
 
 
 def test_resumed_csvs_equal_an_unbroken_runs(tmp_path, unbroken):

@@ -12,10 +12,10 @@ from suite.cli_actions import report
 from suite.config import build_config
 from suite.modeling.names import distinct_names
 from suite.modeling.sources import EMBEDDED_NAME, ModelRef
+from suite.runs.audit.verify import verify_files
+from suite.runs.machine import LocalWorld
 from suite.runs.run import Options, run
-from suite.runs.verify import verify_files
-from suite.runs.world import LocalWorld
-from tests.runs.fakes import FakeExecutor
+from tests.runs.fakes import FakeWorker
 
 
 def ref(spec: str) -> ModelRef:
@@ -66,7 +66,7 @@ def test_tables_and_manifest_of_two_folders_of_one_name(tmp_path):
     models = [{"id": ids[0]}, {"id": ids[1]}, {"id": ids[1], "dtype": "bfloat16"}]
     config = build_config({"name": "n", "device": "cpu", "models": models, "accuracy": [block]}, "test")
     folder = tmp_path / "run"
-    run(config, LocalWorld(config), FakeExecutor(), Options(tmp_path, folder), report=report)
+    run(config, LocalWorld(config), FakeWorker(), Options(tmp_path, folder), report=report)
 
     with (folder / "accuracy.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -10,8 +10,8 @@ import pytest
 from suite.cli import main
 from suite.config import build_config
 from suite.errors import InputError
-from suite.runs.cells import expand
-from suite.runs.executor import LocalExecutor
+from suite.runs.cells.accuracy import expand
+from suite.runs.work.worker import TorchWorker
 from tests.runs.fakes import FakeWorld, matrix
 from tests.runs.test_end_to_end import rows, world, written
 
@@ -161,4 +161,4 @@ def test_predictor_options_are_in_the_key_and_the_budget_is_not():
         assert keys(**changed) != base
     with pytest.raises(InputError, match="predictor: unknown key 'rank'; did you mean 'ranks'"):
         build_config({"name": "x", "models": [{"id": "a"}], "predictor": {"rank": 3}}, "test")
-    assert LocalExecutor(activation_budget_gib=1.0)
+    assert TorchWorker(activation_budget_gib=1.0)

@@ -5,18 +5,19 @@ import json
 import pytest
 
 from suite.cli import main
+from suite.runs.audit.config import config_of
+from suite.runs.audit.recompute import recompute
 from suite.runs.run import Options, run
-from suite.runs.verify import config_of, recompute
-from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
+from tests.runs.fakes import FakeWorker, FakeWorld, matrix
 
 
 def test_variants_of_one_task_are_told_apart(tmp_path):
     variants = [{}, {"num_fewshot": 5}, {"limit": 3}, {"apply_chat_template": True}]
     block = {"methods": ["dense", "cats"], "sparsities": [0.5], "tasks": [{"name": "t1"} | v for v in variants]}
-    folder = run(matrix(accuracy=[block]), FakeWorld(), FakeExecutor(), Options(tmp_path)).folder
+    folder = run(matrix(accuracy=[block]), FakeWorld(), FakeWorker(), Options(tmp_path)).folder
     said: list[str] = []
     n_cells = 2 * 2 * len(variants)  # models, methods
-    assert recompute(folder, config_of(folder, {}), FakeWorld(), FakeExecutor(), n_cells, said.append) == []
+    assert recompute(folder, config_of(folder, {}), FakeWorld(), FakeWorker(), n_cells, said.append) == []
     assert said[-1] == f"{n_cells} cells measured again"
 
 
@@ -30,14 +31,15 @@ def of_folders(folder, *ids):
 @pytest.fixture
 def models_of(tmp_path, monkeypatch):
     """Models that ``verify --recompute`` takes, by the names in the manifest and the folders given; else its exit code."""
-    folder = run(matrix(), FakeWorld(), FakeExecutor(), Options(tmp_path)).folder
+    folder = run(matrix(), FakeWorld(), FakeWorker(), Options(tmp_path)).folder
     found: list[str] = []
     monkeypatch.setattr("suite.cli_actions._world", lambda config: None)
-    monkeypatch.setattr("suite.cli_actions._executor", lambda config: None)
+    monkeypatch.setattr("suite.cli_actions._worker", lambda config: None)
     monkeypatch.setattr("suite.report.rebuild.rebuild_problems", lambda folder: [])
-    monkeypatch.setattr("suite.runs.verify.verify_files", lambda folder: [])
+    monkeypatch.setattr("suite.runs.audit.verify.verify_files", lambda folder: [])
     monkeypatch.setattr(
-        "suite.runs.verify.recompute", lambda _, config, *rest: found.extend(model.id for model in config.models) or []
+        "suite.runs.audit.recompute.recompute",
+        lambda _, config, *rest: found.extend(model.id for model in config.models) or [],
     )
 
     def models(ids, folders):

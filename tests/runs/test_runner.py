@@ -6,16 +6,16 @@ import pytest
 
 from suite.config import build_config
 from suite.errors import InputError
+from suite.runs.audit.verify import verify_files
 from suite.runs.estimate import estimate
-from suite.runs.manifest import file_hashes, read_manifest, seal
 from suite.runs.run import Options, make_fits, plan, run
-from suite.runs.runner import Outcome
 from suite.runs.store import CellStore
-from suite.runs.verify import verify_files
-from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
+from suite.runs.view.manifest import file_hashes, read_manifest, seal
+from suite.runs.work.base import Outcome
+from tests.runs.fakes import FakeWorker, FakeWorld, matrix
 
 
-def go(results: Path, executor: FakeExecutor, config=None, world=None, say=lambda line: None, **options):
+def go(results: Path, executor: FakeWorker, config=None, world=None, say=lambda line: None, **options):
     return run(config or matrix(), world or FakeWorld(), executor, Options(results, **options), say)
 
 
@@ -29,12 +29,12 @@ def without(folder: Path, *columns: str) -> list[dict[str, str]]:
 
 
 def test_a_finished_run_repeated_computes_nothing(tmp_path):
-    executor = FakeExecutor()
+    executor = FakeWorker()
     first = go(tmp_path, executor)
     before = (first.folder / "accuracy.csv").read_bytes()
     assert (first.n_ok, first.n_failed, first.n_missing) == (24, 0, 0)
     assert executor.loads == ["a", "b"]
-    again = FakeExecutor()
+    again = FakeWorker()
     second = go(tmp_path, again)
     assert (again.loads, again.ran) == ([], [])
     assert second.folder == first.folder
@@ -42,9 +42,9 @@ def test_a_finished_run_repeated_computes_nothing(tmp_path):
 
 
 def test_rerun_all_gives_the_same_csv(tmp_path):
-    first = go(tmp_path, FakeExecutor())
+    first = go(tmp_path, FakeWorker())
     before = without(first.folder, "elapsed_s")
-    executor = FakeExecutor()
+    executor = FakeWorker()
     second = go(tmp_path, executor, rerun="all")
     assert len(executor.ran) == 24
     assert len(executor.fitted) == 4
@@ -52,13 +52,13 @@ def test_rerun_all_gives_the_same_csv(tmp_path):
 
 
 def test_a_second_process_begins_with_a_task_that_no_other_is_at(tmp_path):
-    class Second(FakeExecutor):
+    class Second(FakeWorker):
         def run(self, cell, fits):
             if cell.task.name == "t1":
                 raise KeyboardInterrupt
             return super().run(cell, fits)
 
-    class First(FakeExecutor):
+    class First(FakeWorker):
         def run(self, cell, fits):
             if not self.ran:
                 with pytest.raises(KeyboardInterrupt):
@@ -74,15 +74,15 @@ def test_a_second_process_begins_with_a_task_that_no_other_is_at(tmp_path):
 
 
 def test_runs_of_overlapping_matrices_share_cells(tmp_path):
-    go(tmp_path, FakeExecutor(), matrix(models=[{"id": "a"}]))
-    executor = FakeExecutor()
+    go(tmp_path, FakeWorker(), matrix(models=[{"id": "a"}]))
+    executor = FakeWorker()
     go(tmp_path, executor)
     assert executor.loads == ["b"]
 
 
 def test_failed_cells_are_recorded_and_retried_only_when_told(tmp_path):
     said: list[str] = []
-    finished = go(tmp_path, FakeExecutor(fail=["B t1 cats ideal 0.5"]), say=said.append)
+    finished = go(tmp_path, FakeWorker(fail=["B t1 cats ideal 0.5"]), say=said.append)
     assert (finished.n_ok, finished.n_failed) == (23, 1)
     assert any("failed: B t1 cats ideal 0.5 scored: RuntimeError: no luck" in line for line in said)
     failed = [row for row in rows(finished.folder) if row["status"] == "failed"]
@@ -96,7 +96,7 @@ def test_failed_cells_are_recorded_and_retried_only_when_told(tmp_path):
     assert log.stem == failed[0]["cell_id"]
     assert log.read_text().startswith("B t1 cats ideal 0.5 scored\nTraceback")
 
-    executor = FakeExecutor()
+    executor = FakeWorker()
     assert go(tmp_path, executor).n_failed == 1
     assert executor.ran == []
     assert go(tmp_path, executor, rerun="failed").n_failed == 0
@@ -105,7 +105,7 @@ def test_failed_cells_are_recorded_and_retried_only_when_told(tmp_path):
 
 
 def test_a_model_that_does_not_load_fails_its_cells_and_no_others(tmp_path):
-    class Broken(FakeExecutor):
+    class Broken(FakeWorker):
         def session(self, cell):
             if cell.model == "a":
                 raise MemoryError("no room")
@@ -118,7 +118,7 @@ def test_a_model_that_does_not_load_fails_its_cells_and_no_others(tmp_path):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["value", "sample"])
 def test_nan_is_a_failed_cell_and_never_a_number(tmp_path, bad, where):
-    class Nan(FakeExecutor):
+    class Nan(FakeWorker):
         def run(self, cell, fits):
             found = super().run(cell, fits)
             if cell.label != "A t1 cats ideal 0.9 scored":
@@ -135,7 +135,7 @@ def test_nan_is_a_failed_cell_and_never_a_number(tmp_path, bad, where):
 
 
 def test_bad_input_while_running_keeps_finished_cells(tmp_path):
-    class Bad(FakeExecutor):
+    class Bad(FakeWorker):
         def run(self, cell, fits):
             if cell.model == "b":
                 raise InputError("model b has no gated MLP")
@@ -143,13 +143,13 @@ def test_bad_input_while_running_keeps_finished_cells(tmp_path):
 
     with pytest.raises(InputError, match="no gated MLP"):
         go(tmp_path, Bad())
-    executor = FakeExecutor()
+    executor = FakeWorker()
     go(tmp_path, executor)
     assert executor.loads == ["b"]
 
 
 def test_interrupt_keeps_finished_cells_and_writes_the_view(tmp_path):
-    class Interrupted(FakeExecutor):
+    class Interrupted(FakeWorker):
         def run(self, cell, fits):
             if len(self.ran) == 5:
                 raise KeyboardInterrupt
@@ -161,18 +161,18 @@ def test_interrupt_keeps_finished_cells_and_writes_the_view(tmp_path):
     assert "5 of 24 cells are finished" in said[-1]
     (folder,) = tmp_path.glob("runs/*")
     assert [row["status"] for row in rows(folder)].count("ok") == 5
-    executor = FakeExecutor()
+    executor = FakeWorker()
     assert go(tmp_path, executor).n_missing == 0
     assert len(executor.ran) == 19
 
 
 def test_damaged_cell_is_computed_again_and_said(tmp_path):
-    first = go(tmp_path, FakeExecutor())
+    first = go(tmp_path, FakeWorker())
     before = without(first.folder, "elapsed_s")
     victim = sorted(tmp_path.glob("cells/*/*.json.gz"))[3]
     victim.write_bytes(victim.read_bytes()[:-9])
     said: list[str] = []
-    executor = FakeExecutor()
+    executor = FakeWorker()
     second = go(tmp_path, executor, say=said.append)
     assert len(executor.ran) == 1
     assert any(victim.name in line and "damaged" in line for line in said)
@@ -180,7 +180,7 @@ def test_damaged_cell_is_computed_again_and_said(tmp_path):
 
 
 def test_no_fit_refuses_before_anything_runs(tmp_path):
-    executor = FakeExecutor()
+    executor = FakeWorker()
     with pytest.raises(InputError, match=r"4 cells need a fit that is missing.*countdown-suite fit"):
         go(tmp_path, executor, no_fit=True)
     assert executor.ran == []
@@ -189,10 +189,10 @@ def test_no_fit_refuses_before_anything_runs(tmp_path):
 
 
 def test_two_outputs_of_one_fit_are_not_mixed(tmp_path):
-    go(tmp_path, FakeExecutor(), matrix(accuracy=[matrix().accuracy[1].model_dump()]))
+    go(tmp_path, FakeWorker(), matrix(accuracy=[matrix().accuracy[1].model_dump()]))
     for path in tmp_path.glob("fits/*"):
         path.unlink()
-    changed = FakeExecutor()
+    changed = FakeWorker()
     changed.fit_text = "another output"
     block = matrix().accuracy[1].model_dump() | {"scopes": ["scored", "paper"]}
     with pytest.raises(InputError, match=r"two outputs.*--rerun all"):
@@ -201,7 +201,7 @@ def test_two_outputs_of_one_fit_are_not_mixed(tmp_path):
 
 
 def test_fit_of_each_cell_is_recorded(tmp_path):
-    finished = go(tmp_path, FakeExecutor())
+    finished = go(tmp_path, FakeWorker())
     practical = [row for row in rows(finished.folder) if row["mode"] == "practical"]
     assert all(
         row["fit_id"] and row["estimator"] == "calibrated" and row["calibration"] == "pydoc" for row in practical
@@ -211,7 +211,7 @@ def test_fit_of_each_cell_is_recorded(tmp_path):
 
 def test_delta_is_paired_by_document(tmp_path):
     """The difference of the means is that of the pairs; dense has none."""
-    finished = go(tmp_path, FakeExecutor())
+    finished = go(tmp_path, FakeWorker())
     table = rows(finished.folder)
     dense = {(row["model"], row["task"]): float(row["value"]) for row in table if row["method"] == "dense"}
     for row in table:
@@ -224,7 +224,7 @@ def test_delta_is_paired_by_document(tmp_path):
 
 
 def test_bytes_share_follows_the_realised_sparsity(tmp_path):
-    table = rows(go(tmp_path, FakeExecutor()).folder)
+    table = rows(go(tmp_path, FakeWorker()).folder)
     share = {(row["method"], row["mode"], row["sparsity_target"]): float(row["bytes_share"]) for row in table}
     assert share["dense", "none", "0"] == 1
     assert share["random", "ideal", "0.9"] == pytest.approx(0.1)
@@ -232,7 +232,7 @@ def test_bytes_share_follows_the_realised_sparsity(tmp_path):
 
 
 def test_missing_cells_have_a_row_with_a_reason(tmp_path):
-    class Stops(FakeExecutor):
+    class Stops(FakeWorker):
         def run(self, cell, fits):
             raise KeyboardInterrupt
 
@@ -246,7 +246,7 @@ def test_csvs_have_the_columns_of_the_schema_and_no_machine_path(tmp_path):
     from suite import schema
 
     results = tmp_path / "somewhere"
-    finished = go(results, FakeExecutor(fail=["A t1 random ideal 0.5"]), argv=["run", "--out", str(tmp_path / "x")])
+    finished = go(results, FakeWorker(fail=["A t1 random ideal 0.5"]), argv=["run", "--out", str(tmp_path / "x")])
     assert list(rows(finished.folder)[0]) == schema.ACCURACY.names
     assert list(rows(finished.folder, "sparsity.csv")[0]) == schema.SPARSITY.names
     with gzip.open(finished.folder / "samples.csv.gz", "rt") as file:
@@ -258,7 +258,7 @@ def test_csvs_have_the_columns_of_the_schema_and_no_machine_path(tmp_path):
 
 
 def test_sealed_folder_verifies_and_a_changed_one_does_not(tmp_path):
-    folder = go(tmp_path, FakeExecutor()).folder
+    folder = go(tmp_path, FakeWorker()).folder
     seal(folder)
     assert verify_files(folder) == []
     text = (folder / "accuracy.csv").read_text()
@@ -283,7 +283,7 @@ def timing(**changes):
 
 
 def test_speed_cells_of_a_group_are_timed_together_and_cached(tmp_path):
-    executor = FakeExecutor()
+    executor = FakeWorker()
     finished = go(tmp_path, executor, timing(shapes=["embedded", "llama-3.1-8b"]))
     assert finished.n_ok == 10
     assert [len(group) for group in executor.timed] == [5, 5]
@@ -294,31 +294,31 @@ def test_speed_cells_of_a_group_are_timed_together_and_cached(tmp_path):
 
 
 def test_one_missing_case_times_its_whole_group_again(tmp_path):
-    executor = FakeExecutor()
+    executor = FakeWorker()
     go(tmp_path, executor, timing(sparsities=[0.5]))
     go(tmp_path, executor, timing())
     assert [len(group) for group in executor.timed] == [3, 5]
 
 
 def test_a_failed_check_has_no_time(tmp_path):
-    finished = go(tmp_path, FakeExecutor(fail=["cats s=0.9"]), timing())
+    finished = go(tmp_path, FakeWorker(fail=["cats s=0.9"]), timing())
     assert (finished.n_ok, finished.n_failed) == (4, 1)
     failed = [row for row in rows(finished.folder, "speed.csv") if row["status"] == "failed"]
     assert [(row["method"], row["latency_us_median"], row["reason"]) for row in failed] == [
         ("cats", "", "check failed")
     ]
-    executor = FakeExecutor()
+    executor = FakeWorker()
     assert go(tmp_path, executor, timing(), rerun="failed").n_failed == 0
     assert [len(group) for group in executor.timed] == [5]
 
 
 def test_cases_without_a_gpu_are_rows_with_a_reason(tmp_path, monkeypatch):
     """The real timing room, which looks for the GPU before anything else."""
-    from suite.runs.executor import LocalExecutor
+    from suite.runs.work.worker import TorchWorker
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     config = timing(backends=["torch", "numba-cuda"], dtypes=["bfloat16"])
-    finished = run(config, FakeWorld(), LocalExecutor(), Options(tmp_path))
+    finished = run(config, FakeWorld(), TorchWorker(), Options(tmp_path))
     assert finished.n_skipped == 5
     for row in rows(finished.folder, "speed.csv"):
         assert (row["status"], row["latency_us_median"]) == ("skipped", "")
@@ -334,7 +334,7 @@ def test_a_finished_run_repeated_leaves_its_sealed_folder_alone(tmp_path):
         seal(folder)
 
     def again():
-        return run(matrix(), FakeWorld(), FakeExecutor(), Options(tmp_path), report=report)
+        return run(matrix(), FakeWorld(), FakeWorker(), Options(tmp_path), report=report)
 
     folder = again().folder
     manifest = (folder / "manifest.json").read_bytes()
@@ -351,13 +351,13 @@ def test_a_finished_run_repeated_leaves_its_sealed_folder_alone(tmp_path):
 
 
 def test_phases_of_traced_cells_have_a_file_of_their_own(tmp_path):
-    class Tracing(FakeExecutor):
+    class Tracing(FakeWorker):
         def time(self, cells, fits):
             phases = [{"phase": name, "us_median": 2.0, "us_q05": 1.0, "us_q95": 3.0} for name in ("fill", "choose")]
             timed = zip(cells, super().time(cells, fits), strict=True)
             return [row | {"phases": phases if cell.case.method == "cats" else []} for cell, row in timed]
 
-    assert not (go(tmp_path / "a", FakeExecutor(), timing()).folder / "phases.csv").exists()
+    assert not (go(tmp_path / "a", FakeWorker(), timing()).folder / "phases.csv").exists()
     finished = go(tmp_path / "b", Tracing(), timing())
     traced = sorted(row["cell_id"] for row in rows(finished.folder, "speed.csv") if row["method"] == "cats")
     found = rows(finished.folder, "phases.csv")
@@ -372,7 +372,7 @@ def speed_fits():
 
 
 def test_fits_of_speed_cells_are_fits_of_the_matrix(tmp_path):
-    config, executor = speed_fits(), FakeExecutor()
+    config, executor = speed_fits(), FakeWorker()
     plan_ = plan(config, FakeWorld())
     assert len(plan_.fits) == 2
     slow = estimate(plan_, CellStore(tmp_path), FakeWorld(), tmp_path).seconds
@@ -388,10 +388,10 @@ def test_fits_of_speed_cells_are_fits_of_the_matrix(tmp_path):
 
 def test_a_new_output_of_a_fit_is_not_mixed_with_speed_cells_of_the_old(tmp_path):
     config = speed_fits()
-    go(tmp_path, FakeExecutor(), config)
+    go(tmp_path, FakeWorker(), config)
     for path in tmp_path.glob("fits/*"):
         path.unlink()
-    changed = FakeExecutor()
+    changed = FakeWorker()
     changed.fit_text = "another output"
     block = {"methods": ["m-countdown"], "modes": ["practical"], "sparsities": [0.5], "tasks": ["t1"]}
     more = build_config(config.model_dump() | {"models": [{"id": "embedded"}], "accuracy": [block]}, "test")

@@ -7,12 +7,16 @@ import pytest
 import torch
 
 from suite import schema
+from suite.decoding import sparse
 from suite.decoding.shapes import SHAPES, Shape, build_model
 from suite.errors import InputError
-from suite.speed import decode, decode_check, decode_time
-from suite.speed.cases import make_cases, run_group
+from suite.speed import decode, decode_check
+from suite.speed.bench import run_group
+from suite.speed.clock import Rounds
+from suite.speed.expand import make_cases
 from tests.conftest import D_FF, D_MODEL, decode_state
 from tests.decoding.test_step import build
+from tests.speed import cuda_stand_in
 
 METHODS = ("dense", "cats", "m-countdown", "d-countdown")
 
@@ -21,7 +25,7 @@ METHODS = ("dense", "cats", "m-countdown", "d-countdown")
 def tiny(monkeypatch):
     monkeypatch.setitem(SHAPES, "tiny", Shape(D_MODEL, D_FF, "silu", 2, 9000, "LlamaConfig"))
     monkeypatch.setattr(decode, "build_model", lambda *_: build("llama"))
-    monkeypatch.setattr(decode_time, "_ROUNDS", 2)
+    monkeypatch.setattr(decode.StepSubject, "rounds", Rounds(2, 2))
 
 
 def cases(methods=METHODS, sparsities=(0.5,), contexts=(16,), variants=("eager", "generate")):
@@ -41,7 +45,7 @@ def test_rows_of_every_method(tiny):
         ("d-countdown", "eager"),
     ]
     for row in rows:
-        assert set(row) <= {*schema.SPEED.names, "phases", "decode_check"}
+        assert set(row) <= {*schema.SPEED.names, "phases", "decode_check", "timings"}
         assert (row["level"], row["status"], row["check"], row["context_tokens"]) == ("decode", "ok", "passed", 16)
         assert row["tokens_per_s"] == pytest.approx(1e6 / row["latency_us_median"])
         assert row["latency_us_q25"] <= row["latency_us_median"] <= row["latency_us_q75"]
@@ -80,7 +84,7 @@ def test_a_fit_decides_what_is_kept(tiny, method):
 
 def spoil(monkeypatch, factor):
     """Multiply what kernels return by ``factor(layer, n)`` in their n-th call, from 1."""
-    right = decode.decode_kernels
+    right = sparse.decode_kernels
 
     def wrong(*arguments):
         kernels, calls = right(*arguments), itertools.count(1)
@@ -88,7 +92,7 @@ def spoil(monkeypatch, factor):
         kernels.run = lambda layer, x: run(layer, x) * factor(layer, next(calls))
         return kernels
 
-    monkeypatch.setattr(decode, "decode_kernels", wrong)
+    monkeypatch.setattr(sparse, "decode_kernels", wrong)
 
 
 @pytest.mark.parametrize("method", ["m-countdown", "d-countdown"])
@@ -134,14 +138,14 @@ def test_contexts_are_cases_of_one_group(tiny):
 
 
 def test_out_of_memory_marks_its_context_and_the_others_go_on(tiny, monkeypatch):
-    right = decode_time.prepare
+    right = decode.StepSubject.prepare
 
-    def prepare(case, *rest):
-        if case.context_tokens == 16:
+    def prepare(self):
+        if self.case.context_tokens == 16:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
-        return right(case, *rest)
+        right(self)
 
-    monkeypatch.setattr(decode_time, "prepare", prepare)
+    monkeypatch.setattr(decode.StepSubject, "prepare", prepare)
     rows = run_group(cases(("dense",), contexts=(16, 40), variants=("eager",)))
     assert [row["status"] for row in rows] == ["failed", "ok"]
     assert rows[0]["reason"].startswith("out of memory: ")
@@ -192,3 +196,42 @@ def test_limit_of_the_check_grows_with_the_layers():
         mlps = Two.mlps * 4
 
     assert decode_check._limit(Eight) == pytest.approx(2 * decode_check._limit(Two))
+
+
+OWN = "tests.speed.own_methods:"
+
+
+@pytest.mark.parametrize("method", ["s-countdown", "dejavu", OWN + "MagnitudeOfGate", OWN + "Predicted"])
+def test_a_method_decodes_by_what_its_contract_says(tiny, method):
+    (row,) = run_group(cases((method,)))
+    assert (row["method"], row["status"], row["check"]) == (method, "ok", "passed"), row["reason"]
+    assert 0.35 < row["sparsity_realized"] < 0.65
+    assert row["predictor"] == (None if method.endswith("Gate") else "low-rank")
+
+
+def test_a_score_that_no_kernel_computes_is_skipped(tiny):
+    (row,) = run_group(cases(("tests.contract.third_party:PowerOfUp",)))
+    assert (row["status"], row["check"]) == ("skipped", "skipped")
+    assert "do not compute the score" in row["reason"]
+
+
+def test_on_a_gpu_steps_and_parts_are_graphs(tiny, monkeypatch):
+    """Played by the CPU: what is captured, replayed and noted down around the kernels."""
+    captured = []
+    monkeypatch.setattr(decode, "captured", lambda run: captured.append(run) or cuda_stand_in.captured(run))
+    monkeypatch.setattr(decode, "cuda_bandwidth", cuda_stand_in.small_bandwidth)
+    monkeypatch.setattr(decode, "free_bytes", lambda device: 80 << 30)
+    options = {"backends": ["torch", "numba-cuda"], "variants": ["graph", "generate"], "contexts": [16]}
+    with cuda_stand_in.play_gpu(monkeypatch):
+        rows = run_group(make_cases(["tiny"], ["dense", "cats", "d-countdown"], [0.5], level="decode", **options))
+    assert [(row["method"], row["variant"], row["clock"]) for row in rows] == [
+        ("dense", "graph", "graph"),
+        ("dense", "generate", "wall"),
+        ("cats", "graph", "graph"),
+        ("d-countdown", "graph", "graph"),
+    ]
+    assert len(captured) == 3 * 4  # a step and three parts each
+    for row in rows:
+        assert (row["status"], row["device_name"], row["threads"]) == ("ok", "a GPU", None), row["reason"]
+        graph = row["variant"] == "graph"
+        assert ((row["capture_s"] is not None), (row["peak_memory_mib"] == 3)) == (graph, graph)

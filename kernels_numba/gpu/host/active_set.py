@@ -35,7 +35,7 @@ def _used(plan: Plan, workspace: Tensor) -> Tensor:
 
 
 def _kept(plan: Plan, workspace: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Neurons and, bit t for token t, who keeps each, both (d_ff,) int32; None: the neurons 0, 1, ... themselves."""
+    """Neurons and, bit t for token t, which of them keep each, both (d_ff,) int32; None: the neurons 0, 1, ... themselves."""
     if plan.kind == "threshold":
         return None, _words(plan, workspace, "kept", plan.d_ff)
     entries = _words(plan, workspace, "entries", 2 * plan.d_ff)[::2]  # neuron + token bits << 24

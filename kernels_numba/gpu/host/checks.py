@@ -36,7 +36,7 @@ def check_weight(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor 
     if not value.is_contiguous():
         raise ValueError(f"{name} is not contiguous (strides {value.stride()}): call contiguous() once, before binding")
     if value.data_ptr() % 16:
-        raise ValueError(f"{name} starts at an address that is no multiple of 16 bytes: clone() it")
+        raise ValueError(f"{name} starts at an address that is not a multiple of 16 bytes: clone() it")
     if like is not None and (value.dtype, value.device) != (like.dtype, like.device):
         raise ValueError(
             f"{name} is {value.dtype} on {value.device}: the other weights are {like.dtype} on {like.device}"

@@ -259,7 +259,7 @@ class ThresholdLayer(_ChoosingLayer):
     Raises
     ------
     ValueError
-        Wrong dtype, device, shape, contiguity or name, sizes no multiple of 8, a threshold that is NaN or no number.
+        Wrong dtype, device, shape, contiguity or name, sizes that are not multiples of 8, a threshold that is NaN or not a number.
     RuntimeError
         The kernels cannot run on this machine.
     """
@@ -298,7 +298,7 @@ class PredictorLayer(_ChoosingLayer):
 
     v : Tensor, shape (rank, d_model)
     u : Tensor, shape (d_ff, rank)
-        Copied with zero columns added if ``rank`` is no multiple of 256 (fp32: 128).
+        Copied with zero columns added if ``rank`` is not a multiple of 256 (fp32: 128).
     """
 
     kind: Kind = "predictor"

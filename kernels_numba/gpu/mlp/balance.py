@@ -34,7 +34,7 @@ def make_prefix(dev: Any) -> Any:
 
 
 def make_counts(plan: Plan, dev: Any) -> SimpleNamespace:
-    """``fetch(...)``: ask for all blocks' counts; ``check(...)``: wait for those that had not been told by then."""
+    """``fetch(...)``: ask for all blocks' counts; ``check(...)``: wait for those that were not there yet."""
     n_blocks, threads, words = plan.n_blocks, plan.threads, -(-plan.n_blocks // 2)
     at, area, copy = plan.shared, plan.workspace, dev.make_copy(plan.hint)
 
@@ -155,10 +155,9 @@ def make_balanced(plan: Plan, dev: Any) -> Any:
 
     Counts are fetched, neurons dealt and entries collected each a trip round the ring after the one before.
     """
-    neurons, depth, at, received_at, packet_bytes = (
-        plan.neurons, plan.depth, plan.shared, plan.received_at, plan.packet_bytes,
-    )  # fmt: skip
-    zeros, deal_at, collect_at = dev.make_zeros(plan.batch * plan.chunks * plan.vector), plan.depth, 2 * plan.depth
+    neurons, depth, packet_bytes, at = plan.neurons, plan.depth, plan.packet_bytes, plan.shared
+    deal_at, collect_at, received_at = plan.depth, 2 * plan.depth, plan.received_at
+    zeros = dev.make_zeros(plan.batch * plan.chunks * plan.vector)
     wait, drain, least = dev.make_copy_wait(plan.depth - 1), dev.make_copy_wait(0), (2 * plan.depth + 1) * plan.neurons
     use_work, copy_work = make_use_work(plan, dev), make_copy_work(plan, dev)
     fetch_counts, deal, collect = make_counts(plan, dev).fetch, make_deal(plan, dev), make_collect(plan, dev)

@@ -17,7 +17,7 @@ def make_flags(plan: Plan, dev: Any) -> SimpleNamespace:
     """Barrier of all blocks without a common counter: one 64-bit word a block, the epoch in its upper half.
 
     ``epoch(workspace, block)``: number of this launch, one more than the block's last; nothing is ever cleared.
-    ``raise_flag(words, block, epoch, tid)``: all the block wrote before is visible to who has seen the word.
+    ``raise_flag(words, block, epoch, tid)``: all the block wrote before is visible to whoever has seen the word.
     ``wait(words, epoch, tid)``: until every block's word has this epoch.
     """
     n_blocks, threads, area, sync = plan.n_blocks, plan.threads, plan.workspace, make_sync(plan, dev)

@@ -58,11 +58,9 @@ def make_finish(plan: Plan, dev: Any) -> Any:
 
 def make_threshold_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
     """Kernel of CATS and M-COUNTDOWN."""
-    claimed, threads, overlap, sums, area = (
-        plan.claims, plan.threads, plan.overlap, "sparse" in plan.phases, plan.workspace,
-    )  # fmt: skip
+    claimed, threads, overlap, area = plan.claims, plan.threads, plan.overlap, plan.workspace
     choose_and_add, finish, stamp = (make(plan, dev) for make in (make_choose_and_add, make_finish, make_stamp))
-    claim, clear_slots = make_claim(plan, dev), make_clear_slots(plan, dev)
+    claim, clear_slots, sums = make_claim(plan, dev), make_clear_slots(plan, dev), "sparse" in plan.phases
     zeros = dev.make_zeros(plan.batch * plan.chunks * plan.vector)
 
     def kernel(x, dense, u, a, b, down, residual, y, ws, indices, values, count, value_stride, threshold, n_tokens):
@@ -80,7 +78,7 @@ def make_threshold_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
             share, epoch = zeros(), 0
             if sums:
                 share, found, epoch = choose_and_add(shared, ws, x, dense, a, b, down, threshold, n_tokens, block, tid)
-                if tid == 0:  # for who asks how many neurons were active
+                if tid == 0:  # for those who ask how many neurons were active
                     dev.store_i32(ws + area.counts + block * 8, found)
             finish(shared, ws, epoch, share, residual, y, n_tokens, block, tid)
 
@@ -90,12 +88,8 @@ def make_threshold_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
 def make_predictor_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
     """Kernel of the predictor methods."""
     select, recall, clear = make_predictor_select(plan, dev), make_recall(plan, dev), make_clear(plan, dev)
-    balanced, (sparse, start), deals = (
-        make_balanced(plan, dev) if plan.deals else None,
-        make_sparse(plan, dev),
-        plan.deals,
-    )
-    finish, held_places = make_finish(plan, dev), plan.held
+    deals, balanced = plan.deals, make_balanced(plan, dev) if plan.deals else None
+    (sparse, start), finish, held_places = make_sparse(plan, dev), make_finish(plan, dev), plan.held
     read_epoch, stamp, overlap = make_flags(plan, dev).epoch, make_stamp(plan, dev), plan.overlap
     selects, sums = ("project" in plan.phases or "select" in plan.phases), ("sparse" in plan.phases)
     n_rows, spare = plan.d_ff // plan.n_blocks, plan.d_ff % plan.n_blocks

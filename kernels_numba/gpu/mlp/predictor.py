@@ -144,17 +144,12 @@ def make_predictor_select(plan: Plan, dev: Any) -> Any:
     The rows of U do not depend on z: they are on their way while the other blocks' parts of z are waited for.
     """
     rows, depth, packet_bytes, rank, at = plan.rows, plan.depth, plan.packet_bytes, plan.rank, plan.shared
-    n_blocks, projects, chooses, overlap = (
-        plan.n_blocks,
-        "project" in plan.phases,
-        "select" in plan.phases,
-        plan.overlap,
-    )
-    per_packet, wait = plan.logit_rows * plan.logit_slots, dev.make_copy_wait(plan.depth - 1)
+    projects, chooses, overlap = "project" in plan.phases, "select" in plan.phases, plan.overlap
+    n_blocks, per_packet, wait = plan.n_blocks, plan.logit_rows * plan.logit_slots, dev.make_copy_wait(plan.depth - 1)
     fill, project, receive_z = make_fill_select(plan, dev), make_project(plan, dev), make_receive_z(plan, dev)
     logits, keep, stamp = make_logits(plan, dev), make_keep(plan, dev), make_stamp(plan, dev)
-    bring, read_epoch = make_tokens(plan, dev), make_flags(plan, dev).epoch
-    load_x, copy_x = bring.load_x, bring.copy_x
+    tokens, read_epoch = make_tokens(plan, dev), make_flags(plan, dev).epoch
+    load_x, copy_x = tokens.load_x, tokens.copy_x
 
     @dev.device_function
     def select(shared, workspace, x, v, u, first, end, threshold, n_tokens, block, tid):

@@ -1,7 +1,7 @@
 """Device code of CATS and M-COUNTDOWN: one loop for the dense rows that choose and for the rows of the neurons they find.
 
 The next free packet of the ring takes the rows of neurons if enough of them are waiting, else the next dense rows, so
-the stream of weights never pauses and the blocks end together: who finds more claims less (``work_queue``).
+the stream of weights never pauses and the blocks end together: a block that finds more claims less (``work_queue``).
 One thread notes what a packet holds and which dense packet is next; the others read it behind the next packet's barrier.
 It is of the last warp: the first has the list of found neurons to write at the same time.
 """
@@ -26,7 +26,7 @@ _DENSE = 1  # kinds of packets in flight, 4 bits each: 0 nothing, 1 dense rows, 
 
 
 def make_append(plan: Plan, dev: Any) -> Any:
-    """``append(...)``: add the kept rows of a dense packet to the block's circular list; returns how many it has had.
+    """``append(...)``: add the kept rows of a dense packet to the block's circular list; returns how many it has taken in all.
 
     A row is kept if any token keeps it (not score < threshold, so NaN is kept); its entry says which tokens do. Every
     warp counts the same; warp 0 writes.
@@ -121,12 +121,8 @@ def make_fill(plan: Plan, dev: Any) -> Any:
 def make_begin(plan: Plan, dev: Any) -> Any:
     """``begin(...)``: the first packets and x on their way; returns the kinds of the packets and the epoch."""
     overlap, fill, stamp = plan.overlap, make_fill(plan, dev), make_stamp(plan, dev)
-    bring, read_epoch, clear_counter = (
-        make_tokens(plan, dev),
-        make_flags(plan, dev).epoch,
-        make_clear_counter(plan, dev),
-    )
-    load_x, copy_x = bring.load_x, bring.copy_x
+    tokens, read_epoch = make_tokens(plan, dev), make_flags(plan, dev).epoch
+    load_x, copy_x, clear_counter = tokens.load_x, tokens.copy_x, make_clear_counter(plan, dev)
 
     @dev.device_function
     def begin(shared, workspace, x, dense_rows, n_tokens, block, tid):
@@ -149,11 +145,8 @@ def make_refill(plan: Plan, dev: Any) -> Any:
     """``refill(...)``: the next neurons or dense rows into the packet that is free; (kinds, neurons begun, rows issued)."""
     rows, neurons, d_ff, packets, at = plan.rows, plan.neurons, plan.d_ff, plan.dense_packets, plan.shared
     newest, enough, clerk = 4 * (plan.depth - 1), RESERVE + plan.neurons, plan.clerk
-    numbers, copy_rows, copy_found = (
-        make_packet_numbers(plan, dev),
-        make_ring(plan, dev).copy_rows,
-        make_copy_found(plan, dev),
-    )
+    copy_rows, copy_found = make_ring(plan, dev).copy_rows, make_copy_found(plan, dev)
+    numbers = make_packet_numbers(plan, dev)
     note, number = numbers.note, numbers.number
 
     @dev.device_function

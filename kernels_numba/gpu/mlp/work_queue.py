@@ -1,6 +1,6 @@
 """Device code that shares out the dense packets of CATS and M-COUNTDOWN: dealt beforehand, or the last half claimed.
 
-An SM gets up to 6 % more bandwidth than another, and a block that finds more neurons has more to read: whoever is ahead
+An SM gets up to 6 % more bandwidth than another, and a block that finds more neurons has more to read: a block that is ahead
 claims more. A claim is an addition to a global counter and takes a trip to L2, 3 to 10 us behind a ring of copies, so
 a warp that takes no part in the copies claims ahead. A launch counts in one of two counters and clears the other.
 """

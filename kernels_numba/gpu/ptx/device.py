@@ -51,7 +51,7 @@ load_i32 = instruction("ld.relaxed.gpu.global.b32 $0, [$1];", types.int32, types
 load_f32 = instruction("ld.relaxed.gpu.global.f32 $0, [$1];", types.float32, types.int64)
 store_i32 = instruction("st.relaxed.gpu.global.b32 [$0], $1;", types.void, types.int64, types.int32)
 store_f32 = instruction("st.relaxed.gpu.global.f32 [$0], $1;", types.void, types.int64, types.float32)
-# Flags between blocks: what the block wrote before a release is seen by who reads the flag with acquire.
+# Flags between blocks: what the block wrote before a release is seen by whoever reads the flag with acquire.
 flag_store = instruction("st.release.gpu.global.u64 [$0], $1;", types.void, types.int64, types.int64)
 flag_load = instruction("ld.acquire.gpu.global.u64 $0, [$1];", types.int64, types.int64)
 # Tagged words between blocks: 32 bits of data and, in the upper half, the number of the launch. One 64-bit access moves

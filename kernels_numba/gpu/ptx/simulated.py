@@ -106,7 +106,7 @@ def shared_wait(address: int, tag: int) -> int:
 
 
 def shared_wait_above(address: int, value: int) -> None:
-    """Joins the barriers of the others, who would else wait for this thread."""
+    """Joins the barriers of the others, which would else wait for this thread."""
     left = 10000
     while shared_load_i32(address) <= value:
         syncthreads()

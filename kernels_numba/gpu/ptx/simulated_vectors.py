@@ -10,10 +10,8 @@ import numpy as np
 
 from kernels_numba.gpu.ptx.dtypes import elements
 from kernels_numba.gpu.ptx.simulated import (  # noqa: F401  kernels reach every device function through this module
-    device_function,
     divide,
     exp2,
-    lane_xor,
     launch_dependents,
     load16,
     load_f32,
@@ -24,15 +22,13 @@ from kernels_numba.gpu.ptx.simulated import (  # noqa: F401  kernels reach every
     narrow,
     shared_load_f32,
     shared_load_i32,
-    shared_memory,
     shared_store_f32,
     shared_store_i32,
     store_f32,
-    syncthreads,
-    view,
     widen,
 )
-from kernels_numba.gpu.ptx.simulated_warp import all_lanes, thread_index
+from kernels_numba.gpu.ptx.simulated_warp import all_lanes, device_function, lane_xor, thread_index  # noqa: F401
+from kernels_numba.gpu.ptx.simulator import shared_memory, syncthreads, view  # noqa: F401
 
 
 def prefetch(address: int) -> None:

@@ -36,7 +36,7 @@ from kernels_numba.gpu.ptx.dtypes import elements
 from kernels_numba.gpu.ptx.warp import device_function, lane_xor, shuffle  # noqa: F401
 
 prefetch = instruction("prefetch.global.L2 [$0];", types.void, types.int64)
-# What the block wrote before its barrier is seen by who finds the count raised.
+# What the block wrote before its barrier is seen by whoever finds the count raised.
 atomic_add = instruction("atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;", types.int32, types.int64, types.int32)
 
 _WORDS = types.UniTuple(types.int32, 4)

@@ -1,0 +1,139 @@
+"""A sparse method in the decode steps of a model: what it scores, its thresholds, its kernels, and its definition.
+
+A model with real weights takes its thresholds and predictors from fits. Of random weights thresholds are set on the decode
+steps themselves, so that the realised sparsity is the target, and a predictor has random matrices: its cost is what counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from suite.decoding.step import DecodeModel
+from suite.methods.base import Activations, kept_count, select_threshold
+from suite.modeling.decode import ChoosingKernels, DecodeKernels, decode_kernels
+from suite.modeling.modes import PredictorState, ThresholdState, checked_thresholds, placed_predictor
+from suite.registry import get_method
+
+_CALIBRATION_STEPS = 12
+Choose = Callable[[Activations], Tensor]  # activations of one token -> set, bool (1, d_ff)
+
+
+@dataclass(frozen=True)
+class RandomPredictor:
+    """Low-rank matrices of every layer with random entries: v (d_model, rank), u (d_ff, rank)."""
+
+    v: tuple[Tensor, ...]
+    u: tuple[Tensor, ...]
+
+    @classmethod
+    def make(cls, decode: DecodeModel, rank: int, seed: int) -> RandomPredictor:
+        """Entries of size 1/sqrt(inputs), in the model's dtype and on its device."""
+        generator = torch.Generator(device=decode.device).manual_seed(seed)
+
+        def normal(rows: int, columns: int, inputs: int) -> Tensor:
+            values = torch.randn(rows, columns, device=decode.device, generator=generator) * inputs**-0.5
+            return values.to(decode.dtype)
+
+        mlp = decode.mlps[0]
+        v = tuple(normal(mlp.d_model, rank, mlp.d_model) for _ in decode.mlps)
+        return cls(v, tuple(normal(mlp.d_ff, rank, rank) for _ in decode.mlps))
+
+    def logits(self, layer: int, x: Tensor) -> Tensor:
+        """``(x V) U^T``, fp32, shape (n_tokens, d_ff)."""
+        return x.float() @ self.v[layer].float() @ self.u[layer].float().T
+
+
+class MaskedMlp:
+    """The definition: every product dense, entries of v outside the chosen set 0."""
+
+    def __init__(self, decode: DecodeModel, choose: Choose) -> None:
+        self._decode, self._choose = decode, choose
+
+    def __call__(self, layer: int, x: Tensor) -> Tensor:
+        """The MLP's output, (1, d_model)."""
+        mlp = self._decode.mlps[layer]
+        activations = mlp.activations(x)
+        return mlp.down(activations.product * self._choose(activations))
+
+
+class SparseMethod:
+    """A sparse method of a model.
+
+    Parameters
+    ----------
+    decode : DecodeModel
+    name : registry name or ``module:Class``
+    rank, seed : of a predictor with random matrices; thresholds are then set by `calibrate`
+    state : fit of the practical mode, instead of both
+    """
+
+    def __init__(
+        self,
+        decode: DecodeModel,
+        name: str,
+        rank: int | None = None,
+        seed: int = 0,
+        state: ThresholdState | None = None,
+    ) -> None:
+        self.decode, self.method = decode, get_method(name, sparsity=0.0 if state is None else state.sparsity)
+        self.predictor: Any = None
+        self.thresholds = torch.full((len(decode.mlps),), -math.inf)
+        self._kernels: DecodeKernels | None = None
+        if state is not None:
+            self.thresholds = checked_thresholds(decode.model, self.method, state)
+            if isinstance(state, PredictorState):
+                self.predictor = placed_predictor(decode.model, state)
+        elif rank is not None:
+            self.predictor = RandomPredictor.make(decode, rank, seed)
+
+    def score(self, activations: Activations) -> Tensor:
+        """What the threshold is set on, fp32, (1, d_ff): the predictor's logits, or the method's own score."""
+        if self.predictor is not None:
+            logits: Tensor = self.predictor.logits(activations.site.layer, activations.input)
+            return logits
+        return self.method.score(activations).float()
+
+    def calibrate(self, sparsity: float, start: tuple[int, int]) -> None:
+        """Thresholds that keep the target on decode steps with every layer sparse: the median kth score of some tokens."""
+        seen: list[list[float]] = [[] for _ in self.decode.mlps]
+
+        def choose(activations: Activations) -> Tensor:
+            score, thresholds = self.score(activations), seen[activations.site.layer]
+            k = kept_count(score.shape[-1], sparsity)
+            top = score.topk(min(k + 1, score.shape[-1]), dim=-1).values[0]
+            thresholds.append(float(top[k - 1 :].mean()) if len(top) > k else -math.inf)
+            return score >= thresholds[-1]
+
+        mlp = MaskedMlp(self.decode, choose)
+        self.decode.rewind(*start)
+        for _ in range(_CALIBRATION_STEPS):
+            self.decode.step(mlp)
+        self.thresholds = torch.tensor([float(np.median(values)) for values in seen])
+
+    def choose(self, activations: Activations) -> Tensor:
+        """The method's own set."""
+        return select_threshold(self.score(activations), float(self.thresholds[activations.site.layer]))
+
+    def kernels(self) -> DecodeKernels:
+        """Kernels with the thresholds as they are now; on a GPU they hold one copy of W_down for all sparsities."""
+        if isinstance(self._kernels, ChoosingKernels):
+            for layer, threshold in zip(self._kernels.layers, self.thresholds.tolist(), strict=True):
+                layer.threshold = threshold
+        else:
+            self._kernels = decode_kernels(self.decode.model, self.method, self.thresholds, self.predictor)
+        return self._kernels
+
+    @property
+    def extra_bytes(self) -> int:
+        """Memory beyond the dense model's: transposed copies of W_down and the predictor."""
+        extra = [mlp.weights()[2] for mlp in self.decode.mlps]
+        if self.predictor is not None:
+            extra += [*self.predictor.v, *self.predictor.u]
+        return sum(matrix.numel() * matrix.element_size() for matrix in extra)

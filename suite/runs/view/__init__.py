@@ -1,0 +1,1 @@
+"""The run folder: a view of the store, and how it is read."""

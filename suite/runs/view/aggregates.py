@@ -1,0 +1,111 @@
+"""Rows of groups.csv: what a group of lm-eval averages over the cells of its tasks, one setting at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from suite import schema
+from suite.evaluation.groups import Weighting, averaged, shares
+from suite.evaluation.results import WEIGHT
+from suite.runs.cells.accuracy import AccuracyCell
+from suite.runs.cells.groups import GroupCells
+from suite.statistics import Units, bootstrap_interval, is_log_space, resampling_group
+
+Row = dict[str, Any]
+Samples = Mapping[str, Mapping[str, float]]  # value by document by metric
+_OF_THE_SETTING = ("run_id", *schema.GROUPS.settings, "batch_size")
+
+
+def aggregate_rows(one: GroupCells, rows: Mapping[str, Sequence[Row]], samples: Mapping[str, Samples]) -> Iterator[Row]:
+    """One row a metric, or one with the reason why there is none.
+
+    Parameters
+    ----------
+    rows : rows of accuracy.csv by cell id
+    samples : value by document by metric, by cell id
+    """
+    first = rows[one.cells[0].id][0]
+    common = {name: value for name, value in first.items() if name in _OF_THE_SETTING}
+    common |= {"group": one.group.name, "group_version": one.group.version, "n_tasks": len(one.cells)}
+    common["cell_ids"] = " ".join(cell.id for cell in one.cells)
+    states = {rows[cell.id][0]["status"] for cell in one.cells}
+    if states != {"ok"}:
+        state = next(state for state in ("failed", "missing", "skipped") if state in states)
+        n = sum(rows[cell.id][0]["status"] == state for cell in one.cells)
+        yield common | {"status": state, "reason": f"{n} of {len(one.cells)} tasks"}
+        return
+    for weighting in one.group.weightings:
+        present = sorted({r["filter"] for cell in one.cells for r in rows[cell.id] if r["metric"] == weighting.metric})
+        for chain in present if weighting.filters is None else weighting.filters:
+            found = [
+                (cell, dense, row)
+                for cell, dense in zip(one.cells, one.dense, strict=True)
+                for row in rows[cell.id]
+                if (row["metric"], row["filter"]) == (weighting.metric, chain)
+            ]
+            if found:
+                yield common | {"status": "ok"} | _average(weighting, chain, found, samples)
+
+
+def _average(
+    weighting: Weighting,
+    chain: str,
+    found: Sequence[tuple[AccuracyCell, AccuracyCell, Row]],
+    samples: Mapping[str, Samples],
+) -> Row:
+    rows = [row for _, _, row in found]
+    sizes = [row["n_samples"] for row in rows]
+    value, stderr = averaged([r["value"] for r in rows], [r["stderr"] for r in rows], sizes, by_size=weighting.by_size)
+    chances = [row["chance"] for row in rows if row["chance"] is not None]
+    row = {
+        "metric": weighting.metric,
+        "filter": chain,
+        "higher_is_better": rows[0]["higher_is_better"],
+        "weight_by_size": weighting.by_size,
+        "value": value,
+        "stderr": stderr,
+        "chance": averaged(chances, chances, sizes, by_size=weighting.by_size)[0]
+        if len(chances) == len(rows)
+        else None,
+        "n_samples": sum(sizes),
+        "reason": "" if stderr is not None else "a task of the group has no standard error",
+    }
+    deltas = [one["delta_dense"] for one in rows if one.get("delta_dense") is not None]
+    if len(deltas) == len(rows):
+        row["delta_dense"] = averaged(deltas, deltas, sizes, by_size=weighting.by_size)[0]
+        row |= _interval(weighting, chain, found, samples)
+    return row
+
+
+def _interval(
+    weighting: Weighting,
+    chain: str,
+    found: Sequence[tuple[AccuracyCell, AccuracyCell, Row]],
+    samples: Mapping[str, Samples],
+) -> Row:
+    """Interval of the difference to dense: documents are resampled within each task; none where values are no means."""
+    if any(row.get("aggregation") for _, _, row in found):
+        return {}
+    tasks = [_units(weighting.metric, chain, samples[cell.id], samples[dense.id]) for cell, dense, _ in found]
+    share = shares([row["n_samples"] for _, _, row in found], by_size=weighting.by_size)
+    made = np.exp if is_log_space(weighting.metric) else np.asarray
+
+    def difference(means: list[Any]) -> Any:
+        return sum(part * (made(mean[0]) - made(mean[1])) for part, mean in zip(share, means, strict=True))
+
+    _, low, high = bootstrap_interval(tasks, difference)
+    return {"delta_ci_low": low, "delta_ci_high": high}
+
+
+def _units(metric: str, chain: str, own: Samples, base: Samples) -> Units:
+    name = next(name for name in (f"{metric},{chain}", metric) if name in own)
+    documents = sorted(own[name])
+    weights = [samples.get(name + WEIGHT, {}) for samples in (own, base)]
+    return Units.of(
+        [[samples[name][d] for d in documents] for samples in (own, base)],
+        [[weight.get(d, 1.0) for d in documents] for weight in weights],
+        [resampling_group(d) for d in documents],
+    )

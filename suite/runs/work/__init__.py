@@ -1,0 +1,1 @@
+"""The work of cells: the one place where runs meet torch, models, fits, evaluation and timing."""

@@ -1,0 +1,37 @@
+"""Weights that a method reads, by its contract."""
+
+import pytest
+
+from suite.methods.cost import low_rank_share, read_share, ternary_share
+from suite.registry import method_class
+
+OWN = "tests.modeling.site_methods:"
+
+
+@pytest.mark.parametrize(
+    ("method", "realized", "share"),
+    [
+        ("dense", 0.0, 1.0),
+        ("cats", 0.9, 0.4),
+        ("m-countdown", 0.75, 0.5),
+        ("d-countdown", 0.9, 0.1),
+        ("dejavu", 0.5, 0.5),
+        (OWN + "Teal", 0.5, 0.5),  # all three masked
+        (OWN + "TealInput", 0.75, 0.5),  # down is read whole
+        ("tests.methods.test_cost:Both", 0.75, 0.75),
+    ],
+)
+def test_share_of_the_dense_layer(method, realized, share):
+    assert read_share(method_class(method), realized) == pytest.approx(share)
+
+
+def test_a_given_set_and_predictors():
+    assert read_share(None, 0.9) == pytest.approx(0.1)
+    assert low_rank_share(512, 4096, 14336) == pytest.approx(512 * (1 / 4096 + 1 / 14336) / 3)
+    assert ternary_share("bfloat16") == pytest.approx(2 * ternary_share("float32")) == pytest.approx(2 / 8 / 6)
+
+
+class Both(method_class("cats")):
+    """Computes gate and up densely, then ranks."""
+
+    first_projection = "both"
