@@ -254,7 +254,7 @@ def _duels_of(quality: Quality, block: dict[str, Any], one: Average, rival: Aver
             continue
         sign = -1 if lower else 1
         name = task if lower and not task.startswith(DECODE_PERPLEXITY) else task.partition(" ")[0]
-        scope = f" scope {block['scope']}" if len(set(quality.rows["scope"]) - {""}) > 1 and block["scope"] else ""
+        scope = f" scope {block['scope']}" if quality.has_scopes and block["scope"] else ""
         where = f"{name} {block['mode']} {block['sparsity_target']:g}{scope}"
         text = signed(difference, 1, 2) if lower else signed(difference)
         found.append(Duel(name, where, sign * difference[0], _excludes_zero(difference), text))

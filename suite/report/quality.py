@@ -12,12 +12,15 @@ import pandas as pd
 
 from suite.report.methods import dense_rows, is_dense, is_floor, method_order
 from suite.report.results import BLOCK, SETTING, VARIANT, Results, number
+from suite.report.samples import Samples
 from suite.report.task_names import TEXT_METRICS, task_order, with_variant_names
-from suite.statistics import FloatArray, Units, bootstrap_interval, paired_delta, resampling_group
+from suite.statistics import FloatArray, Units, bootstrap_interval, paired_delta
 
 SUMMARY_METRICS = ("acc_norm", "acc", "exact_match")
 PERPLEXITIES = ("perplexity", "word_perplexity")
 FILTERS = ("none", "", "strict-match")  # preferred where a task reports one metric through several filters
+_PLACE = ("model", "dtype", "scope")  # settings here share their tasks
+_MEANS = ("sparsity_realized", "bytes_share")
 REALIZED_TOLERANCE = 0.01  # practical methods further apart than this are not compared
 Interval = tuple[float, float | None, float | None]
 Cell = Mapping[Any, Any]  # one row of accuracy.csv
@@ -95,18 +98,8 @@ class Quality:
         self.rows = with_labels(rows[~aside])
         self.ok = self.rows[self.rows["status"] == "ok"]
         self.failed = self.rows[self.rows["status"] != "ok"]
-        self._samples = results.samples
+        self._samples = Samples(results.samples)
         self._cache: dict[Any, Interval] = {}
-
-    @cached_property
-    def _by_cell(self) -> dict[tuple[str, str], pd.Series]:
-        by_cell: dict[tuple[str, str], pd.Series] = {}
-        numbers = self._samples[self._samples["value"].notna()]  # the others are items of an aggregation
-        for (cell, metric), group in numbers.groupby(["cell_id", "metric"], sort=False):
-            values = pd.Series(group["value"].to_numpy(dtype=float), index=group["doc_id"].to_numpy())
-            if values.index.is_unique:  # two filters under one name cannot be told apart: no interval then
-                by_cell[str(cell), str(metric)] = values.sort_index()
-        return by_cell
 
     def metric_of(self, task: str) -> tuple[str, str] | None:
         """(metric, filter) that the summary uses for a task: acc_norm where defined, else acc, else exact_match."""
@@ -117,6 +110,11 @@ class Quality:
                 if name in filters:
                     return metric, name
         return None
+
+    @cached_property
+    def has_scopes(self) -> bool:
+        """Whether the run has sparse settings in several scopes."""
+        return len(set(self.rows["scope"]) - {""}) > 1
 
     @cached_property
     def summary_tasks(self) -> list[str]:
@@ -170,11 +168,16 @@ class Quality:
 
         A task of few blocks (generation, say) is in none of their averages, so that all are over the same tasks.
         """
-        same = self.summary[~dense_rows(self.summary)]
-        for column in ("model", "dtype", "scope"):
-            same = same[same[column] == block[column]]
-        given = [set(group["task"]) for _, group in same.groupby(["mode", "sparsity_target"])]
-        return sorted(set.intersection(*given) if given else (), key=task_order)
+        return self._averaged.get(tuple(block[column] for column in _PLACE), [])
+
+    @cached_property
+    def _averaged(self) -> dict[tuple[Any, ...], list[str]]:
+        """Tasks of the average by model, dtype and scope."""
+        found = {}
+        for place, same in self.summary[~dense_rows(self.summary)].groupby([*_PLACE]):
+            given = [set(group["task"]) for _, group in same.groupby(["mode", "sparsity_target"])]
+            found[place] = sorted(set.intersection(*given) if given else (), key=task_order)
+        return found
 
     def tasks_beside(self, block: dict[str, Any], settings: Sequence[Average]) -> list[str]:
         """Tasks of the block's sparse settings that are not in its average."""
@@ -182,16 +185,20 @@ class Quality:
 
     def settings(self, rows: pd.DataFrame) -> list[Average]:
         """Settings of some rows with their cells by task (``task`` must be unique within a setting)."""
+        groups: dict[tuple[Any, ...], list[Cell]] = {}
+        for cell in rows.to_dict("records"):  # at once: a thousand small frames take seconds
+            groups.setdefault(tuple(cell[column] for column in SETTING), []).append(cell)
         found = []
-        for key, group in rows.groupby(SETTING, dropna=False, sort=False):
-            ok = group[group["status"] == "ok"]
+        for key, cells in groups.items():
+            ok = [cell for cell in cells if cell["status"] == "ok"]
+            realized, share = (pd.Series([c[name] for c in ok], dtype=float).mean() for name in _MEANS)
             found.append(
                 Average(
                     setting=dict(zip(SETTING, key, strict=True)),
-                    label=str(group["label"].iloc[0]),
-                    realized=number(ok["sparsity_realized"].mean()),
-                    bytes_share=number(ok["bytes_share"].mean()),
-                    cells={str(row["task"]): row for row in group.to_dict("records")},
+                    label=str(cells[0]["label"]),
+                    realized=number(realized),
+                    bytes_share=number(share),
+                    cells={str(cell["task"]): cell for cell in cells},
                 )
             )
         return sorted(found, key=lambda a: (method_order(a.method), a.label))
@@ -238,46 +245,29 @@ class Quality:
         known = [value for value in values if value is not None]
         return float(np.mean(known)) if known and len(known) == len(values) else None
 
-    def _arrays(self, cell: Cell) -> tuple[pd.Series, pd.Series | None] | None:
-        metric = str(cell["metric"])
-        for name in (f"{metric},{cell['filter']}", metric):
-            values = self._by_cell.get((str(cell["cell_id"]), name))
-            if values is not None:
-                return values, self._by_cell.get((str(cell["cell_id"]), f"{name}.weight"))
-        return None
-
     def units(self, cells: Sequence[Cell | None]) -> Units | None:
         """Samples of several cells of one task and metric; None unless all have the same documents."""
-        values, weights = [], []
-        documents: pd.Index | None = None
-        for cell in cells:
-            found = None if cell is None or cell["status"] != "ok" else self._arrays(cell)
-            if found is None or (documents is not None and not found[0].index.equals(documents)):
-                return None
-            documents = found[0].index
-            values.append(found[0].to_numpy())
-            weights.append(np.ones(len(documents)) if found[1] is None else found[1].reindex(documents).to_numpy())
-        if documents is None:
+        found = [None if cell is None or cell["status"] != "ok" else self._samples.of(cell) for cell in cells]
+        known = [one for one in found if one is not None]
+        if not known or len(known) < len(found) or any(one.documents is not known[0].documents for one in known):
             return None
-        groups = [resampling_group(str(d)) for d in documents]
-        return Units.of(np.stack(values), np.stack(weights), groups)
+        values, weights = (np.stack([getattr(one, name) for one in known]) for name in ("values", "weights"))
+        return Units.of(values, weights, known[0].documents.groups)
 
     def difference(self, one: Cell, other: Cell) -> Interval | None:
         """Paired difference of two cells of one task and metric, ``one - other``, with its 95 % interval."""
         key = (one["cell_id"], other["cell_id"], one["metric"], one["filter"])
         if key not in self._cache:
-            first, second = self._arrays(one), self._arrays(other)
-            if first is None or second is None or not first[0].index.equals(second[0].index):
+            first, second = self._samples.of(one), self._samples.of(other)
+            if first is None or second is None or first.documents is not second.documents:
                 return None
-            index = first[0].index
-            weights = [None if w is None else w.reindex(index).to_numpy() for _, w in (first, second)]
             self._cache[key] = paired_delta(
-                first[0].to_numpy(),
-                weights[0],
-                second[0].to_numpy(),
-                weights[1],
+                first.values,
+                first.weights,
+                second.values,
+                second.weights,
                 str(one["metric"]),
-                [resampling_group(str(d)) for d in index],
+                first.documents.groups,
             )
         return self._cache[key]
 
