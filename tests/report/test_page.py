@@ -106,6 +106,20 @@ def test_sparsity_per_layer_is_weighted_by_tokens(tmp_path):
     assert data["sparsity_realized"].tolist() == [pytest.approx(0.75)]
 
 
+def test_sites_are_lines_of_their_own(tmp_path):
+    rows = [accuracy_row("cats", "a", "acc", 0.5, mode="practical", cell_id="a")]
+    layer = {"cell_id": "a", "layer": 0, "sparsity_target": 0.8, "n_tokens": 9}
+    layers = [
+        layer | {"site": site, "sparsity_realized": share} for site, share in (("mlp.input", 0.4), ("mlp.neurons", 0.8))
+    ]
+    run = write_run(tmp_path, rows, sparsity=layers, manifest=manifest())
+    write_report(run)
+    data = pd.read_csv(run / "figures" / "sparsity_per_layer.csv")
+    labels = data["label"].tolist()
+    assert labels == [labels[0], f"{labels[0]}, mlp.input"]
+    assert data["sparsity_realized"].tolist() == pytest.approx([0.8, 0.4])
+
+
 @pytest.mark.parametrize("part", ["nothing", "speed", "missing", "dense", "all sparse failed", "no manifest"])
 def test_unfinished_runs_are_reported(tmp_path, part):
     if part == "nothing":
