@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
+from suite.methods.base import NEURONS
 from suite.report.figures.panels import CHANCE, groups
 from suite.report.material import Material
 from suite.report.objects import ReportFigure
@@ -16,6 +17,7 @@ COLUMNS = ["model", "mode", "method", "label", "sparsity_target", "layer", "spar
 def sparsity_per_layer(material: Material) -> pd.DataFrame:
     """Realised sparsity of every layer, mean over the cells of a setting weighted by their tokens.
 
+    A line for each site of a method; the label names those that are not the neurons.
     Practical settings; ideal ones, which realise exactly k, only where there is no practical one.
     """
     rows = material.quality.rows
@@ -25,7 +27,9 @@ def sparsity_per_layer(material: Material) -> pd.DataFrame:
     merged = layers.merge(cells[["cell_id", "model", "mode", "method", "label", "sparsity_target"]], on="cell_id")
     if merged.empty:
         return pd.DataFrame(columns=COLUMNS)
+    elsewhere = merged["site"].where(merged["site"] != NEURONS, "")
     merged = merged.assign(
+        label=merged["label"] + (" " + elsewhere).where(elsewhere != "", ""),
         layer=merged["layer"].astype(int),
         n_tokens=merged["n_tokens"].fillna(1.0),
         weighted=merged["sparsity_realized"] * merged["n_tokens"].fillna(1.0),
