@@ -19,10 +19,8 @@ from suite.modeling.modes import PredictorState
 if TYPE_CHECKING:
     from suite.modeling.scope import Tokens
 
-KERNEL_DTYPES: dict[str, tuple[str, ...]] = {
-    "cpu": ("float32",),
-    "cuda": ("bfloat16", "float16", "float32"),
-}  # by device
+# of the weights that there are kernels for, by device
+KERNEL_DTYPES: dict[str, tuple[str, ...]] = {"cpu": ("float32",), "cuda": ("bfloat16", "float16", "float32")}
 Listing = Callable[[Tensor], tuple[Tensor, Tensor, int | Tensor]]
 # A graph replays launches on a layer's workspace and transposed W_down: who captured one may replay it as long as the
 # model's own weights exist.
