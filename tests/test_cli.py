@@ -42,8 +42,8 @@ def quick_report(folder: Path) -> None:
 
 
 @pytest.fixture
-def executor(quick, monkeypatch: pytest.MonkeyPatch) -> FakeWorker:
-    """The quick executor without the report, which takes most of a run's time and has tests of its own."""
+def worker(quick, monkeypatch: pytest.MonkeyPatch) -> FakeWorker:
+    """The quick worker without the report, which takes most of a run's time and has tests of its own."""
     monkeypatch.setattr("suite.report.page.write_report", quick_report)
     monkeypatch.setattr("suite.report.rebuild.rebuild_problems", lambda folder: [])
     return quick
@@ -51,7 +51,7 @@ def executor(quick, monkeypatch: pytest.MonkeyPatch) -> FakeWorker:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> FakeWorker:
-    """One quick executor for all commands of a test, and no real models or data."""
+    """One quick worker for all commands of a test, and no real models or data."""
     made = FakeWorker()
     monkeypatch.setattr("suite.runs.work.worker.TorchWorker", lambda **_: made)
     monkeypatch.setattr("suite.runs.machine.LocalWorld", FakeWorld)
@@ -106,8 +106,8 @@ def test_ls_names_every_kind(capsys, tmp_path):
     assert lines["d-countdown"] == "ideal, practical (needs predictor)"
 
 
-def test_benchmark_prints_its_table_with_times_checks_and_reasons(tmp_path, executor, capsys):
-    executor.fail = ("given",)
+def test_benchmark_prints_its_table_with_times_checks_and_reasons(tmp_path, worker, capsys):
+    worker.fail = ("given",)
     command = ["benchmark", "--shape", "embedded", "--sparsity", "0.9", "--threads", "1", "--results", str(tmp_path)]
     assert main([*command, "--method", "dense", "--method", "m-countdown", "--method", "given"]) == 1
     header, *rows = (line.split() for line in capsys.readouterr().out.splitlines()[2:6])
@@ -140,7 +140,7 @@ def test_run_with_its_real_report_verifies_until_changed_by_hand(tmp_path, matri
     assert "method is 'rnadom', its cell's key says 'random'" in err
 
 
-def test_compare_says_which_keys_changed(tmp_path, matrix, executor, capsys):
+def test_compare_says_which_keys_changed(tmp_path, matrix, worker, capsys):
     results = ["--results", str(tmp_path / "r")]
     assert main(["run", matrix, *results, "--out", str(tmp_path / "one")]) == 0
     assert main(["run", matrix, *results, "--out", str(tmp_path / "two"), "--batch-size", "4"]) == 0
@@ -158,7 +158,7 @@ def test_compare_says_which_keys_changed(tmp_path, matrix, executor, capsys):
     assert main(["ls", "runs", *results]) == 0
 
 
-def test_verify_measures_sampled_cells_again(tmp_path, matrix, executor, capsys):
+def test_verify_measures_sampled_cells_again(tmp_path, matrix, worker, capsys):
     folder = tmp_path / "one"
     assert main(["run", matrix, "--results", str(tmp_path / "r"), "--out", str(folder)]) == 0
     assert main(["verify", str(folder), "--recompute", "3"]) == 0
@@ -172,24 +172,24 @@ def test_verify_measures_sampled_cells_again(tmp_path, matrix, executor, capsys)
         parts[column] = "0.321"
         changed.append(",".join(parts))
     path.write_text("".join(changed))
-    before = len(executor.ran)
+    before = len(worker.ran)
     assert main(["verify", str(folder), "--recompute", "2"]) == 1
     assert "nothing is measured again while there are problems" in capsys.readouterr().err
-    assert len(executor.ran) == before
-    found = recompute(folder, config_of(folder, {}), FakeWorld(), executor, 2, lambda line: None)
+    assert len(worker.ran) == before
+    found = recompute(folder, config_of(folder, {}), FakeWorld(), worker, 2, lambda line: None)
     assert [problem for problem in found if "was 0.321, is" in problem] == found
     assert len(found) == 2
 
 
-def test_check_counts_cached_and_missing(tmp_path, matrix, executor, capsys):
+def test_check_counts_cached_and_missing(tmp_path, matrix, worker, capsys):
     results = ["--results", str(tmp_path / "r")]
     assert main(["check", matrix, *results]) == 0
     out = capsys.readouterr().out
     assert f"cells     {N_CELLS}: {N_CELLS} accuracy, 0 speed" in out
     assert f"0 cached, {N_CELLS} missing" in out
     assert re.search(r"estimate  about \d+ (s|min), \d+\.\d GiB of memory, 0\.0 GiB to download", out)
-    assert executor.ran == []
-    executor.fail = ("cats ideal 0.9",)
+    assert worker.ran == []
+    worker.fail = ("cats ideal 0.9",)
     assert main(["run", matrix, *results]) == 1
     capsys.readouterr()
     assert main(["check", matrix, *results]) == 0
@@ -225,19 +225,19 @@ def test_prepare_of_a_matrix_that_wants_data_needs_no_data_folder(tmp_path, caps
     assert "must be 'float32', 'bfloat16' or 'float16', got 'float9'" in capsys.readouterr().err
 
 
-def test_a_failed_cell_is_exit_1_and_goes_away_with_rerun_failed(tmp_path, matrix, executor, capsys):
+def test_a_failed_cell_is_exit_1_and_goes_away_with_rerun_failed(tmp_path, matrix, worker, capsys):
     results = ["--results", str(tmp_path / "r")]
-    executor.fail = ("random ideal 0.5",)
+    worker.fail = ("random ideal 0.5",)
     assert main(["run", matrix, *results]) == 1
     captured = capsys.readouterr()
     assert f"{N_CELLS - 2} cells ok, 2 failed" in captured.out
     assert "Traceback" not in captured.err
-    executor.fail = ()
+    worker.fail = ()
     assert main(["run", matrix, *results]) == 1
     assert main(["run", matrix, *results, "--rerun", "failed"]) == 0
 
 
-def test_overrides_reach_the_cells(tmp_path, matrix, executor):
+def test_overrides_reach_the_cells(tmp_path, matrix, worker):
     folder = tmp_path / "out"
     options = [
         "--limit",

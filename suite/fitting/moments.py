@@ -59,7 +59,7 @@ def _moments(loaded: LoadedModel, method: Method, windows: Sequence[list[int]]) 
                 x = made.input.float()
                 part = x.T @ x
             else:
-                part = getattr(made, name.removeprefix("moments.")).double().square().sum(0)
+                part = getattr(made, name.removeprefix("moments.")).float().square().sum(0).double()
             layers[mlp.layer] = layers[mlp.layer] + part if mlp.layer in layers else part
 
     _watch(loaded, windows, see)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -66,7 +66,8 @@ def fit(
     CellError
         NaN scores.
     """
-    if not (method.needs_calibration or "practical" in method.modes) or method.needs_predictor:
+    fitted = method.needs_calibration or "practical" in method.modes
+    if not fitted or method.needs_predictor or method.needs_prompt:  # a calibration text has no prompt
         raise InputError(f"method {method.name} has no threshold to fit: its practical mode needs a trained predictor")
     if estimator not in ESTIMATORS:
         raise InputError(f"unknown estimator {estimator!r}{did_you_mean(estimator, ESTIMATORS)}")
@@ -104,8 +105,14 @@ def fit(
             "held_out_sparsity_mean": math.fsum(layer.sparsity_realized for layer in held_out) / len(held_out),
             "seed": seed,
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-        },
+        }
+        | ({"extra_bytes_share": _share_of_dense(loaded, extras.values())} if extras else {}),
     )
+
+
+def _share_of_dense(loaded: LoadedModel, tensors: Iterable[Tensor]) -> float:
+    dense = [weight for mlp in find_gated_mlps(loaded.model) for weight in mlp.weights()]
+    return sum(one.nbytes for one in tensors) / sum(weight.nbytes for weight in dense)
 
 
 class ThresholdFitter:

@@ -257,31 +257,31 @@ class Method(ABC):
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-def kept_count(d_ff: int, sparsity: float) -> int:
-    """Neurons kept: ``k = d_ff - floor(sparsity * d_ff)``, at least 1; exact for decimal sparsities such as .29."""
-    return max(1, d_ff - math.floor(Fraction(str(sparsity)) * d_ff))
+def kept_count(width: int, sparsity: float) -> int:
+    """Entries kept of a site: ``k = width - floor(sparsity * width)``, at least 1; exact for decimal sparsities such as .29."""
+    return max(1, width - math.floor(Fraction(str(sparsity)) * width))
 
 
 def select_top_k(score: Tensor, k: int) -> Tensor:
-    """Exactly k neurons a token: all above the kth value, then those equal to it, lowest index first.
+    """Exactly k entries a token: all above the kth value, then those equal to it, lowest index first.
 
     Parameters
     ----------
-    score : Tensor, shape (n_tokens, d_ff), any float dtype
+    score : Tensor, shape (n_tokens, width), any float dtype
         Compared in fp32. NaN ranks above everything, so that it reaches the output.
-    k : int, 1 <= k <= d_ff
+    k : int, 1 <= k <= width
 
     Returns
     -------
-    Tensor, shape (n_tokens, d_ff), bool
+    Tensor, shape (n_tokens, width), bool
     """
     import numpy as np  # late: listing the methods must load neither
     import torch
 
-    d_ff = score.shape[-1]
-    if not 1 <= k <= d_ff:
-        raise InputError(f"cannot keep k={k} of d_ff={d_ff} neurons")
-    if k == d_ff:
+    width = score.shape[-1]
+    if not 1 <= k <= width:
+        raise InputError(f"cannot keep k={k} of width={width} entries")
+    if k == width:
         return torch.ones_like(score, dtype=torch.bool)
     score = score.detach()
     if score.device.type == "cuda" and (kernel := _cuda_top_k()) is not None:
@@ -290,7 +290,7 @@ def select_top_k(score: Tensor, k: int) -> Tensor:
     if score.device.type != "cpu":  # looking for ties first would make the host wait for the device
         return _break_ties(score, torch.topk(score, k, dim=-1, sorted=True).values[:, -1:], k)
     # numpy's vectorised partition takes 1.6 ms for 512 x 1536 scores, torch.topk 4.4 to 10
-    kth = torch.from_numpy(np.partition(score.numpy(), d_ff - k, axis=-1)[:, d_ff - k, None])
+    kth = torch.from_numpy(np.partition(score.numpy(), width - k, axis=-1)[:, width - k, None])
     keep = ~(score < kth)  # NaN, which numpy and torch sort above everything, is kept
     surplus = (keep.sum(-1) > k).nonzero().flatten()  # bf16 scores tie often; fp32 hardly ever
     if len(surplus):
@@ -320,5 +320,5 @@ def _break_ties(score: Tensor, kth: Tensor, k: int) -> Tensor:
 
 
 def select_threshold(score: Tensor, threshold: float | Tensor) -> Tensor:
-    """Neurons of the practical mode: kept unless ``score < threshold``; so NaN is kept, and -inf keeps all."""
+    """Entries that the practical mode keeps: all but those with ``score < threshold``; so NaN is kept, and -inf keeps all."""
     return ~(score.float() < threshold)

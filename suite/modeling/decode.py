@@ -186,7 +186,7 @@ def is_magnitude(method: Method) -> bool:
     generator = torch.Generator().manual_seed(0)
     gate, act, up = (torch.randn(4, 64, generator=generator) for _ in range(3))
     magnitude = {"gate": act, "up": up}.get(method.first_projection or "")
-    if magnitude is None or method.needs_calibration:
+    if magnitude is None or method.needs_calibration or method.needs_prompt:
         return False
     keys = torch.arange(4)
     values = {"input": gate, "gate": gate, "act": act, "up": up, "product": act * up}

@@ -120,13 +120,15 @@ def placed_calibration(model: nn.Module, method: Method, state: ThresholdState |
     _refuse_other(method, state)
     mlps = find_gated_mlps(model)
     found = state.calibrated(mlps[0].weights()[2].device)
-    for mlp, layer in zip(mlps, found, strict=False):
+    if len(found) != len(mlps):
+        raise InputError(
+            f"fit of {state.method} holds moments of {len(found)} layers, the model has {len(mlps)}: fit anew"
+        )
+    for mlp, layer in zip(mlps, found, strict=True):
         for name, vector in layer.moments.items():
             width = mlp.d_model if name == "input" else mlp.d_ff
             if vector.shape != (width,):
                 raise InputError(f"fit of {state.method} has {len(vector)} moments of {name!r}, not {width}: fit anew")
-    if len(found) not in (0, len(mlps)):
-        raise InputError(f"fit of {state.method} is of {len(found)} layers, the model has {len(mlps)}: fit anew")
     return found
 
 

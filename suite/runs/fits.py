@@ -59,7 +59,7 @@ def request_of_case(case: SpeedCase, config: MatrixConfig) -> FitRequest | None:
     """What a sparse row of a model with real weights decodes with: the first of the matrix' estimators and texts."""
     from suite.decoding.shapes import has_weights
 
-    if case.level != "decode" or case.method == "dense" or not has_weights(case.model_shape):
+    if case.level != "decode" or case.mode == "none" or not has_weights(case.model_shape):
         return None
     text, predictor = config.calibration, config.predictor
     estimator: str = text.estimators[0]

@@ -86,7 +86,7 @@ def generate(request: Request, fits: Path, *, no_fit: bool, say: Callable[[str],
     Raises
     ------
     InputError
-        Empty prompt, a model, device, method or backend that cannot be had, a prompt too long for the model, a fit
+        Empty prompt, a model, device, method or backend that cannot be loaded or used, a prompt too long for the model, a fit
         missing with ``no_fit``.
     """
     method = request.check()
@@ -213,5 +213,5 @@ def _timed(loaded: LoadedModel, ids: Any, request: Request, name: str, attached:
     new = out[0, ids.shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
     text = text[: min((at for stop in request.stop if (at := text.find(stop)) >= 0), default=len(text))]
-    realized = math.nan if attached is None else attached.realized
-    return Generated(name, text, len(new), clock.tokens_per_s, None if math.isnan(realized) else realized)
+    realised = math.nan if attached is None else attached.realized
+    return Generated(name, text, len(new), clock.tokens_per_s, None if math.isnan(realised) else realised)

@@ -110,7 +110,7 @@ class LocalWorld:
         Raises
         ------
         InputError
-            The model cannot be had.
+            The model cannot be loaded.
         """
         ref = self.model(spec)
         if ref.path is None or not ref.available:

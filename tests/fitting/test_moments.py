@@ -14,7 +14,7 @@ from suite.fitting.windows import make_windows
 from suite.modeling.gated_mlp import find_gated_mlps
 from tests.conftest import D_FF, D_MODEL
 from tests.fitting.conftest import flip, loaded
-from tests.modeling.site_methods import Allocated, Chess, Gated, Static, Teal, TealInput, Undeclared
+from tests.modeling.site_methods import Allocated, Chess, Gated, Griffin, Static, Teal, TealInput, Undeclared
 from tests.modeling.test_sites import masked_by_hand
 
 
@@ -217,13 +217,18 @@ def test_fits_that_do_not_hold_what_is_asked(tmp_path, text):
     bare = dataclasses.replace(made, extras={})
     for state, match in (
         (narrow, "40 moments of 'up', not 48"),
-        (one, "of 1 layers, the model has 2"),
-        (bare, "holds no moments of 'up'"),
+        (one, "moments of 1 layers, the model has 2"),
+        (bare, "moments of 0 layers"),
         (dataclasses.replace(made, sparsity=0.6), "at sparsity 0.6, not of chess at 0.5"),
     ):
         for mode in ("ideal", "practical"):
             with pytest.raises(InputError, match=match), attach(model.model, method, state, mode=mode):
                 model.model(torch.arange(3, 9)[None])
+    other = dataclasses.replace(made, extras={"moments.act": made.extras["moments.up"]})
+    with pytest.raises(InputError, match="layer 0 holds no moments of 'up'"), attach(model.model, method, other):
+        model.model(torch.arange(3, 9)[None])
+    with pytest.raises(InputError, match="no threshold to fit"):
+        fit(model, Griffin(sparsity=0.5), text)
     with pytest.raises(InputError, match="rank 33 of its factor of 'gate' must be 1 to d_model=32"):
         fit(model, Gated(sparsity=0.5, rank=33), text)
     with pytest.raises(InputError, match="leave one of them out"):

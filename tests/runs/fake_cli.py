@@ -1,4 +1,4 @@
-"""The command line with the quick world and executor, as a program: ``python -m tests.runs.fake_cli SECONDS ARGS...``."""
+"""The command line with the quick world and worker, as a program: ``python -m tests.runs.fake_cli SECONDS ARGS...``."""
 
 import sys
 import types

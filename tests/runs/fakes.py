@@ -1,4 +1,4 @@
-"""A quick world and executor: numbers are made from keys, so that equal cells give equal results."""
+"""A quick world and worker: numbers are made from keys, so that equal cells give equal results."""
 
 from __future__ import annotations
 

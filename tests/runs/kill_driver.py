@@ -28,8 +28,8 @@ def child(results: Path, log: Path, seconds: float, say_file: Path) -> int:
     code = 1
     try:
         with say_file.open("a") as said:
-            executor = FakeWorker(seconds=seconds, log=log)
-            run(CONFIG, FakeWorld(), executor, Options(results), lambda line: print(line, file=said, flush=True))
+            worker = FakeWorker(seconds=seconds, log=log)
+            run(CONFIG, FakeWorld(), worker, Options(results), lambda line: print(line, file=said, flush=True))
         code = 0
     except BaseException:  # noqa: BLE001  a forked child must never return into the parent's loop
         traceback.print_exc()

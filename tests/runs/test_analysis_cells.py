@@ -1,4 +1,4 @@
-"""Analysis cells from YAML to CSV, figure and resume, with a quick executor."""
+"""Analysis cells from YAML to CSV, figure and resume, with a quick worker."""
 
 import csv
 from pathlib import Path
@@ -33,13 +33,13 @@ def test_whatever_decides_the_rows_changes_the_key(changes):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    executor = FakeWorker()
-    monkeypatch.setattr("suite.runs.work.worker.TorchWorker", lambda **_: executor)
+    worker = FakeWorker()
+    monkeypatch.setattr("suite.runs.work.worker.TorchWorker", lambda **_: worker)
     monkeypatch.setattr("suite.runs.machine.LocalWorld", FakeWorld)
     path = tmp_path / "m.yaml"
     path.write_text(yaml.safe_dump({"name": "m", "models": [{"id": "a"}, {"id": "b"}], "analysis": ANALYSIS}))
     out = tmp_path / "out"
-    return executor, out, ["run", str(path), "--results", str(tmp_path / "r"), "--out", str(out)]
+    return worker, out, ["run", str(path), "--results", str(tmp_path / "r"), "--out", str(out)]
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -48,7 +48,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_files_figures_resume_and_verify(run, capsys):
-    executor, out, command = run
+    worker, out, command = run
     assert main(command) == 0
     sets = rows(out / "cif_caf.csv")
     assert [(r["model"], r["row_method"], r["sparsity"]) for r in sets] == [
@@ -60,16 +60,16 @@ def test_files_figures_resume_and_verify(run, capsys):
         assert (out / "figures" / f"{name}.png").is_file()
         assert f"![{name}](figures/{name}.png)" in (out / "REPORT.md").read_text()
     assert main(["verify", str(out)]) == 0
-    executor.ran.clear()
+    worker.ran.clear()
     assert main(command) == 0
-    assert executor.ran == []
+    assert worker.ran == []
     (out / "figures" / "cif_caf.csv").write_text("model\n")
     assert main(["verify", str(out)]) == 1
 
 
 def test_a_failed_analysis_is_exit_1_and_named_in_the_report(run):
-    executor, out, command = run
-    executor.fail = ("B-135M analysis", "B analysis")
+    worker, out, command = run
+    worker.fail = ("B-135M analysis", "B analysis")
     assert main(command) == 1
     assert {r["model"] for r in rows(out / "cif_caf.csv")} == {"A"}
     report = (out / "REPORT.md").read_text()

@@ -206,10 +206,10 @@ def test_a_foreign_folder_is_refused_before_anything_runs(tmp_path):
     files = {name: f"my {name}" for name in ("accuracy.csv", "logs/a.txt", "manifest.json")}
     for name, text in files.items():
         (mine / name).write_text(text)
-    executor = FakeWorker()
+    worker = FakeWorker()
     with pytest.raises(InputError, match=r"mine is not empty and not a run folder.*--out"):
-        run(matrix(), FakeWorld(), executor, Options(tmp_path / "r", folder=mine))
-    assert executor.ran == []
+        run(matrix(), FakeWorld(), worker, Options(tmp_path / "r", folder=mine))
+    assert worker.ran == []
     assert {p.relative_to(mine).as_posix(): p.read_text() for p in mine.rglob("*") if p.is_file()} == files
 
 

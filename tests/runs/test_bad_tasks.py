@@ -47,11 +47,11 @@ def status_by_task(folder: Path) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize(("world", "reason"), [(Without(), "did you mean 't2'"), (Unreadable(), "line 2")])
 def test_the_other_tasks_run_and_the_reason_is_in_the_row(tmp_path, world, reason):
-    executor, said = FakeWorker(), []
-    finished = go(tmp_path, executor, world=world, say=said.append)
+    worker, said = FakeWorker(), []
+    finished = go(tmp_path, worker, world=world, say=said.append)
     assert (finished.n_ok, finished.n_failed, finished.n_missing) == (10, 14, 0)
-    assert not any(" t1 " in label for label in executor.ran)
-    assert executor.fitted == []  # only t1 has practical cells: what is made for a cell that cannot run is lost
+    assert not any(" t1 " in label for label in worker.ran)
+    assert worker.fitted == []  # only t1 has practical cells: what is made for a cell that cannot run is lost
     assert status_by_task(finished.folder) == {"t1": {"failed"}, "decode_perplexity": {"ok"}}
     assert all(
         reason in row["reason"] and "accuracy." in row["reason"] for row in rows(finished.folder) if row["task"] == "t1"

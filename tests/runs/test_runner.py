@@ -15,8 +15,8 @@ from suite.runs.work.base import Outcome
 from tests.runs.fakes import FakeWorker, FakeWorld, matrix
 
 
-def go(results: Path, executor: FakeWorker, config=None, world=None, say=lambda line: None, **options):
-    return run(config or matrix(), world or FakeWorld(), executor, Options(results, **options), say)
+def go(results: Path, worker: FakeWorker, config=None, world=None, say=lambda line: None, **options):
+    return run(config or matrix(), world or FakeWorld(), worker, Options(results, **options), say)
 
 
 def rows(folder: Path, name: str = "accuracy.csv") -> list[dict[str, str]]:
@@ -29,11 +29,11 @@ def without(folder: Path, *columns: str) -> list[dict[str, str]]:
 
 
 def test_a_finished_run_repeated_computes_nothing(tmp_path):
-    executor = FakeWorker()
-    first = go(tmp_path, executor)
+    worker = FakeWorker()
+    first = go(tmp_path, worker)
     before = (first.folder / "accuracy.csv").read_bytes()
     assert (first.n_ok, first.n_failed, first.n_missing) == (24, 0, 0)
-    assert executor.loads == ["a", "b"]
+    assert worker.loads == ["a", "b"]
     again = FakeWorker()
     second = go(tmp_path, again)
     assert (again.loads, again.ran) == ([], [])
@@ -44,10 +44,10 @@ def test_a_finished_run_repeated_computes_nothing(tmp_path):
 def test_rerun_all_gives_the_same_csv(tmp_path):
     first = go(tmp_path, FakeWorker())
     before = without(first.folder, "elapsed_s")
-    executor = FakeWorker()
-    second = go(tmp_path, executor, rerun="all")
-    assert len(executor.ran) == 24
-    assert len(executor.fitted) == 4
+    worker = FakeWorker()
+    second = go(tmp_path, worker, rerun="all")
+    assert len(worker.ran) == 24
+    assert len(worker.fitted) == 4
     assert without(second.folder, "elapsed_s") == before
 
 
@@ -75,9 +75,9 @@ def test_a_second_process_begins_with_a_task_that_no_other_is_at(tmp_path):
 
 def test_runs_of_overlapping_matrices_share_cells(tmp_path):
     go(tmp_path, FakeWorker(), matrix(models=[{"id": "a"}]))
-    executor = FakeWorker()
-    go(tmp_path, executor)
-    assert executor.loads == ["b"]
+    worker = FakeWorker()
+    go(tmp_path, worker)
+    assert worker.loads == ["b"]
 
 
 def test_failed_cells_are_recorded_and_retried_only_when_told(tmp_path):
@@ -96,11 +96,11 @@ def test_failed_cells_are_recorded_and_retried_only_when_told(tmp_path):
     assert log.stem == failed[0]["cell_id"]
     assert log.read_text().startswith("B t1 cats ideal 0.5 scored\nTraceback")
 
-    executor = FakeWorker()
-    assert go(tmp_path, executor).n_failed == 1
-    assert executor.ran == []
-    assert go(tmp_path, executor, rerun="failed").n_failed == 0
-    assert executor.ran == ["B t1 cats ideal 0.5 scored"]
+    worker = FakeWorker()
+    assert go(tmp_path, worker).n_failed == 1
+    assert worker.ran == []
+    assert go(tmp_path, worker, rerun="failed").n_failed == 0
+    assert worker.ran == ["B t1 cats ideal 0.5 scored"]
     assert not list(finished.folder.glob("logs/*.txt"))
 
 
@@ -143,9 +143,9 @@ def test_bad_input_while_running_keeps_finished_cells(tmp_path):
 
     with pytest.raises(InputError, match="no gated MLP"):
         go(tmp_path, Bad())
-    executor = FakeWorker()
-    go(tmp_path, executor)
-    assert executor.loads == ["b"]
+    worker = FakeWorker()
+    go(tmp_path, worker)
+    assert worker.loads == ["b"]
 
 
 def test_interrupt_keeps_finished_cells_and_writes_the_view(tmp_path):
@@ -161,9 +161,9 @@ def test_interrupt_keeps_finished_cells_and_writes_the_view(tmp_path):
     assert "5 of 24 cells are finished" in said[-1]
     (folder,) = tmp_path.glob("runs/*")
     assert [row["status"] for row in rows(folder)].count("ok") == 5
-    executor = FakeWorker()
-    assert go(tmp_path, executor).n_missing == 0
-    assert len(executor.ran) == 19
+    worker = FakeWorker()
+    assert go(tmp_path, worker).n_missing == 0
+    assert len(worker.ran) == 19
 
 
 def test_damaged_cell_is_computed_again_and_said(tmp_path):
@@ -172,20 +172,20 @@ def test_damaged_cell_is_computed_again_and_said(tmp_path):
     victim = sorted(tmp_path.glob("cells/*/*.json.gz"))[3]
     victim.write_bytes(victim.read_bytes()[:-9])
     said: list[str] = []
-    executor = FakeWorker()
-    second = go(tmp_path, executor, say=said.append)
-    assert len(executor.ran) == 1
+    worker = FakeWorker()
+    second = go(tmp_path, worker, say=said.append)
+    assert len(worker.ran) == 1
     assert any(victim.name in line and "damaged" in line for line in said)
     assert without(second.folder, "elapsed_s") == before
 
 
 def test_no_fit_refuses_before_anything_runs(tmp_path):
-    executor = FakeWorker()
+    worker = FakeWorker()
     with pytest.raises(InputError, match=r"4 cells need a fit that is missing.*countdown-suite fit"):
-        go(tmp_path, executor, no_fit=True)
-    assert executor.ran == []
-    assert make_fits(matrix(), FakeWorld(), executor, tmp_path, lambda line: None) == 4
-    assert go(tmp_path, executor, no_fit=True).n_ok == 24
+        go(tmp_path, worker, no_fit=True)
+    assert worker.ran == []
+    assert make_fits(matrix(), FakeWorld(), worker, tmp_path, lambda line: None) == 4
+    assert go(tmp_path, worker, no_fit=True).n_ok == 24
 
 
 def test_two_outputs_of_one_fit_are_not_mixed(tmp_path):
@@ -283,21 +283,21 @@ def timing(**changes):
 
 
 def test_speed_cells_of_a_group_are_timed_together_and_cached(tmp_path):
-    executor = FakeWorker()
-    finished = go(tmp_path, executor, timing(shapes=["embedded", "llama-3.1-8b"]))
+    worker = FakeWorker()
+    finished = go(tmp_path, worker, timing(shapes=["embedded", "llama-3.1-8b"]))
     assert finished.n_ok == 10
-    assert [len(group) for group in executor.timed] == [5, 5]
+    assert [len(group) for group in worker.timed] == [5, 5]
     table = rows(finished.folder, "speed.csv")
     assert {(row["device_name"], row["threads"], row["status"]) for row in table} == {("fake", "1", "ok")}
-    go(tmp_path, executor, timing(shapes=["embedded", "llama-3.1-8b"]))
-    assert len(executor.timed) == 2
+    go(tmp_path, worker, timing(shapes=["embedded", "llama-3.1-8b"]))
+    assert len(worker.timed) == 2
 
 
 def test_one_missing_case_times_its_whole_group_again(tmp_path):
-    executor = FakeWorker()
-    go(tmp_path, executor, timing(sparsities=[0.5]))
-    go(tmp_path, executor, timing())
-    assert [len(group) for group in executor.timed] == [3, 5]
+    worker = FakeWorker()
+    go(tmp_path, worker, timing(sparsities=[0.5]))
+    go(tmp_path, worker, timing())
+    assert [len(group) for group in worker.timed] == [3, 5]
 
 
 def test_a_failed_check_has_no_time(tmp_path):
@@ -307,9 +307,9 @@ def test_a_failed_check_has_no_time(tmp_path):
     assert [(row["method"], row["latency_us_median"], row["reason"]) for row in failed] == [
         ("cats", "", "check failed")
     ]
-    executor = FakeWorker()
-    assert go(tmp_path, executor, timing(), rerun="failed").n_failed == 0
-    assert [len(group) for group in executor.timed] == [5]
+    worker = FakeWorker()
+    assert go(tmp_path, worker, timing(), rerun="failed").n_failed == 0
+    assert [len(group) for group in worker.timed] == [5]
 
 
 def test_cases_without_a_gpu_are_rows_with_a_reason(tmp_path, monkeypatch):
@@ -372,16 +372,16 @@ def speed_fits():
 
 
 def test_fits_of_speed_cells_are_fits_of_the_matrix(tmp_path):
-    config, executor = speed_fits(), FakeWorker()
+    config, worker = speed_fits(), FakeWorker()
     plan_ = plan(config, FakeWorld())
     assert len(plan_.fits) == 2
     slow = estimate(plan_, CellStore(tmp_path), FakeWorld(), tmp_path).seconds
     with pytest.raises(InputError, match=r"2 cells need a fit that is missing.*countdown-suite fit"):
-        go(tmp_path, executor, config, no_fit=True)
-    assert make_fits(config, FakeWorld(), executor, tmp_path, lambda line: None) == 2
-    assert set(executor.fitted) == set(plan_.fits)
+        go(tmp_path, worker, config, no_fit=True)
+    assert make_fits(config, FakeWorld(), worker, tmp_path, lambda line: None) == 2
+    assert set(worker.fitted) == set(plan_.fits)
     assert estimate(plan_, CellStore(tmp_path), FakeWorld(), tmp_path).seconds < slow
-    manifest = read_manifest(go(tmp_path, executor, config, no_fit=True).folder)
+    manifest = read_manifest(go(tmp_path, worker, config, no_fit=True).folder)
     assert set(manifest["fits"]) == {key[:16] for key in plan_.fits}
     assert set(manifest["in_domain"]) == {"pydoc"}
 

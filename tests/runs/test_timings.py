@@ -5,19 +5,20 @@ import random
 import shutil
 
 import pytest
-from suite.runs.compare import compare, timings_of
-from suite.runs.manifest import seal
-from suite.runs.verify import verify_files
 
+from suite.runs.audit.compare import compare
+from suite.runs.audit.verify import verify_files
 from suite.runs.run import Options, run
+from suite.runs.view.manifest import seal
+from suite.runs.view.read import timings_of
 from suite.speed.case import time_columns
-from tests.runs.fakes import FakeExecutor, FakeWorld, matrix
+from tests.runs.fakes import FakeWorker, FakeWorld, matrix
 from tests.runs.test_audit import SPEED, change
 
 TIMING = matrix(accuracy=[], models=[], speed=[SPEED])
 
 
-class Timer(FakeExecutor):
+class Timer(FakeWorker):
     """Fifty rounds of a case, around a time that is ``factor`` times the same."""
 
     factor = 1.0

@@ -91,6 +91,10 @@ def test_every_cuda_case_is_checked_and_timed(rig, more):
         assert len(row["timings"]) == row["rounds"] == 3
         assert row["sparsity_realized"] == pytest.approx(case.sparsity, abs=1e-9)
         assert row["n_layers"] == 8
+        kernel, compiled = case.backend == "numba-cuda", case.variant == "compile"
+        assert (row["jit_s"] == 0.25, row["extra_memory_mib"] == 1) == (kernel, kernel)
+        assert (row["jit_s"] is None) == (not kernel and not compiled)
+        assert row["peak_memory_mib"] == 3
         assert (row["capture_s"] is None) == (case.clock == "event")
         assert row["bytes_read_mib"] * 2**20 == pytest.approx(needed_bytes(case, case.sparsity))
     assert len(rig) == sum(case.backend != "torch" for case, _ in found)

@@ -329,7 +329,7 @@ def make_output(plan: AttentionPlan, dev: Any) -> Any:
             dev.store_f32(mine + (width + queries + tid) * 4, dev.shared_load_f32(shared + at.sum + tid * 4))
         dev.syncthreads()
         if tid == 0:  # never cleared: every launch adds n_splits
-            dev.shared_store_i32(shared + at.last, dev.atomic_add(counter + number * 4, 1) % n_splits)
+            dev.shared_store_i32(shared + at.last, dev.atomic_add_acq_rel(counter + number * 4, 1) % n_splits)
         dev.syncthreads()
         if dev.shared_load_i32(shared + at.last) == n_splits - 1:
             for i in range(tid, width, THREADS):

@@ -36,7 +36,7 @@ def prefetch(address: int) -> None:
     view(address, ctypes.c_uint32)
 
 
-def atomic_add(address: int, value: int) -> int:
+def atomic_add_acq_rel(address: int, value: int) -> int:
     """Blocks run one after another."""
     place = view(address, ctypes.c_int32)
     old = int(place[0])

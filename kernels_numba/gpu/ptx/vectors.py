@@ -37,7 +37,7 @@ from kernels_numba.gpu.ptx.warp import device_function, lane_xor, shuffle  # noq
 
 prefetch = instruction("prefetch.global.L2 [$0];", types.void, types.int64)
 # What the block wrote before its barrier is seen by whoever finds the count raised.
-atomic_add = instruction("atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;", types.int32, types.int64, types.int32)
+atomic_add_acq_rel = instruction("atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;", types.int32, types.int64, types.int32)
 
 _WORDS = types.UniTuple(types.int32, 4)
 

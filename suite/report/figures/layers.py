@@ -15,7 +15,7 @@ COLUMNS = ["model", "mode", "method", "label", "sparsity_target", "layer", "spar
 
 
 def sparsity_per_layer(material: Material) -> pd.DataFrame:
-    """Realised sparsity of every layer, mean over the cells of a setting weighted by their tokens.
+    """Realised sparsity of every layer at every site, mean over the cells of a setting weighted by their tokens.
 
     A line for each site of a method; the label names those that are not the neurons.
     Practical settings; ideal ones, which realise exactly k, only where there is no practical one.
@@ -27,9 +27,8 @@ def sparsity_per_layer(material: Material) -> pd.DataFrame:
     merged = layers.merge(cells[["cell_id", "model", "mode", "method", "label", "sparsity_target"]], on="cell_id")
     if merged.empty:
         return pd.DataFrame(columns=COLUMNS)
-    elsewhere = merged["site"].where(merged["site"] != NEURONS, "")
     merged = merged.assign(
-        label=merged["label"] + (" " + elsewhere).where(elsewhere != "", ""),
+        label=merged["label"].where(merged["site"] == NEURONS, merged["label"] + " " + merged["site"]),
         layer=merged["layer"].astype(int),
         n_tokens=merged["n_tokens"].fillna(1.0),
         weighted=merged["sparsity_realized"] * merged["n_tokens"].fillna(1.0),

@@ -54,7 +54,7 @@ def expand_speed(config: MatrixConfig, world: World) -> list[TimedCell]:
             cell = _timed(case, config, world)
             if cell.key not in cells:
                 cells[cell.key] = cell
-            elif case.method != "dense":  # the dense case of a group is shared
+            elif case.mode != "none":  # the dense case of a group is shared
                 raise InputError(f"duplicate cell in speed.{number}: {cell.label}; name each case once")
     rank = {group: number for number, group in enumerate(dict.fromkeys(cell.group for cell in cells.values()))}
     return sorted(cells.values(), key=lambda cell: rank[cell.group])
