@@ -121,7 +121,7 @@ def _compared_texts(quality: Quality, one: Average, other: Average, _tasks: Sequ
 
 
 def corrected(rows: Sequence[Row]) -> dict[tuple[int, str], float]:
-    """Holm-adjusted p-values of a family by (row, column); rows of unequal realised sparsity are no comparisons."""
+    """Holm-adjusted p-values of a family by (row, column); rows of unequal realised sparsity are not comparisons."""
     tests = [
         ((number, column), comparison.p_value)
         for number, row in enumerate(rows)

@@ -28,7 +28,7 @@ def table_problems(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     Raises
     ------
     InputError
-        A file that is no readable table.
+        A file that is not a readable table.
     """
     rows = read_rows(folder, "accuracy.csv")
     problems = list(_accuracy_problems(rows, read_samples(folder), _layers(folder), manifest))

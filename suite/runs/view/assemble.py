@@ -246,7 +246,7 @@ class Assembly:
 def _measured(label: str, fields: Row, row: Row) -> Row:
     """What a timing adds to the fields of its cell: all but the device, whose driver the key alone knows on a CPU.
 
-    None on either side is no answer: a GPU row has no threads, and a predictor's rank may be known only once it is made.
+    None on either side is not an answer: a GPU row has no threads, and a predictor's rank may be known only once it is made.
 
     Raises
     ------

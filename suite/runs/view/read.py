@@ -56,7 +56,7 @@ def rows_of(folder: Path, name: str) -> Iterator[Row]:
                     )
                 yield row
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is no readable CSV: {error}; run the matrix again to rewrite it") from error
+        raise InputError(f"{path} is not a readable CSV: {error}; run the matrix again to rewrite it") from error
 
 
 def value_of(row: Row, column: schema.Column, place: str) -> Any:
