@@ -178,7 +178,7 @@ def _c2_pairs(quality: Quality, block: Row, settings: Sequence[Average], dense: 
                 if found is not None and np.isfinite(found[0]):
                     row = _row("C2", one, other.label, quantity, found, SAYS_C2)
                     row = _judged(row, 0.0, False, _c2_text(found[0], other.label, len(tasks)), "no difference")
-                    if block["mode"] == "practical" and are_unequal(one, other):
+                    if are_unequal(one, other):
                         row["reason"] += (
                             f"; unequal realised sparsity ({one.realized:.3f} against {other.realized:.3f}), "
                             "no fair comparison"

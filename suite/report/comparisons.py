@@ -46,8 +46,7 @@ class Row:
     @property
     def is_unequal(self) -> bool:
         """Whether one of them is practical and they realise sparsities more than .01 apart: no fair comparison."""
-        practical = "practical" in (self.one.setting["mode"], self.other.setting["mode"])
-        return practical and are_unequal(self.one, self.other)
+        return are_unequal(self.one, self.other)
 
 
 def p_value(found: Interval) -> float | None:

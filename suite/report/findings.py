@@ -237,9 +237,7 @@ def _pairs(settings: Sequence[Average], ours: str, other: str) -> list[tuple[Ave
         (one, rival)
         for one in settings
         for rival in settings
-        if one.method == ours
-        and rival.method == other
-        and not ("practical" in (one.setting["mode"], rival.setting["mode"]) and are_unequal(one, rival))
+        if one.method == ours and rival.method == other and not are_unequal(one, rival)
     ]
 
 

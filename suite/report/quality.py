@@ -332,7 +332,11 @@ def unequal(settings: Sequence[Average]) -> set[str]:
 
 
 def are_unequal(one: Average, other: Average) -> bool:
-    """Whether two settings realise sparsities more than .01 apart."""
-    if one.realized is None or other.realized is None:
+    """Whether two settings are not compared: one is practical, and they realise sparsities more than .01 apart."""
+    if (
+        one.realized is None
+        or other.realized is None
+        or "practical" not in (one.setting["mode"], other.setting["mode"])
+    ):
         return False
     return abs(one.realized - other.realized) > REALIZED_TOLERANCE + 1e-9

@@ -46,7 +46,7 @@ def best_of(
     ordered = sorted(known, key=lambda pair: -pair[1] if higher else pair[1])
     best = ordered[0][0]
     for other, _ in ordered[1:]:
-        if are_unequal(best, other) and "practical" in (best.setting["mode"], other.setting["mode"]):
+        if are_unequal(best, other):
             return None
         found = compare(best, other)
         if found is None or found[1] is None or found[2] is None:
