@@ -285,7 +285,7 @@ def test_names_that_are_no_method():
         ("m-countdwn", "did you mean 'm-countdown'"),
         ("no.such.module:Class", "cannot be loaded"),
         ("tests.contract.third_party:Nothing", "cannot be loaded"),
-        ("tests.contract.third_party:NoMethod", "no subclass"),
+        ("tests.contract.third_party:NoMethod", "not a subclass"),
     ):
         with pytest.raises(InputError, match=match):
             get_method(name)
