@@ -16,6 +16,7 @@ class DejaVuAbs(Method):
     """Score ``abs(g)``."""
 
     name: ClassVar[str] = "dejavu-abs"
+    source: ClassVar[str] = "this suite"
     needs_predictor: ClassVar[bool] = True
 
     def score(self, activations: Activations) -> Tensor:

@@ -73,6 +73,16 @@ class Fit:
         """Bytes of the same over those of the dense MLPs."""
         return float(self.meta.get("extra_bytes_share", 0.0))
 
+    @property
+    def dtype(self) -> str:
+        """Type of the weights it was made on; empty if that is not known."""
+        return str(self.meta.get("dtype", ""))
+
+    @property
+    def chosen(self) -> Mapping[str, Any]:
+        """Values that it chose for the parameters that the method leaves open."""
+        return dict(self.meta.get("chosen", {}))
+
     def calibrated(self, device: torch.device) -> list[Calibrated]:
         """What it knows of every layer, on a device; empty if that is nothing."""
         return calibrated_layers(self.extras, device)
@@ -91,11 +101,13 @@ def calibrated_layers(extras: Mapping[str, Tensor], device: torch.device) -> lis
     """`Fit.extras` layer by layer, on a device."""
     placed = {name: tensor.to(device) for name, tensor in extras.items()}
     moments = {name.removeprefix("moments."): tensor for name, tensor in placed.items() if name.startswith("moments.")}
-    factors = {
-        name.split(".")[1]: [placed[name.removesuffix("v") + part] for part in ("v", "u", "residual")]
-        for name in placed
-        if name.startswith("factor.") and name.endswith(".v")
-    }
+    factors: dict[str, list[Tensor]] = {}
+    for name in placed:
+        if name.startswith("factor.") and name.endswith(".v"):
+            parts = [name.removesuffix("v") + part for part in ("v", "u", "residual")]
+            if lacking := [part for part in parts if part not in placed]:
+                raise InputError(f"fit lacks {lacking[0]}: fit anew")
+            factors[name.split(".")[1]] = [placed[part] for part in parts]
     return [
         Calibrated(
             moments={name: tensor[layer] for name, tensor in moments.items()},

@@ -32,10 +32,11 @@ def calibrate(loaded: LoadedModel, method: Method, windows: Sequence[list[int]])
     Raises
     ------
     InputError
-        A rank above d_model.
+        A rank above d_model, or above the tokens there are.
     CellError
         NaN or infinite activations.
     """
+    _check_ranks(loaded, method, sum(map(len, windows)))
     found = _moments(loaded, method, windows)
     if method.factors:
         found |= _factors(loaded, method, windows, found.pop("gram"))
@@ -44,6 +45,16 @@ def calibrate(loaded: LoadedModel, method: Method, windows: Sequence[list[int]])
             if not bool(values.isfinite().all()):
                 raise CellError(f"{name} of layer {layer} is NaN or infinite on the calibration text")
     return found
+
+
+def _check_ranks(loaded: LoadedModel, method: Method, n_tokens: int) -> None:
+    d_model = find_gated_mlps(loaded.model)[0].d_model
+    for name, rank in method.factors.items():
+        what = f"method {method.name}: rank {rank} of its factor of {name!r}"
+        if not 1 <= rank <= d_model:
+            raise InputError(f"{what} must be 1 to d_model={d_model}")
+        if rank > n_tokens:
+            raise InputError(f"{what} is more than the {n_tokens} tokens it is fitted on: give more calibration text")
 
 
 def _moments(loaded: LoadedModel, method: Method, windows: Sequence[list[int]]) -> dict[str, Tensor]:
@@ -73,10 +84,6 @@ def _factors(loaded: LoadedModel, method: Method, windows: Sequence[list[int]], 
     mlps = find_gated_mlps(loaded.model)
     made: dict[str, list[Factor]] = {}
     for name, rank in method.factors.items():
-        if not 1 <= rank <= mlps[0].d_model:
-            raise InputError(
-                f"method {method.name}: rank {rank} of its factor of {name!r} must be 1 to d_model={mlps[0].d_model}"
-            )
         made[name] = [low_rank(mlp.weights()[0 if name == "gate" else 1], gram[mlp.layer], rank) for mlp in mlps]
     missed = {name: torch.zeros(len(mlps), mlps[0].d_ff, dtype=torch.float64) for name in made}
 
@@ -102,7 +109,9 @@ def _factors(loaded: LoadedModel, method: Method, windows: Sequence[list[int]], 
 def low_rank(weight: Tensor, gram: Tensor, rank: int) -> Factor:
     """The best approximation of a projection by a rank on inputs of second moments ``gram``; its residual is left 0.
 
-    With ``C = gram + 1e-4 mean(diag(gram)) I = L L^T`` and ``svd(W L) = U S Z^T`` it is ``(U_r S_r) (Z_r^T L^-1)``.
+    With ``C = gram + 1e-4 mean(diag(gram)) I = L L^T`` and ``svd(W L) = U S Z^T`` it is ``(U_r S_r) (Z_r^T L^-1)``, the same
+    for every such L. Here L is from the eigenvectors of gram, whose eigenvalues rounding can make negative; a Cholesky
+    factorisation would fail then.
 
     Parameters
     ----------
@@ -111,13 +120,17 @@ def low_rank(weight: Tensor, gram: Tensor, rank: int) -> Factor:
         E x x^T.
     """
     wide, gram = weight.detach().double(), gram.double().to(weight.device)
-    ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    root = torch.linalg.cholesky(gram + ridge)
+    ridge = (_RIDGE * gram.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny)  # of inputs that are all 0
+    values, vectors = torch.linalg.eigh(gram)
+    scale = (values.clamp(min=0) + ridge).sqrt()
     # left singular vectors Z of (W L)^T, of the small side: (W L)^T (W L) = Z S^2 Z^T
-    product = wide @ root
+    product = wide @ (vectors * scale)
     right = torch.linalg.eigh(product.T @ product).eigenvectors[:, -rank:].flip(1)
-    v = torch.linalg.solve_triangular(root.T, right, upper=True)
+    v = vectors @ (right / scale[:, None])
     u = product @ right
+    # columns of equal length in both: V is as large as 1 / sqrt(ridge) for dead inputs, which fp16 cannot hold
+    size = (u.norm(dim=0) / v.norm(dim=0)).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+    v, u = v * size, u / size
     return Factor(v.to(weight.dtype), u.to(weight.dtype), torch.zeros(len(weight), device=weight.device))
 
 

@@ -14,6 +14,8 @@ Loss = Literal["bce", "bce-abs", "bce-square", "bce-margin", "mass"]
 Start = Literal["random", "regression"]
 Schedule = Literal["inverse-sqrt", "linear"]
 PredictorEstimator = Literal["calibrated", "zero"]
+PredictorInput = Literal["mlp", "block"]
+PREDICTOR_INPUTS: tuple[PredictorInput, ...] = get_args(PredictorInput)
 PREDICTORS: tuple[Predictor, ...] = get_args(Predictor)
 LOSSES: tuple[Loss, ...] = get_args(Loss)
 STARTS: tuple[Start, ...] = get_args(Start)
@@ -52,6 +54,9 @@ class PredictorOptions:
     rounds : int
         Trainings: the first on activations of the dense model, later ones on those made with the predictors of the round
         before in all layers, which is where they will work. They start from the round before, or from a regression anew.
+    predictor_input : {"mlp", "block"}
+        What it reads: the input of its MLP, or (only a gated one) that of its whole block behind the block's first norm,
+        which is known before attention is computed.
 
     Raises
     ------
@@ -69,6 +74,7 @@ class PredictorOptions:
     learning_rate: float = 1e-3
     batch_tokens: int = 2048
     rounds: int = 2
+    predictor_input: PredictorInput = "mlp"
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -76,6 +82,7 @@ class PredictorOptions:
             ("loss", LOSSES),
             ("start", STARTS),
             ("schedule", SCHEDULES),
+            ("predictor_input", PREDICTOR_INPUTS),
         ):
             value = getattr(self, name)
             if value not in known:
@@ -114,5 +121,8 @@ class PredictorOptions:
         return self.rank
 
     def fields(self) -> dict[str, Any]:
-        """All values by name: part of the key of a fit."""
-        return asdict(self)
+        """All values by name, of the input only one that is not the MLP's own: part of the key of a fit."""
+        found = asdict(self)
+        if self.predictor_input == "mlp":
+            del found["predictor_input"]
+        return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from functools import cache, cached_property
@@ -214,6 +214,9 @@ class Method(ABC):
     needs_predictor : True if the practical mode needs a trained predictor of the kept set; then it has no other site.
     moments : quantities whose mean squares over calibration tokens the fit holds, for `Activations.moments`.
     needs_prompt : True if it ranks by `Activations.prompt`.
+    fixed_set : True if its scores are the same for all tokens that follow a prompt, or for all tokens, so that its set is
+        known before any of them is computed: its practical mode then keeps exactly k too, and needs no threshold.
+    source : where it was published, or that it is this suite's own; empty for somebody else's.
     """
 
     sparsity: float = 0.0
@@ -225,6 +228,8 @@ class Method(ABC):
     needs_predictor: ClassVar[bool] = False
     moments: ClassVar[tuple[Quantity, ...]] = ()
     needs_prompt: ClassVar[bool] = False
+    fixed_set: ClassVar[bool] = False
+    source: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.sparsity, (int, float)) or isinstance(self.sparsity, bool) or not 0 <= self.sparsity < 1:
@@ -243,6 +248,35 @@ class Method(ABC):
     def needs_calibration(self) -> bool:
         """Whether its score asks the fit for moments or factors: then its ideal mode takes a fit too."""
         return bool(self.moments or self.factors)
+
+    @property
+    def needs_threshold(self) -> bool:
+        """Whether its practical mode keeps what is not below a threshold a site and layer."""
+        return "practical" in self.modes and not self.needs_predictor and not self.fixed_set
+
+    @property
+    def exact_projection(self) -> str:
+        """Projection that is computed for all neurons: gate, up or both; "auto" where a fit chooses it, "" where none is."""
+        return self.first_projection or ""
+
+    @property
+    def candidates(self) -> Mapping[str, Sequence[Any]]:
+        """Values, by parameter, that a fit chooses one of on its calibration text; no parameter is left open by default."""
+        return {}
+
+    def neuron_scale(self, calibrated: Calibrated) -> Tensor | None:
+        """The factor of each neuron in a score that is ``abs(first projection)`` times it; None if the score is not such.
+
+        Parameters
+        ----------
+        calibrated : Calibrated
+            What the fit knows of the layer.
+
+        Returns
+        -------
+        Tensor, shape (d_ff,), fp32, or None
+        """
+        return None
 
     def sparsity_at(self, site: Site) -> float:
         """Share of a site's entries that are dropped: the same at all, unless a method allocates it."""

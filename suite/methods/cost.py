@@ -37,6 +37,23 @@ def share_of_sites(method: type[Method], realized: Mapping[SiteName, float]) -> 
     return (inputs * (dense + (2 - dense) * neurons) + neurons) / 3
 
 
+def calibrated_bytes(method: Method, d_model: int, d_ff: int, dtype: str) -> int:
+    """Bytes a layer of the vectors and factors that a method's score asks of its fit.
+
+    Parameters
+    ----------
+    dtype : type of the layer's weights, which a factor's two matrices have; its residual and moments are fp32
+    """
+    moments = sum(d_model if name == "input" else d_ff for name in method.moments)
+    factors = sum(DTYPE_BYTES[dtype] * low_rank_weights(rank, d_model, d_ff) for rank in method.factors.values())
+    return int(factors) + DTYPE_BYTES["float32"] * (moments + len(method.factors) * d_ff)
+
+
+def calibrated_share(method: Method, d_model: int, d_ff: int, dtype: str) -> float:
+    """The same over the bytes of the dense layer."""
+    return calibrated_bytes(method, d_model, d_ff, dtype) / (3 * d_model * d_ff * DTYPE_BYTES[dtype])
+
+
 def low_rank_weights(rank: int, d_model: int, d_ff: int) -> int:
     """Entries of the two matrices of a low-rank predictor."""
     return rank * (d_model + d_ff)

@@ -16,6 +16,7 @@ class DCountdown(Method):
     """Score ``abs(v)``, the coefficient of W_down's column; found ahead of time by a predictor (arXiv 2505.17701)."""
 
     name: ClassVar[str] = "d-countdown"
+    source: ClassVar[str] = "arXiv 2505.17701"
     needs_predictor: ClassVar[bool] = True
 
     def score(self, activations: Activations) -> Tensor:

@@ -16,6 +16,7 @@ class SCountdown(Method):
     """Score ``0.5 v_i^2 ||W_down[:, i]||^2``: the squared norm of neuron i's share of y (optimal brain damage)."""
 
     name: ClassVar[str] = "s-countdown"
+    source: ClassVar[str] = "reference code of arXiv 2505.17701"
     needs_predictor: ClassVar[bool] = True
 
     def score(self, activations: Activations) -> Tensor:

@@ -145,6 +145,8 @@ class SparseLayer:
         else:
             score = self._predictor.logits(site.layer, activations.input)
         keep = self._select(site, score)
+        if self._method.needs_prompt:  # sums of 0: no token came before, and what is dense is counted so
+            keep = keep | (activations.prompt == 0).all(-1, keepdim=True)
         counter.kept += keep.sum() if alive is None else (keep.sum(-1) * alive).sum()
         return _zero_dropped(vector, index, keep if alive is None else keep | ~alive[:, None])
 
