@@ -129,6 +129,13 @@ def predictor_fit(name="d-countdown", sparsity=0.5, *, kind="low-rank", threshol
     if kind == "ternary":
         u = tuple(torch.randint(-1, 2, (d_ff, D_MODEL), generator=generator, dtype=torch.int8) for _ in range(2))
         matrices = {"v": (), "u": u, "scale": torch.tensor([0.5, 2.0]), "rank": None}
+    elif kind == "gated":
+        fields = {"predicted": ("gate",) if name == "dejavu-abs" else ("act", "up"), "activation": "silu", **fields}
+        n = len(fields["predicted"])
+        v = tuple(torch.randn(D_MODEL, n * rank, generator=generator) / 3 for _ in range(2))
+        u = tuple(torch.randn(n, d_ff, rank, generator=generator) / 3 for _ in range(2))
+        residual = tuple(torch.rand(n, d_ff, generator=generator) for _ in range(2))
+        matrices = {"v": v, "u": u, "residual": residual, "rank": rank}
     else:
         v, u = (tuple(torch.randn(n, rank, generator=generator) for _ in range(2)) for n in (D_MODEL, d_ff))
         matrices = {"v": v, "u": u, "rank": rank}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -104,26 +105,26 @@ def fit(
 def _fit_one(
     loaded: LoadedModel, method: Method, windows: Windows, estimator: str, key: str, meta: Mapping[str, Any]
 ) -> Fit:
-    """The fit of a method that leaves no parameter open."""
-    extras = calibrate(loaded, method, windows.fit) if method.needs_calibration else {}
-    fitter = ThresholdFitter(loaded, method, calibrated=calibrated_layers(extras, torch.device(loaded.device)))
-    thresholds = fitter.fit(windows.fit, estimator)
+    """The fit of a method that leaves no parameter open; of several rounds each behind layers sparse by the one before."""
+    mlps, made = find_gated_mlps(loaded.model), Fit(method.name, method.sparsity, estimator, torch.empty(0), key)
+    for number in range(method.fit_rounds):
+        extras = made.extras
+        if method.needs_calibration:
+            before = attach(loaded.model, method, made) if number else nullcontext()
+            with before:
+                extras = calibrate(loaded, method, mlps, windows.fit)
+        fitter = ThresholdFitter(loaded, method, calibrated=calibrated_layers(extras, torch.device(loaded.device)))
+        thresholds = fitter.fit(windows.fit, estimator)
+        made = replace(made, thresholds=thresholds, extras=extras)
     held_out = fitter.realized(windows.held_out, thresholds)
-    mlp = find_gated_mlps(loaded.model)[0]
     realized = {
         "held_out_sparsity": [layer.sparsity_realized for layer in held_out],
         "held_out_sparsity_mean": math.fsum(layer.sparsity_realized for layer in held_out) / len(held_out),
     }
-    share = {"extra_bytes_share": calibrated_share(method, mlp.d_model, mlp.d_ff, loaded.dtype)} if extras else {}
-    return Fit(
-        method=method.name,
-        sparsity=method.sparsity,
-        estimator=estimator,
-        thresholds=thresholds,
-        extras=extras,
-        key=key,
-        meta={**meta, **realized, **share},
+    share = (
+        {"extra_bytes_share": calibrated_share(method, mlps[0].d_model, mlps[0].d_ff, loaded.dtype)} if extras else {}
     )
+    return replace(made, meta={**meta, **realized, **share})
 
 
 def _candidates(method: Method) -> list[tuple[Method, dict[str, Any]]]:

@@ -64,6 +64,12 @@ def low_rank_share(rank: int, d_model: int, d_ff: int) -> float:
     return low_rank_weights(rank, d_model, d_ff) / (3 * d_model * d_ff)
 
 
+def gated_share(rank: int, n_projections: int, d_model: int, d_ff: int, dtype: str) -> float:
+    """Bytes of a gated predictor, of each projection two matrices and an fp32 vector, over those of a dense layer."""
+    vectors = DTYPE_BYTES["float32"] / (3 * d_model * DTYPE_BYTES[dtype])
+    return n_projections * (low_rank_share(rank, d_model, d_ff) + vectors)
+
+
 def ternary_share(dtype: str) -> float:
     """Bytes of a ternary predictor, one matrix (d_ff, d_model), over those of a dense layer of type ``dtype``."""
     return _TERNARY_BYTES / (3 * DTYPE_BYTES[dtype])

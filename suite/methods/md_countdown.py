@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from suite.errors import InputError
-from suite.methods.base import Activations, Method, Projection
+from suite.methods.base import Activations, Method, PredictorInput, Projection
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,11 +20,13 @@ class MdCountdown(Method):
     """Score ``abs(u) sqrt(act(g^)^2 + c)``, the root of the expected ``v^2`` where u is exact and g^ of a low rank.
 
     ``c = E (a - act(g^))^2``; with the gate exact ``abs(a) sqrt(u^^2 + e)``, ``e = E (u - u^)^2``. ``exact="auto"`` lets the
-    fit choose on its calibration text. The default rank: NOTES.md of suite/fitting.
+    fit choose on its calibration text; ``predictor_input`` is what the low rank reads. Defaults: NOTES.md of suite/fitting.
     """
 
     rank: int = 64
     exact: Exact = "up"
+    predictor_input: PredictorInput = "mlp"
+    fit_rounds: int = 1
 
     name: ClassVar[str] = "md-countdown"
     source: ClassVar[str] = "this suite"
@@ -32,10 +34,12 @@ class MdCountdown(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.rank) is not int or self.rank < 1:
-            raise InputError(f"rank {self.rank!r} of method {self.name}: must be a whole number from 1 to d_model")
-        if self.exact not in get_args(Exact):
-            raise InputError(f"exact {self.exact!r} of method {self.name}: must be up, gate or auto")
+        for name in ("rank", "fit_rounds"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise InputError(f"{name} {value!r} of method {self.name}: must be a whole number, at least 1")
+        for name, known in (("exact", get_args(Exact)), ("predictor_input", get_args(PredictorInput))):
+            if (value := getattr(self, name)) not in known:
+                raise InputError(f"{name} {value!r} of method {self.name}: must be one of {', '.join(known)}")
 
     @property
     def exact_projection(self) -> str:
@@ -54,10 +58,11 @@ class MdCountdown(Method):
 
     def score(self, activations: Activations) -> Tensor:
         """Root of the expected ``v_i^2``, fp32."""
+        seen = activations.block if self.predictor_input == "block" else activations.input
         if self.exact == "gate":
             low = activations.factor("up")
-            exact, guess = activations.act, low.apply(activations.input)
+            exact, guess = activations.act, low.apply(seen)
         else:
             low = activations.factor("gate")
-            exact, guess = activations.up, activations.act_fn(low.apply(activations.input))
+            exact, guess = activations.up, activations.act_fn(low.apply(seen))
         return exact.abs().float() * (guess.square() + low.residual).sqrt()

@@ -15,7 +15,7 @@ from suite.errors import InputError
 from suite.methods.base import Calibrated, Method, Mode
 from suite.modeling.decode import DecodeKernels, Fallback, decode_kernels, why_not_numba
 from suite.modeling.decode_probe import why_not_equal
-from suite.modeling.gated_mlp import find_gated_mlps
+from suite.modeling.gated_mlp import block_norm, find_gated_mlps
 from suite.modeling.generating import with_right_prefill, without_compile
 from suite.modeling.layer import LayerSparsity, Run, SparseLayer
 from suite.modeling.modes import (
@@ -190,8 +190,20 @@ def sparsified(
             undo.callback(with_right_prefill(model, scope))
         for layer in layers:
             undo.callback(_replace_forward(layer.mlp.module, layer.forward))
+            if layer.reads == "block":
+                norm = block_norm(model, layer.mlp)
+                undo.callback(norm.register_forward_hook(_hand_to(layer)).remove)
         yield Attached(layers, method, thresholds, run)
         refuse_nan(method, {c.site: c.nan_tokens for layer in layers for c in layer.counters.values()})
+
+
+def _hand_to(layer: SparseLayer) -> Callable[[nn.Module, Any, Tensor], None]:
+    """Hook of a block's first norm that hands its output to the layer of the block."""
+
+    def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        layer.block = output
+
+    return hook
 
 
 def _replace_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[], None]:

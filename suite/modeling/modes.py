@@ -17,6 +17,7 @@ from suite.methods.base import (
     Calibrated,
     Method,
     Mode,
+    PredictorInput,
     Site,
     SiteName,
     kept_count,
@@ -54,8 +55,12 @@ class PredictorState(ThresholdState, Protocol):
     def shape(self) -> tuple[int, int]:
         """``(d_model, d_ff)`` of the layers it was trained on."""
 
+    @property
+    def predictor_input(self) -> PredictorInput:
+        """What it reads: the input of the MLP, or that of the block behind the block's first norm."""
+
     def logits(self, layer: int, x: Tensor) -> Tensor:
-        """What the thresholds are set on, shape (n_tokens, d_ff), fp32, from x of shape (n_tokens, d_model)."""
+        """What the thresholds are set on, shape (n_tokens, d_ff), fp32, from what it reads, (n_tokens, d_model)."""
 
     def to(self, device: torch.device | str) -> PredictorState:
         """The same on another device."""
