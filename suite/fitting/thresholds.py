@@ -116,15 +116,15 @@ def _fit_one(
         fitter = ThresholdFitter(loaded, method, calibrated=calibrated_layers(extras, torch.device(loaded.device)))
         thresholds = fitter.fit(windows.fit, estimator)
         made = replace(made, thresholds=thresholds, extras=extras)
-    held_out = fitter.realized(windows.held_out, thresholds)
-    realized = {
+    held_out = fitter.realised(windows.held_out, thresholds)
+    realised = {
         "held_out_sparsity": [layer.sparsity_realized for layer in held_out],
         "held_out_sparsity_mean": math.fsum(layer.sparsity_realized for layer in held_out) / len(held_out),
     }
     share = (
         {"extra_bytes_share": calibrated_share(method, mlps[0].d_model, mlps[0].d_ff, loaded.dtype)} if extras else {}
     )
-    return replace(made, meta={**meta, **realized, **share})
+    return replace(made, meta={**meta, **realised, **share})
 
 
 def _candidates(method: Method) -> list[tuple[Method, dict[str, Any]]]:
@@ -197,7 +197,7 @@ class ThresholdFitter:
             return self._pooled_quantile(windows, _keep_all)
         return self._calibrate(windows)
 
-    def realized(self, windows: Sequence[list[int]], thresholds: Tensor) -> list[LayerSparsity]:
+    def realised(self, windows: Sequence[list[int]], thresholds: Tensor) -> list[LayerSparsity]:
         """Sparsity that the thresholds realise, every token sparse."""
         return self._run(windows, threshold_selection(self._method, thresholds))
 

@@ -140,7 +140,7 @@ def test_sparsity_zero_is_dense_bit_for_bit(name, architecture, dtype, ids):
     dense = logits(model, ids)
     with ideal(model, get_method(name)) as attached:
         assert torch.equal(logits(model, ids), dense)
-    assert attached.realized == 0
+    assert attached.realised == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -187,7 +187,7 @@ def test_threshold_keeps_scores_not_below_it(name, ids):
         state = random_fit(method, thresholds=torch.full((2,), threshold))
         with attach(model, method, state) as attached:
             logits(model, ids)
-        assert attached.realized == share
+        assert attached.realised == share
         assert attached.sparsity()[0].threshold == threshold
 
 
@@ -211,7 +211,7 @@ def test_predictor_keeps_logits_not_below_its_threshold(name, dtype, kind, ids):
         with attach(model, method, state) as attached:
             sparse = logits(model, ids)
         assert torch.equal(sparse, dense) == (threshold == -torch.inf)
-        shares.append(attached.realized)
+        shares.append(attached.realised)
         assert attached.sparsity()[0].threshold == threshold
     assert shares[0] == 0 < shares[1] < shares[2] < shares[3] == 1
     assert torch.equal(logits(model, ids), dense)
@@ -315,7 +315,7 @@ def test_names_that_are_no_method():
         ("m-countdwn", "did you mean 'm-countdown'"),
         ("no.such.module:Class", "cannot be loaded"),
         ("tests.contract.third_party:Nothing", "cannot be loaded"),
-        ("tests.contract.third_party:NoMethod", "no subclass"),
+        ("tests.contract.third_party:NoMethod", "not a subclass"),
     ):
         with pytest.raises(InputError, match=match):
             get_method(name)
@@ -333,7 +333,7 @@ def test_a_fixed_set_is_the_same_in_both_modes_and_takes_no_fit(name, ids):
         with attach(model, method, mode=mode) as attached, attached.positions(rows, columns + 4, rows, columns + 4):
             found.append(logits(model, ids))
             assert [layer.threshold for layer in attached.sparsity()] == [None, None]
-            assert attached.realized == 0.5
+            assert attached.realised == 0.5
     assert torch.equal(*found)
     with pytest.raises(InputError, match="a fit was given"):
         attach(model, method, State(name, 0.5, torch.zeros(2)), mode="practical").__enter__()

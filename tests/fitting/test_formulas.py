@@ -89,7 +89,7 @@ def test_ideal_keeps_exactly_k_by_the_methods_own_score(tmp_path, text, name, gi
     score = method.score(dataclasses.replace(mlp.activations(inputs[-1]), calibrated=known))
     best = score.argsort(-1, descending=True)[:, : D_FF // 4]
     assert torch.equal(kept[-1].nonzero()[:, 1].view(-1, D_FF // 4), best.sort().values)
-    assert attached.realized == 0.75
+    assert attached.realised == 0.75
 
 
 @pytest.mark.parametrize("name", CALIBRATED)
@@ -145,4 +145,4 @@ def test_auto_takes_the_projection_that_diverges_least_and_says_so(tmp_path, tex
     settled = dataclasses.replace(auto, **made.chosen)
     with attach(model.model, settled, made) as other, torch.inference_mode():
         assert torch.equal(model.model(torch.tensor([windows[0]])).logits, logits)
-    assert ours.realized == other.realized
+    assert ours.realised == other.realised

@@ -118,7 +118,7 @@ def test_masks_by_what_it_reads_in_every_layer(tmp_path, text, read):
         after = model.model(ids).logits
     torch.testing.assert_close(ours, by_hand, rtol=0, atol=1e-4)
     assert torch.equal(after, dense)
-    assert 0.4 < attached.realized < 0.8
+    assert 0.4 < attached.realised < 0.8
     assert made.meta["held_out_sparsity"] == pytest.approx([0.6] * 2, abs=0.05)
 
 
@@ -220,7 +220,7 @@ def test_md_countdown_may_read_the_block(tmp_path, text, exact):
         assert np.abs(found - right).max() < 100 * D_MODEL * EPS * np.sqrt((right**2).mean())
     with attach(model.model, method, made) as attached, torch.no_grad():
         model.model(torch.tensor([windows[0]]))
-    assert attached.realized == pytest.approx(0.6, abs=0.1)
+    assert attached.realised == pytest.approx(0.6, abs=0.1)
 
 
 def test_rounds_of_a_threshold_fit(tmp_path, text):
