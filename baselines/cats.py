@@ -16,6 +16,7 @@ class Cats(Method):
     """Score ``abs(a)``; W_gate is computed densely, W_up and W_down only for the kept neurons."""
 
     name: ClassVar[str] = "cats"
+    source: ClassVar[str] = "Lee et al. 2024, arXiv 2404.08763"
     first_projection: ClassVar[Projection | None] = "gate"
 
     def score(self, activations: Activations) -> Tensor:

@@ -16,6 +16,7 @@ class DejaVu(Method):
     """Score ``g``, signed (Liu et al. 2023 rank ReLU units); large negative g, which SiLU does not map to 0, is lost."""
 
     name: ClassVar[str] = "dejavu"
+    source: ClassVar[str] = "Liu et al. 2023, arXiv 2310.17157"
     needs_predictor: ClassVar[bool] = True
 
     def score(self, activations: Activations) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import resources
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from suite.evaluation.tasks import need_data_folder
 from suite.fitting.calibration import Calibration
 from suite.fitting.options import Loss, Predictor, PredictorEstimator, PredictorOptions, Schedule, Start
 from suite.matrix_file import read_yaml
+from suite.methods.base import PredictorInput
 from suite.registry import did_you_mean
 
 DATA_DIR = "{data_dir}"  # in a calibration's source: the data folder given on the command line
@@ -113,16 +115,18 @@ class PredictorConfig(Section):
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = PredictorOptions.learning_rate
     batch_tokens: Count = PredictorOptions.batch_tokens
     rounds: Count = PredictorOptions.rounds
+    predictor_inputs: list[PredictorInput] = Field(default=["mlp"], min_length=1)
     activation_budget_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     def options(self) -> list[PredictorOptions]:
-        """Every kind with every rank that it has."""
+        """Every kind with every rank and every input that it has."""
         names = ("epochs", "loss", "pos_weight", "start", "schedule", "learning_rate", "batch_tokens", "rounds")
         training = {name: getattr(self, name) for name in names}
         found = []
         for predictor in self.predictors:
-            for rank in self.ranks if predictor == "low-rank" else [None]:
-                found.append(PredictorOptions(predictor=predictor, rank=rank, **training))
+            inputs = self.predictor_inputs if predictor == "gated" else ["mlp"]
+            for rank, read in product(self.ranks if predictor != "ternary" else [None], inputs):
+                found.append(PredictorOptions(predictor=predictor, rank=rank, predictor_input=read, **training))
         return found
 
 

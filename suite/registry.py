@@ -13,14 +13,19 @@ from suite.errors import InputError, shown
 if TYPE_CHECKING:
     from suite.methods.base import Method
 
-# Order of every table and legend: ceiling, floor, baselines, COUNTDOWN.
+# Order of every table and legend: ceiling, floors, baselines, COUNTDOWN.
 METHODS: dict[str, str] = {
     "dense": "suite.methods.dense:Dense",
     "random": "suite.methods.random_mask:Random",
+    "static": "baselines.static:Static",
+    "griffin": "baselines.griffin:Griffin",
     "dejavu": "baselines.dejavu:DejaVu",
     "dejavu-abs": "baselines.dejavu_abs:DejaVuAbs",
     "cats": "baselines.cats:Cats",
+    "chess": "baselines.chess:Chess",
     "m-countdown": "suite.methods.m_countdown:MCountdown",
+    "m-countdown-cw": "suite.methods.m_countdown_cw:MCountdownCw",
+    "md-countdown": "suite.methods.md_countdown:MdCountdown",
     "d-countdown": "suite.methods.d_countdown:DCountdown",
     "s-countdown": "suite.methods.s_countdown:SCountdown",
 }

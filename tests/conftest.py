@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from suite.fitting.artifacts import Fit, PredictorFit
-from suite.methods.base import Activations, Site
+from suite.methods.base import Activations, Calibrated, Factor, Site
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,15 +70,52 @@ def activations(n_tokens=5, d_ff=D_FF, dtype=torch.float32, layer=0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     gate, up = (torch.randn(n_tokens, d_ff, generator=generator).to(dtype) for _ in range(2))
     norms = torch.rand(d_ff, generator=generator) + 0.5
+    x = torch.randn(n_tokens, D_MODEL, generator=generator).to(dtype)
+    prompt = torch.rand(1, d_ff, generator=generator)
     keys = torch.arange(n_tokens)
     act = torch.nn.functional.silu(gate)
     return Activations(
         site=Site("mlp.neurons", layer, d_ff),
-        values={"gate": gate, "act": act, "up": up, "product": act * up},
+        values={"input": x, "gate": gate, "act": act, "up": up, "product": act * up},
         documents=keys * 7,
         positions=keys,
         norms=lambda matrix, of: norms,
         act_fn=torch.nn.functional.silu,
+        calibrated=calibrated(d_ff, dtype, generator),
+        prompts=lambda: prompt.expand(n_tokens, -1),
+    )
+
+
+def calibrated(d_ff, dtype, generator):
+    """All that a fit can know of a layer, at random."""
+    moments = {name: torch.rand(d_ff, generator=generator) + 0.1 for name in ("act", "up", "product")}
+    factors = {
+        name: Factor(
+            (torch.randn(D_MODEL, 4, generator=generator) / D_MODEL**0.5).to(dtype),
+            (torch.randn(d_ff, 4, generator=generator) / 2).to(dtype),
+            torch.rand(d_ff, generator=generator),
+        )
+        for name in ("gate", "up")
+    }
+    return Calibrated(moments=moments, factors=factors)
+
+
+def random_fit(method, dtype=torch.float32, thresholds=None):
+    """A fit for the tiny models that holds what a method asks for, at random."""
+    generator = torch.Generator().manual_seed(8)
+    layers = [calibrated(D_FF, dtype, generator) for _ in range(2)]
+    extras = {f"moments.{name}": torch.stack([one.moments[name] for one in layers]) for name in method.moments}
+    for name in method.factors:
+        for part in ("v", "u", "residual"):
+            stacked = torch.stack([getattr(one.factors[name], part) for one in layers])
+            extras[f"factor.{name}.{part}"] = stacked
+    return Fit(
+        method=method.name,
+        sparsity=method.sparsity,
+        estimator="calibrated",
+        thresholds=torch.full((2,), -torch.inf) if thresholds is None else thresholds,
+        key="cd" * 32,
+        extras=extras,
     )
 
 
@@ -92,6 +129,13 @@ def predictor_fit(name="d-countdown", sparsity=0.5, *, kind="low-rank", threshol
     if kind == "ternary":
         u = tuple(torch.randint(-1, 2, (d_ff, D_MODEL), generator=generator, dtype=torch.int8) for _ in range(2))
         matrices = {"v": (), "u": u, "scale": torch.tensor([0.5, 2.0]), "rank": None}
+    elif kind == "gated":
+        fields = {"predicted": ("gate",) if name == "dejavu-abs" else ("act", "up"), "activation": "silu", **fields}
+        n = len(fields["predicted"])
+        v = tuple(torch.randn(D_MODEL, n * rank, generator=generator) / 3 for _ in range(2))
+        u = tuple(torch.randn(n, d_ff, rank, generator=generator) / 3 for _ in range(2))
+        residual = tuple(torch.rand(n, d_ff, generator=generator) for _ in range(2))
+        matrices = {"v": v, "u": u, "residual": residual, "rank": rank}
     else:
         v, u = (tuple(torch.randn(n, rank, generator=generator) for _ in range(2)) for n in (D_MODEL, d_ff))
         matrices = {"v": v, "u": u, "rank": rank}

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from suite.decoding.step import DecodeModel
-from suite.methods.base import Activations, kept_count, select_threshold
+from suite.errors import InputError
+from suite.methods.base import Activations, PredictorInput, kept_count, select_threshold
 from suite.modeling.decode import ChoosingKernels, DecodeKernels, decode_kernels
 from suite.modeling.modes import PredictorState, ThresholdState, checked_thresholds, placed_predictor
 from suite.registry import get_method
@@ -31,6 +32,7 @@ class RandomPredictor:
 
     v: tuple[Tensor, ...]
     u: tuple[Tensor, ...]
+    predictor_input: ClassVar[PredictorInput] = "mlp"
 
     @classmethod
     def make(cls, decode: DecodeModel, rank: int, seed: int) -> RandomPredictor:
@@ -90,6 +92,10 @@ class SparseMethod:
             self.thresholds = checked_thresholds(decode.model, self.method, state)
             if isinstance(state, PredictorState):
                 self.predictor = placed_predictor(decode.model, state)
+                if self.predictor.predictor_input != "mlp":
+                    raise InputError(
+                        f"predictor of {name} reads the block's input: decode steps hand on the MLP's alone"
+                    )
         elif rank is not None:
             self.predictor = RandomPredictor.make(decode, rank, seed)
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from suite.errors import InputError
 from suite.files import write_atomically
 from suite.fitting.options import Predictor
-from suite.methods.base import Calibrated, Factor
-from suite.methods.cost import low_rank_share, ternary_share
+from suite.methods.base import Calibrated, Factor, PredictorInput, Quantity
+from suite.methods.cost import gated_share, low_rank_share, ternary_share
+from suite.modeling.gated_mlp import activation
 
 _SUFFIX = ".safetensors"
 _REMEDY = "delete it and fit anew"
@@ -73,6 +74,16 @@ class Fit:
         """Bytes of the same over those of the dense MLPs."""
         return float(self.meta.get("extra_bytes_share", 0.0))
 
+    @property
+    def dtype(self) -> str:
+        """Type of the weights it was made on; empty if that is not known."""
+        return str(self.meta.get("dtype", ""))
+
+    @property
+    def chosen(self) -> Mapping[str, Any]:
+        """Values that it chose for the parameters that the method leaves open."""
+        return dict(self.meta.get("chosen", {}))
+
     def calibrated(self, device: torch.device) -> list[Calibrated]:
         """What it knows of every layer, on a device; empty if that is nothing."""
         return calibrated_layers(self.extras, device)
@@ -91,11 +102,13 @@ def calibrated_layers(extras: Mapping[str, Tensor], device: torch.device) -> lis
     """`Fit.extras` layer by layer, on a device."""
     placed = {name: tensor.to(device) for name, tensor in extras.items()}
     moments = {name.removeprefix("moments."): tensor for name, tensor in placed.items() if name.startswith("moments.")}
-    factors = {
-        name.split(".")[1]: [placed[name.removesuffix("v") + part] for part in ("v", "u", "residual")]
-        for name in placed
-        if name.startswith("factor.") and name.endswith(".v")
-    }
+    factors: dict[str, list[Tensor]] = {}
+    for name in placed:
+        if name.startswith("factor.") and name.endswith(".v"):
+            parts = [name.removesuffix("v") + part for part in ("v", "u", "residual")]
+            if lacking := [part for part in parts if part not in placed]:
+                raise InputError(f"fit lacks {lacking[0]}: fit anew")
+            factors[name.split(".")[1]] = [placed[part] for part in parts]
     return [
         Calibrated(
             moments={name: tensor[layer] for name, tensor in moments.items()},
@@ -119,19 +132,29 @@ class PredictorFit:
         Target.
     estimator : {"calibrated", "zero"}
         Of the thresholds: calibrated to the target, or logit > 0 as in the reference code.
-    predictor : {"low-rank", "ternary"}
+    predictor : {"low-rank", "ternary", "gated"}
     rank : int or None
-        None for ternary.
+        None for ternary; of each projection for gated.
     thresholds : Tensor, shape (n_layers,), fp32
         On the logit; -inf, keeping all, for sparsity 0.
     v : tuple of Tensor, shape (d_model, rank), the model's dtype, one a layer
-        First factor; empty for ternary.
+        First factor; empty for ternary; of a gated one those of its n projections side by side, (d_model, n * rank).
     u : tuple of Tensor, one a layer
-        Second factor, shape (d_ff, rank), the model's dtype; ternary: the matrix, (d_ff, d_model), int8 in {-1, 0, 1}.
+        Second factor, shape (d_ff, rank), the model's dtype; ternary: the matrix, (d_ff, d_model), int8 in {-1, 0, 1};
+        gated: (n, d_ff, rank).
     key : str
         Hash of all that decided it (`suite.fitting.keys.predictor_key`).
     scale : Tensor, shape (n_layers,), fp32, optional
         Ternary: what a layer's matrix is multiplied by.
+    residual : tuple of Tensor, shape (n, d_ff), fp32, one a layer
+        Gated: mean squares over calibration tokens of what the approximations miss.
+    predicted : tuple of quantities
+        Gated: what its projections approximate: ``gate``, ``act`` (behind the activation function) or ``up``. A weight a
+        neuron in the square of the score (`Method.predicted_weight`) is in the last one's second factor and residual.
+    activation : {"silu", "gelu_tanh", ""}
+        Gated: the model's activation function.
+    predictor_input : {"mlp", "block"}
+        What it reads: the input of the MLP, or that of the block behind the block's first norm.
     meta : mapping of JSON values
         What it was trained on, and per layer what it reaches on held-out text.
     cost : mapping of JSON values
@@ -148,6 +171,10 @@ class PredictorFit:
     u: tuple[Tensor, ...]
     key: str
     scale: Tensor | None = None
+    residual: tuple[Tensor, ...] = ()
+    predicted: tuple[Quantity, ...] = ()
+    activation: str = ""
+    predictor_input: PredictorInput = "mlp"
     meta: Mapping[str, Any] = field(default_factory=dict)
     cost: Mapping[str, Any] = field(default_factory=dict)
 
@@ -155,20 +182,27 @@ class PredictorFit:
     def shape(self) -> tuple[int, int]:
         """``(d_model, d_ff)`` of the model's layers."""
         u = self.u[0]
-        return int(self.v[0].shape[0] if self.v else u.shape[1]), int(u.shape[0])
+        return int(self.v[0].shape[0] if self.v else u.shape[1]), int(u.shape[-2])
 
     @property
     def bytes_share(self) -> float:
         """Bytes of the predictor over those of the dense MLP; a ternary matrix counts 2 bits an entry."""
-        return ternary_share(self.meta["dtype"]) if self.rank is None else low_rank_share(self.rank, *self.shape)
+        if self.rank is None:
+            return ternary_share(self.meta["dtype"])
+        if self.predicted:
+            return gated_share(self.rank, len(self.predicted), *self.shape, self.meta["dtype"])
+        return low_rank_share(self.rank, *self.shape)
 
     def logits(self, layer: int, x: Tensor) -> Tensor:
-        """``(x V) U^T``, or ``scale * x T^T`` for a ternary matrix T.
+        """``(x V) U^T``, or ``scale * x T^T`` for a ternary matrix T, or ``sqrt(prod_j (q_j^2 + residual_j))`` for a gated one.
+
+        ``q_j = (x V_j) U_j^T``, behind the activation function where it approximates ``act``: the root of what is expected
+        of the score's square.
 
         Parameters
         ----------
         x : Tensor, shape (n_tokens, d_model), the model's dtype
-            Input of the layer's MLP.
+            What it reads, `predictor_input`.
 
         Returns
         -------
@@ -177,14 +211,24 @@ class PredictorFit:
             threshold.
         """
         u = self.u[layer].float()
+        if self.predicted:
+            hidden = (x.float() @ self.v[layer].float()).view(len(x), len(u), -1)
+            square: Tensor | None = None
+            for j, name in enumerate(self.predicted):
+                guess = hidden[:, j] @ u[j].T
+                guess = activation(self.activation)(guess) if name == "act" else guess
+                part = guess.square() + self.residual[layer][j]
+                square = part if square is None else square * part
+            assert square is not None
+            return square.sqrt()
         if self.scale is not None:
             return (x.float() @ u.T) * self.scale[layer]
         return x.float() @ self.v[layer].float() @ u.T
 
     def to(self, device: torch.device | str) -> PredictorFit:
         """The same with its matrices on a device."""
-        v, u = (tuple(part.to(device) for part in parts) for parts in (self.v, self.u))
-        return replace(self, v=v, u=u, scale=None if self.scale is None else self.scale.to(device))
+        v, u, residual = (tuple(part.to(device) for part in parts) for parts in (self.v, self.u, self.residual))
+        return replace(self, v=v, u=u, residual=residual, scale=None if self.scale is None else self.scale.to(device))
 
     @cached_property
     def sha256(self) -> str:
@@ -193,13 +237,15 @@ class PredictorFit:
 
     def description(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON values."""
-        names = ("method", "sparsity", "estimator", "predictor", "rank", "key")
-        return {name: getattr(self, name) for name in names} | {"meta": dict(self.meta)}
+        names = ["method", "sparsity", "estimator", "predictor", "rank", "key"]
+        names += ["predicted", "activation", "predictor_input"] if self.predicted else []
+        found = {name: getattr(self, name) for name in names} | {"meta": dict(self.meta)}
+        return found | ({"predicted": list(self.predicted)} if self.predicted else {})
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors by their name in the file."""
         found = {"thresholds": self.thresholds} | ({} if self.scale is None else {"scale": self.scale})
-        for name, parts in (("v", self.v), ("u", self.u)):
+        for name, parts in (("v", self.v), ("u", self.u), ("residual", self.residual)):
             found |= {f"{name}.{layer}": part for layer, part in enumerate(parts)}
         return found
 
@@ -269,11 +315,13 @@ def _predictor_fit(description: Mapping[str, Any], tensors: dict[str, Tensor], c
         n_parts = sum(key.startswith(f"{name}.") for key in tensors)
         return tuple(tensors[f"{name}.{layer}"] for layer in range(n_parts))
 
+    predicted = tuple(description.get("predicted", ()))
     return PredictorFit(
         thresholds=tensors["thresholds"],
         v=parts("v"),
         u=parts("u"),
         scale=tensors.get("scale"),
+        residual=parts("residual"),
         cost=cost,
-        **description,
+        **{**description, "predicted": predicted},
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from suite.errors import CellError, InputError
 from suite.fitting.windows import batches
 from suite.methods.base import Activations, Factor, Method
-from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
+from suite.modeling.gated_mlp import GatedMLP, block_norm
 from suite.modeling.loading import LoadedModel
 
 _CHUNK = 4096  # tokens of one forward pass
@@ -21,8 +21,12 @@ _RIDGE = 1e-4  # of the mean diagonal of E x x^T
 See = Callable[[GatedMLP, Activations], None]
 
 
-def calibrate(loaded: LoadedModel, method: Method, windows: Sequence[list[int]]) -> dict[str, Tensor]:
-    """Moments and factors that a method asks for, over the dense activations of every token of the windows.
+def calibrate(
+    loaded: LoadedModel, method: Method, mlps: Sequence[GatedMLP], windows: Sequence[list[int]]
+) -> dict[str, Tensor]:
+    """Moments and factors that a method asks for, over the activations of every token of the windows.
+
+    As the model makes them: dense, or inside an `attach` block (so that ``mlps`` were found before it) sparse.
 
     Returns
     -------
@@ -32,13 +36,14 @@ def calibrate(loaded: LoadedModel, method: Method, windows: Sequence[list[int]])
     Raises
     ------
     InputError
-        A rank above d_model.
+        A rank above d_model, or above the tokens there are.
     CellError
         NaN or infinite activations.
     """
-    found = _moments(loaded, method, windows)
+    _check_ranks(method, mlps[0].d_model, sum(map(len, windows)))
+    found = _moments(loaded, method, mlps, windows)
     if method.factors:
-        found |= _factors(loaded, method, windows, found.pop("gram"))
+        found |= _factors(loaded, method, mlps, windows, found.pop("gram"), found.pop("cross", None))
     for name, stacked in found.items():
         for layer, values in enumerate(stacked):
             if not bool(values.isfinite().all()):
@@ -46,50 +51,71 @@ def calibrate(loaded: LoadedModel, method: Method, windows: Sequence[list[int]])
     return found
 
 
-def _moments(loaded: LoadedModel, method: Method, windows: Sequence[list[int]]) -> dict[str, Tensor]:
-    """Mean squares, and ``gram``, E x x^T of shape (n_layers, d_model, d_model), where factors are asked for."""
+def _check_ranks(method: Method, d_model: int, n_tokens: int) -> None:
+    for name, rank in method.factors.items():
+        what = f"method {method.name}: rank {rank} of its factor of {name!r}"
+        if not 1 <= rank <= d_model:
+            raise InputError(f"{what} must be 1 to d_model={d_model}")
+        if rank > n_tokens:
+            raise InputError(f"{what} is more than the {n_tokens} tokens it is fitted on: give more calibration text")
+
+
+def _moments(
+    loaded: LoadedModel, method: Method, mlps: Sequence[GatedMLP], windows: Sequence[list[int]]
+) -> dict[str, Tensor]:
+    """Mean squares, and where factors are asked for ``gram``, E h h^T of what they read, (n_layers, d_model, d_model).
+
+    Where that is not the MLP's input x, also ``cross``, E x h^T.
+    """
     n_tokens = sum(map(len, windows))
     sums: dict[str, dict[int, Tensor]] = {f"moments.{name}": {} for name in method.moments}
+    of_block = method.predictor_input == "block"
     if method.factors:
-        sums["gram"] = {}
+        sums |= {"gram": {}, "cross": {}} if of_block else {"gram": {}}
 
     def see(mlp: GatedMLP, made: Activations) -> None:
         for name, layers in sums.items():
-            if name == "gram":
-                x = made.input.float()
-                part = x.T @ x
+            if name in ("gram", "cross"):
+                seen = (made.block if of_block else made.input).float()
+                part = (seen if name == "gram" else made.input.float()).T @ seen
             else:
                 part = getattr(made, name.removeprefix("moments.")).float().square().sum(0).double()
             layers[mlp.layer] = layers[mlp.layer] + part if mlp.layer in layers else part
 
-    _watch(loaded, windows, see)
+    _watch(loaded, mlps, windows, see, block=of_block)
     return {
         name: torch.stack([layers[layer] / n_tokens for layer in sorted(layers)]).float().cpu()
         for name, layers in sums.items()
     }
 
 
-def _factors(loaded: LoadedModel, method: Method, windows: Sequence[list[int]], gram: Tensor) -> dict[str, Tensor]:
-    mlps = find_gated_mlps(loaded.model)
+def _factors(
+    loaded: LoadedModel,
+    method: Method,
+    mlps: Sequence[GatedMLP],
+    windows: Sequence[list[int]],
+    gram: Tensor,
+    cross: Tensor | None,
+) -> dict[str, Tensor]:
     made: dict[str, list[Factor]] = {}
     for name, rank in method.factors.items():
-        if not 1 <= rank <= mlps[0].d_model:
-            raise InputError(
-                f"method {method.name}: rank {rank} of its factor of {name!r} must be 1 to d_model={mlps[0].d_model}"
-            )
-        made[name] = [low_rank(mlp.weights()[0 if name == "gate" else 1], gram[mlp.layer], rank) for mlp in mlps]
+        made[name] = [
+            low_rank(weight, gram[mlp.layer], rank, None if cross is None else cross[mlp.layer])
+            for mlp in mlps
+            for weight in [mlp.weights()[0 if name == "gate" else 1]]
+        ]
     missed = {name: torch.zeros(len(mlps), mlps[0].d_ff, dtype=torch.float64) for name in made}
 
     def see(mlp: GatedMLP, activations: Activations) -> None:
         for name, factors in made.items():
-            guess = factors[mlp.layer].apply(activations.input)
+            guess = factors[mlp.layer].apply(activations.input if cross is None else activations.block)
             if name == "gate":
                 error = activations.act.float() - mlp.act(guess)
             else:
                 error = activations.up.float() - guess
             missed[name][mlp.layer] += error.double().square().sum(0).cpu()
 
-    _watch(loaded, windows, see)
+    _watch(loaded, mlps, windows, see, block=cross is not None)
     n_tokens = sum(map(len, windows))
     found = {}
     for one, factors in made.items():
@@ -99,38 +125,59 @@ def _factors(loaded: LoadedModel, method: Method, windows: Sequence[list[int]], 
     return found
 
 
-def low_rank(weight: Tensor, gram: Tensor, rank: int) -> Factor:
+def low_rank(weight: Tensor, gram: Tensor, rank: int, cross: Tensor | None = None) -> Factor:
     """The best approximation of a projection by a rank on inputs of second moments ``gram``; its residual is left 0.
 
-    With ``C = gram + 1e-4 mean(diag(gram)) I = L L^T`` and ``svd(W L) = U S Z^T`` it is ``(U_r S_r) (Z_r^T L^-1)``.
+    With ``C = gram + 1e-4 mean(diag(gram)) I = L L^T`` and ``svd(W L) = U S Z^T`` it is ``(U_r S_r) (Z_r^T L^-1)``, the same
+    for every such L. Here L is from the eigenvectors of gram, whose eigenvalues rounding can make negative; a Cholesky
+    factorisation would fail then. Of another vector h that stands for the input x it is the reduced-rank regression of
+    W x on h: ``W (E x h^T) C^-1`` takes the place of W, C is of h.
 
     Parameters
     ----------
     weight : Tensor, shape (d_ff, d_model)
     gram : Tensor, shape (d_model, d_model), fp32
-        E x x^T.
+        E x x^T, or E h h^T.
+    cross : Tensor, shape (d_model, d_model), fp32, optional
+        E x h^T.
     """
     wide, gram = weight.detach().double(), gram.double().to(weight.device)
-    ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    root = torch.linalg.cholesky(gram + ridge)
+    ridge = (_RIDGE * gram.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny)  # of inputs that are all 0
+    values, vectors = torch.linalg.eigh(gram)
+    scale = (values.clamp(min=0) + ridge).sqrt()
     # left singular vectors Z of (W L)^T, of the small side: (W L)^T (W L) = Z S^2 Z^T
-    product = wide @ root
+    product = wide @ (vectors * scale if cross is None else cross.double().to(weight.device) @ (vectors / scale))
     right = torch.linalg.eigh(product.T @ product).eigenvectors[:, -rank:].flip(1)
-    v = torch.linalg.solve_triangular(root.T, right, upper=True)
+    v = vectors @ (right / scale[:, None])
     u = product @ right
+    # columns of equal length in both: V is as large as 1 / sqrt(ridge) for dead inputs, which fp16 cannot hold
+    size = (u.norm(dim=0) / v.norm(dim=0)).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+    v, u = v * size, u / size
     return Factor(v.to(weight.dtype), u.to(weight.dtype), torch.zeros(len(weight), device=weight.device))
 
 
-def _watch(loaded: LoadedModel, windows: Sequence[list[int]], see: See) -> None:
-    """Show every layer's dense activations of all tokens of the windows, chunk by chunk; nothing is kept."""
+def _watch(
+    loaded: LoadedModel, mlps: Sequence[GatedMLP], windows: Sequence[list[int]], see: See, *, block: bool
+) -> None:
+    """Show every layer's activations of all tokens of the windows, chunk by chunk, those of its block too if asked for."""
     valid = torch.empty(0)
+    normed: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[[Any, Any, Tensor], None]:
+        return lambda _module, _args, output: normed.update({layer: output})
 
     def hook(mlp: GatedMLP) -> Callable[[Any, tuple[Any, ...]], None]:
-        return lambda _module, args: see(mlp, mlp.activations(args[0][valid]))
+        def show(_module: Any, args: tuple[Any, ...]) -> None:
+            seen = normed.pop(mlp.layer)[valid] if block else None
+            see(mlp, mlp.activations(args[0][valid], block=seen))
+
+        return show
 
     with ExitStack() as undo, torch.inference_mode():
-        for mlp in find_gated_mlps(loaded.model):
+        for mlp in mlps:
             undo.callback(mlp.module.register_forward_pre_hook(hook(mlp)).remove)
+            if block:
+                undo.callback(block_norm(loaded.model, mlp).register_forward_hook(keep(mlp.layer)).remove)
         for ids, mask in batches(windows, _CHUNK):
             mask = mask.to(loaded.device)
             valid = mask.bool()

@@ -7,13 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from suite.errors import InputError
+from suite.methods.base import PredictorInput
 from suite.registry import did_you_mean
 
-Predictor = Literal["low-rank", "ternary"]
+Predictor = Literal["low-rank", "ternary", "gated"]
 Loss = Literal["bce", "bce-abs", "bce-square", "bce-margin", "mass"]
 Start = Literal["random", "regression"]
 Schedule = Literal["inverse-sqrt", "linear"]
 PredictorEstimator = Literal["calibrated", "zero"]
+PREDICTOR_INPUTS: tuple[PredictorInput, ...] = get_args(PredictorInput)
 PREDICTORS: tuple[Predictor, ...] = get_args(Predictor)
 LOSSES: tuple[Loss, ...] = get_args(Loss)
 STARTS: tuple[Start, ...] = get_args(Start)
@@ -29,10 +31,12 @@ class PredictorOptions:
 
     Parameters
     ----------
-    predictor : {"low-rank", "ternary"}
-        ``(x V) U^T``, or a full matrix in {-1, 0, 1} times one scale a layer.
+    predictor : {"low-rank", "ternary", "gated"}
+        ``(x V) U^T``; a full matrix in {-1, 0, 1} times one scale a layer; or the projections that the score is made of,
+        each of a low rank, with what they miss: in closed form, so that of what follows only rank, rounds and
+        predictor_input count.
     rank : int, optional
-        Of the low-rank one; default min(512, d_model // 2).
+        Of the low-rank one; default min(512, d_model // 2). Of each projection of the gated one; default half of that.
     epochs : int
         Passes over the training tokens; 0 leaves the regression as it is.
     loss : {"bce", "bce-abs", "bce-square", "bce-margin", "mass"}
@@ -52,6 +56,9 @@ class PredictorOptions:
     rounds : int
         Trainings: the first on activations of the dense model, later ones on those made with the predictors of the round
         before in all layers, which is where they will work. They start from the round before, or from a regression anew.
+    predictor_input : {"mlp", "block"}
+        What it reads: the input of its MLP, or (only a gated one) that of its whole block behind the block's first norm,
+        which is known before attention is computed.
 
     Raises
     ------
@@ -69,6 +76,7 @@ class PredictorOptions:
     learning_rate: float = 1e-3
     batch_tokens: int = 2048
     rounds: int = 2
+    predictor_input: PredictorInput = "mlp"
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -76,6 +84,7 @@ class PredictorOptions:
             ("loss", LOSSES),
             ("start", STARTS),
             ("schedule", SCHEDULES),
+            ("predictor_input", PREDICTOR_INPUTS),
         ):
             value = getattr(self, name)
             if value not in known:
@@ -90,6 +99,8 @@ class PredictorOptions:
                 raise InputError(f"{name} {value!r} of a predictor: must be a positive number")
         if self.epochs == 0 and (self.start == "random" or self.predictor == "ternary"):
             raise InputError("epochs 0 of a predictor: only the regression of a low-rank one is of use untrained")
+        if self.predictor_input == "block" and self.predictor != "gated":
+            raise InputError(f"predictor_input block of a {self.predictor} predictor: only a gated one reads it")
         if self.rank is not None and self.predictor == "ternary":
             raise InputError(f"rank {self.rank} of a ternary predictor: it has none; leave it out")
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
@@ -106,7 +117,8 @@ class PredictorOptions:
         if self.predictor == "ternary":
             return None
         if self.rank is None:
-            return max(1, min(_MOST_RANK, d_model // 2))
+            most = min(_MOST_RANK, d_model // 2)
+            return max(1, most // 2 if self.predictor == "gated" else most)
         if self.rank > d_model:
             raise InputError(
                 f"rank {self.rank} of a predictor is above the model's d_model {d_model}: give at most that"
@@ -114,5 +126,10 @@ class PredictorOptions:
         return self.rank
 
     def fields(self) -> dict[str, Any]:
-        """All values by name: part of the key of a fit."""
-        return asdict(self)
+        """The values that count, by name; of the input only one that is not the MLP's own: part of the key of a fit."""
+        found = asdict(self)
+        if self.predictor == "gated":
+            found = {name: found[name] for name in ("predictor", "rank", "rounds", "predictor_input")}
+        if self.predictor_input == "mlp":
+            del found["predictor_input"]
+        return found

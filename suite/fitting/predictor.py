@@ -19,6 +19,7 @@ from suite.devices import torch_dtype
 from suite.errors import CellError, InputError
 from suite.fitting.artifacts import PredictorFit
 from suite.fitting.calibration import Calibration
+from suite.fitting.gated import fit_layer, need_predicted
 from suite.fitting.keys import predictor_key, training_key
 from suite.fitting.options import PredictorOptions
 from suite.fitting.partial import Finished
@@ -121,6 +122,7 @@ class _Fitter:
         self._loaded, self._calibration, self._options, self._seed = loaded, calibration, options, seed
         self._folder, self._say = folder, progress or (lambda line: None)
         self._mlps = find_gated_mlps(loaded.model)
+        self._gated = options.predictor == "gated"
         self._rank = options.rank_for(self._mlps[0].d_model)
         self._budget = _free_bytes(loaded.device) / 2 if budget_gib is None else budget_gib * 2**30
         self._fingerprint = weights_fingerprint(loaded.ref)
@@ -133,12 +135,23 @@ class _Fitter:
                 raise InputError(
                     f"method {want.method.name} has no predictor to fit: its practical mode is a threshold"
                 )
+            if self._gated:
+                need_predicted(want.method)
+                if want.estimator != "calibrated":
+                    raise InputError(
+                        f"estimator {want.estimator!r} of a gated predictor: it has no logits; use calibrated"
+                    )
         self._windows = make_predictor_windows(self._calibration, self._loaded.tokenizer, self._seed)
         n_train = sum(map(len, self._windows.train))
         if n_train < _LEAST_TOKENS:
             raise InputError(
                 f"calibration {self._calibration.source}: {n_train} tokens to train a predictor on; give at least "
                 f"{_LEAST_TOKENS}"
+            )
+        if self._gated and n_train < (self._rank or 0):
+            raise InputError(
+                f"rank {self._rank} of a gated predictor is more than the {n_train} tokens it is fitted on: give more "
+                "calibration text"
             )
         trainings: dict[str, _Training] = {}
         for want in wanted:
@@ -184,6 +197,9 @@ class _Fitter:
         for start in range(0, len(todo), per_pass):
             mlps = todo[start : start + per_pass]
             inputs = mlp_inputs(self._loaded.model, mlps, self._windows.train)
+            if self._gated:
+                self._solve_layers(number, mlps, inputs, trainings)
+                continue
             for first in range(0, len(mlps), at_once):
                 part = slice(first, first + at_once)
                 self._train_layers(number, mlps[part], inputs[part], trainings)
@@ -200,6 +216,27 @@ class _Fitter:
                 f"{self._budget / 2**30:.2g} GiB: give a larger --activation-budget-gib, fewer tokens or fewer methods"
             )
         return min(len(self._mlps), int(self._budget // layer))
+
+    def _solve_layers(self, number: int, mlps: list[GatedMLP], inputs: Tensor, trainings: list[_Training]) -> None:
+        """Gated predictors, in closed form: methods of equal name share theirs, whatever the sparsity."""
+        seen = self._read(mlps, inputs, self._windows.train)
+        for slot, mlp in enumerate(mlps):
+            solved: dict[str, tuple[dict[str, Tensor], float]] = {}
+            for training in trainings:
+                begun, name = time.monotonic(), id_of(training.method)
+                if name not in solved:
+                    x = inputs[slot]
+                    read = x if seen is inputs else seen[slot]
+                    solved[name] = fit_layer(mlp, training.method, x, read, self._rank or 1)
+                training.done.put(number, mlp.layer, *solved[name], time.monotonic() - begun)
+                self._work_done += 1
+            self._tell(0.0)
+
+    def _read(self, mlps: list[GatedMLP], inputs: Tensor, windows: Sequence[list[int]]) -> Tensor:
+        """What the predictors read where the MLPs' inputs are these: those themselves, or their blocks' normed inputs."""
+        if self._options.predictor_input == "mlp":
+            return inputs
+        return mlp_inputs(self._loaded.model, mlps, windows, of_block=True)
 
     def _train_layers(self, number: int, mlps: list[GatedMLP], inputs: Tensor, trainings: list[_Training]) -> None:
         begun = time.monotonic()
@@ -250,6 +287,10 @@ class _Fitter:
             v=() if ternary else tuple(part["v"].to(dtype) for part in found),
             u=tuple(part["u"] if ternary else part["u"].to(dtype) for part in found),
             scale=torch.cat([part["scale"] for part in found]) if ternary else None,
+            residual=tuple(part["residual"] for part in found) if self._gated else (),
+            predicted=training.method.predicted if self._gated else (),
+            activation=self._mlps[0].activation if self._gated else "",
+            predictor_input=self._options.predictor_input,
             key="",
         ).to(self._loaded.device)
 
@@ -269,7 +310,8 @@ class _Fitter:
         with attach(self._loaded.model, method, fit):
             for start in range(0, len(self._mlps), per_pass):
                 mlps = self._mlps[start : start + per_pass]
-                layers += layer_quality(fit, method, mlps, mlp_inputs(self._loaded.model, mlps, self._windows.check))
+                inputs = mlp_inputs(self._loaded.model, mlps, self._windows.check)
+                layers += layer_quality(fit, method, mlps, inputs, self._read(mlps, inputs, self._windows.check))
         seconds = []
         for mlp, values in zip(self._mlps, layers, strict=True):
             rounds = [training.done.get(number + 1, mlp.layer) or {} for number in range(self._options.rounds)]

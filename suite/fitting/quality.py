@@ -15,7 +15,7 @@ _CHUNK = 2048
 
 
 def layer_quality(
-    fit: PredictorFit, method: Method, mlps: Sequence[GatedMLP], inputs: Tensor
+    fit: PredictorFit, method: Method, mlps: Sequence[GatedMLP], inputs: Tensor, seen: Tensor
 ) -> list[dict[str, float]]:
     """Means over tokens for every layer.
 
@@ -23,6 +23,8 @@ def layer_quality(
     ----------
     fit : PredictorFit, on the device of the inputs
     inputs : Tensor, shape (len(mlps), n_tokens, d_model)
+    seen : Tensor, shape (len(mlps), n_tokens, d_model)
+        What the predictor reads.
 
     Returns
     -------
@@ -33,8 +35,9 @@ def layer_quality(
     """
     found = []
     with torch.inference_mode():
-        for mlp, x in zip(mlps, inputs, strict=True):
-            parts = [_token_quality(fit, method, mlp, part) for part in x.split(_CHUNK)]
+        for mlp, x, read in zip(mlps, inputs, seen, strict=True):
+            chunks = zip(x.split(_CHUNK), read.split(_CHUNK), strict=True)
+            parts = [_token_quality(fit, method, mlp, *chunk) for chunk in chunks]
             values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             spread = values["sparsity_realized"].std(correction=0)
             found.append({name: float(value.mean()) for name, value in values.items()})
@@ -42,10 +45,10 @@ def layer_quality(
     return found
 
 
-def _token_quality(fit: PredictorFit, method: Method, mlp: GatedMLP, x: Tensor) -> dict[str, Tensor]:
+def _token_quality(fit: PredictorFit, method: Method, mlp: GatedMLP, x: Tensor, seen: Tensor) -> dict[str, Tensor]:
     """The same for every token, each of shape (n_tokens,), fp64."""
     made = mlp.activations(x)
-    logit = fit.logits(mlp.layer, x)
+    logit = fit.logits(mlp.layer, seen)
     k = kept_count(mlp.d_ff, method.sparsity)
     ideal = select_top_k(method.score(made), k)
     kept = select_threshold(logit, float(fit.thresholds[mlp.layer]))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from suite.errors import CellError
 from suite.fitting.windows import batches
 from suite.methods.base import Method
-from suite.modeling.gated_mlp import GatedMLP
+from suite.modeling.gated_mlp import GatedMLP, block_norm
 
 # Tokens of one forward pass.
 _CHUNK = {"cpu": 2048, "cuda": 16384}
@@ -22,8 +22,10 @@ class _LayersDone(Exception):  # noqa: N818  no error: ends a forward pass after
     pass
 
 
-def mlp_inputs(model: nn.Module, mlps: Sequence[GatedMLP], windows: Sequence[list[int]]) -> Tensor:
-    """Inputs of some layers' MLPs for every token of the windows, in order.
+def mlp_inputs(
+    model: nn.Module, mlps: Sequence[GatedMLP], windows: Sequence[list[int]], *, of_block: bool = False
+) -> Tensor:
+    """Inputs of some layers' MLPs, or of their blocks behind the first norm, for every token of the windows, in order.
 
     Parameters
     ----------
@@ -45,9 +47,9 @@ def mlp_inputs(model: nn.Module, mlps: Sequence[GatedMLP], windows: Sequence[lis
     inputs = torch.empty(len(mlps), n_tokens, mlps[0].d_model, dtype=weight.dtype, device=weight.device)
     at, mask = 0, torch.empty(0)
 
-    def keep(slot: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0][mask]
+    def keep(slot: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], *output: Tensor) -> None:
+            x = (output or args)[0][mask]
             inputs[slot, at : at + len(x)] = x
             if slot == len(mlps) - 1:
                 raise _LayersDone
@@ -56,7 +58,10 @@ def mlp_inputs(model: nn.Module, mlps: Sequence[GatedMLP], windows: Sequence[lis
 
     with ExitStack() as undo, torch.inference_mode():
         for slot, mlp in enumerate(mlps):
-            undo.callback(mlp.module.register_forward_pre_hook(keep(slot)).remove)
+            if of_block:
+                undo.callback(block_norm(model, mlp).register_forward_hook(keep(slot)).remove)
+            else:
+                undo.callback(mlp.module.register_forward_pre_hook(keep(slot)).remove)
         for ids, valid in batches(windows, _CHUNK[weight.device.type]):
             mask = valid.to(weight.device).bool()
             try:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +19,10 @@ from suite.fitting.calibration import Calibration
 from suite.fitting.histogram import ScoreHistogram, exact_quantile
 from suite.fitting.keys import ESTIMATORS, Estimator, fit_key, key_of
 from suite.fitting.moments import calibrate
-from suite.fitting.windows import batches, make_windows
+from suite.fitting.windows import Windows, batches, make_windows
 from suite.methods.base import Calibrated, Method, Site, kept_count, select_threshold
-from suite.modeling.attach import LayerSparsity, sparsified
+from suite.methods.cost import calibrated_share
+from suite.modeling.attach import LayerSparsity, attach, sparsified
 from suite.modeling.gated_mlp import find_gated_mlps
 from suite.modeling.loading import LoadedModel, weights_fingerprint
 from suite.modeling.modes import PredictorState, Select, threshold_selection
@@ -30,6 +35,7 @@ Progress = Callable[[str], None]
 # Tokens of one forward pass: bounds the memory of a fit, whatever the number of calibration tokens. The pooled scores
 # of one layer of the embedded model take 25 MB, of Llama-3.1-8B 235 MB.
 _CHUNK = 4096
+_LOGITS = 512  # tokens whose logits are there together: 100 MB for 49k words, three times
 
 
 def fit(
@@ -66,53 +72,94 @@ def fit(
     CellError
         NaN scores.
     """
-    fitted = method.needs_calibration or "practical" in method.modes
+    fitted = method.needs_calibration or method.needs_threshold
     if not fitted or method.needs_predictor or method.needs_prompt:  # a calibration text has no prompt
-        raise InputError(f"method {method.name} has no threshold to fit: its practical mode needs a trained predictor")
+        why = "needs a trained predictor" if method.needs_predictor else "needs none"
+        raise InputError(f"method {method.name} has no threshold to fit: its practical mode {why}")
     if estimator not in ESTIMATORS:
         raise InputError(f"unknown estimator {estimator!r}{did_you_mean(estimator, ESTIMATORS)}")
     calibration = calibration or Calibration()
     if progress is not None:
         progress(f"fitting {method.name} at sparsity {method.sparsity} ({estimator}) on {calibration.description}")
     windows = make_windows(calibration, loaded.tokenizer, seed)
-    extras = calibrate(loaded, method, windows.fit) if method.needs_calibration else {}
-    known = calibrated_layers(extras, torch.device(loaded.device))
-    fitter = ThresholdFitter(loaded, method, calibrated=known)
-    thresholds = fitter.fit(windows.fit, estimator)
-    held_out = fitter.realised(windows.held_out, thresholds)
     fingerprint = weights_fingerprint(loaded.ref)
-    return Fit(
-        method=method.name,
-        sparsity=method.sparsity,
-        estimator=estimator,
-        thresholds=thresholds,
-        extras=extras,
-        key=key_of(
-            method, estimator, fingerprint, calibration.fingerprint(), calibration.max_tokens, seed, loaded.dtype
-        ),
-        meta={
-            "model": loaded.ref.name,
-            "model_fingerprint": fingerprint,
-            "dtype": loaded.dtype,
-            "parameters": method.parameters(),
-            "calibration": calibration.source if calibration.source == "pydoc" else calibration.description,
-            "calibration_description": calibration.description,
-            "calibration_fingerprint": calibration.fingerprint(),
-            "in_domain": calibration.in_domain,
-            "n_tokens": sum(map(len, windows.fit)),
-            "held_out_tokens": sum(map(len, windows.held_out)),
-            "held_out_sparsity": [layer.sparsity_realized for layer in held_out],
-            "held_out_sparsity_mean": math.fsum(layer.sparsity_realized for layer in held_out) / len(held_out),
-            "seed": seed,
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-        }
-        | ({"extra_bytes_share": _share_of_dense(loaded, extras.values())} if extras else {}),
+    meta = {
+        "model": loaded.ref.name,
+        "model_fingerprint": fingerprint,
+        "dtype": loaded.dtype,
+        "parameters": method.parameters(),
+        "calibration": calibration.source if calibration.source == "pydoc" else calibration.description,
+        "calibration_description": calibration.description,
+        "calibration_fingerprint": calibration.fingerprint(),
+        "in_domain": calibration.in_domain,
+        "n_tokens": sum(map(len, windows.fit)),
+        "held_out_tokens": sum(map(len, windows.held_out)),
+        "seed": seed,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
+    key = key_of(method, estimator, fingerprint, calibration.fingerprint(), calibration.max_tokens, seed, loaded.dtype)
+    fits = [_fit_one(loaded, one, windows, estimator, key, meta | more) for one, more in _candidates(method)]
+    return fits[0] if len(fits) == 1 else _least_divergent(loaded, method, fits, windows.fit)
+
+
+def _fit_one(
+    loaded: LoadedModel, method: Method, windows: Windows, estimator: str, key: str, meta: Mapping[str, Any]
+) -> Fit:
+    """The fit of a method that leaves no parameter open; of several rounds each behind layers sparse by the one before."""
+    mlps, made = find_gated_mlps(loaded.model), Fit(method.name, method.sparsity, estimator, torch.empty(0), key)
+    for number in range(method.fit_rounds):
+        extras = made.extras
+        if method.needs_calibration:
+            before = attach(loaded.model, method, made) if number else nullcontext()
+            with before:
+                extras = calibrate(loaded, method, mlps, windows.fit)
+        fitter = ThresholdFitter(loaded, method, calibrated=calibrated_layers(extras, torch.device(loaded.device)))
+        thresholds = fitter.fit(windows.fit, estimator)
+        made = replace(made, thresholds=thresholds, extras=extras)
+    held_out = fitter.realised(windows.held_out, thresholds)
+    realised = {
+        "held_out_sparsity": [layer.sparsity_realized for layer in held_out],
+        "held_out_sparsity_mean": math.fsum(layer.sparsity_realized for layer in held_out) / len(held_out),
+    }
+    share = (
+        {"extra_bytes_share": calibrated_share(method, mlps[0].d_model, mlps[0].d_ff, loaded.dtype)} if extras else {}
     )
+    return replace(made, meta={**meta, **realised, **share})
 
 
-def _share_of_dense(loaded: LoadedModel, tensors: Iterable[Tensor]) -> float:
-    dense = [weight for mlp in find_gated_mlps(loaded.model) for weight in mlp.weights()]
-    return sum(one.nbytes for one in tensors) / sum(weight.nbytes for weight in dense)
+def _candidates(method: Method) -> list[tuple[Method, dict[str, Any]]]:
+    """The methods that are fitted, each with what the description of its fit says of the choice."""
+    if not method.candidates:
+        return [(method, {})]
+    names, values = method.candidates.keys(), method.candidates.values()
+    chosen = [dict(zip(names, one, strict=True)) for one in product(*values)]
+    return [(replace(method, **one), {"chosen": one}) for one in chosen]
+
+
+def _least_divergent(loaded: LoadedModel, method: Method, fits: Sequence[Fit], windows: Sequence[list[int]]) -> Fit:
+    """The fit with which the model's next-token distributions are nearest to the dense model's, all that were tried named."""
+    found = [divergence(loaded, method, fit, windows) for fit in fits]
+    tried = [{**fit.chosen, "kl_dense": kl} for fit, kl in zip(fits, found, strict=True)]
+    best = min(range(len(fits)), key=found.__getitem__)
+    return replace(fits[best], meta={**fits[best].meta, "tried": tried})
+
+
+def divergence(loaded: LoadedModel, method: Method, state: Fit, windows: Sequence[list[int]]) -> float:
+    """Mean over tokens of KL(dense || practical mode with a fit), nats."""
+
+    def log_probabilities(ids: Tensor, valid: Tensor) -> Tensor:
+        logits = loaded.model(input_ids=ids, attention_mask=valid, use_cache=False).logits
+        return torch.log_softmax(logits[valid.bool()].float(), -1)
+
+    total = 0.0
+    with torch.inference_mode():
+        for ids, mask in batches(windows, _LOGITS):
+            ids, mask = ids.to(loaded.device), mask.to(loaded.device)
+            dense = log_probabilities(ids, mask)
+            with attach(loaded.model, method, state, mode="practical"):
+                sparse = log_probabilities(ids, mask)
+            total += float((dense.exp() * (dense - sparse)).sum().double())
+    return total / sum(map(len, windows))
 
 
 class ThresholdFitter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from functools import cache, cached_property
@@ -22,7 +22,8 @@ Side = Literal["rows", "columns"]
 SiteName = Literal["mlp.input", "mlp.neurons"]
 SITES: tuple[SiteName, ...] = get_args(SiteName)
 NEURONS: SiteName = "mlp.neurons"
-Quantity = Literal["input", "gate", "act", "up", "product"]
+PredictorInput = Literal["mlp", "block"]
+Quantity = Literal["input", "gate", "act", "up", "product", "block"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Calibrated:
 
     Parameters
     ----------
-    moments : mapping of quantity to Tensor, shape (d_model,) for ``input``, else (d_ff,), fp32
+    moments : mapping of quantity to Tensor, shape (d_model,) for ``input`` and ``block``, else (d_ff,), fp32
         Mean squares over calibration tokens.
     factors : mapping of projection to Factor
     """
@@ -91,7 +92,8 @@ class Activations:
     ----------
     site : Site
     values : mapping of quantity to Tensor, shape (n_seen, width), the model's dtype
-        ``input`` (x), and at ``mlp.neurons`` ``gate`` (g), ``act`` (a), ``up`` (u) and ``product`` (v), of all tokens.
+        ``input`` (x), and at ``mlp.neurons`` ``gate`` (g), ``act`` (a), ``up`` (u) and ``product`` (v), of all tokens;
+        ``block`` where the method's `predictor_input` asks for it.
     documents, positions : Tensor, shape (n_tokens,), int64
         Which document and which position in it each token is; noise is keyed by them so that batching cannot change it.
     norms : callable
@@ -125,6 +127,11 @@ class Activations:
     def input(self) -> Tensor:
         """``x`` of the MLP, shape (n_tokens, d_model), the model's dtype."""
         return self._rows("input")
+
+    @cached_property
+    def block(self) -> Tensor:
+        """Input of the layer's block behind its first norm, known before attention; (n_tokens, d_model), the model's dtype."""
+        return self._rows("block")
 
     @cached_property
     def gate(self) -> Tensor:
@@ -214,6 +221,11 @@ class Method(ABC):
     needs_predictor : True if the practical mode needs a trained predictor of the kept set; then it has no other site.
     moments : quantities whose mean squares over calibration tokens the fit holds, for `Activations.moments`.
     needs_prompt : True if it ranks by `Activations.prompt`.
+    predicted : quantities whose expected squares, multiplied, stand in for the square of the score where they come from
+        low-rank approximations of gate and up: what a gated predictor is made of. Empty: it has none.
+    fixed_set : True if its scores are the same for all tokens that follow a prompt, or for all tokens, so that its set is
+        known before any of them is computed: its practical mode then keeps exactly k too, and needs no threshold.
+    source : where it was published, or that it is this suite's own; empty for somebody else's.
     """
 
     sparsity: float = 0.0
@@ -225,6 +237,9 @@ class Method(ABC):
     needs_predictor: ClassVar[bool] = False
     moments: ClassVar[tuple[Quantity, ...]] = ()
     needs_prompt: ClassVar[bool] = False
+    predicted: ClassVar[tuple[Quantity, ...]] = ()
+    fixed_set: ClassVar[bool] = False
+    source: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.sparsity, (int, float)) or isinstance(self.sparsity, bool) or not 0 <= self.sparsity < 1:
@@ -243,6 +258,49 @@ class Method(ABC):
     def needs_calibration(self) -> bool:
         """Whether its score asks the fit for moments or factors: then its ideal mode takes a fit too."""
         return bool(self.moments or self.factors)
+
+    @property
+    def predictor_input(self) -> PredictorInput:
+        """What its factors read: the input of the MLP, or that of the block behind the block's first norm."""
+        return "mlp"
+
+    @property
+    def fit_rounds(self) -> int:
+        """Rounds of its fit: the first on dense activations, later ones on those behind layers sparse by the round before."""
+        return 1
+
+    @property
+    def needs_threshold(self) -> bool:
+        """Whether its practical mode keeps what is not below a threshold a site and layer."""
+        return "practical" in self.modes and not self.needs_predictor and not self.fixed_set
+
+    @property
+    def exact_projection(self) -> str:
+        """Projection that is computed for all neurons: gate, up or both; "auto" where a fit chooses it, "" where none is."""
+        return self.first_projection or ""
+
+    @property
+    def candidates(self) -> Mapping[str, Sequence[Any]]:
+        """Values, by parameter, that a fit chooses one of on its calibration text; no parameter is left open by default."""
+        return {}
+
+    def predicted_weight(self, norm2: Callable[[Matrix, Side], Tensor]) -> Tensor | None:
+        """Weight of each neuron in the square of a score that a gated predictor stands in for, (d_ff,), fp32; None for 1."""
+        return None
+
+    def neuron_scale(self, calibrated: Calibrated) -> Tensor | None:
+        """The factor of each neuron in a score that is ``abs(first projection)`` times it; None if the score is not such.
+
+        Parameters
+        ----------
+        calibrated : Calibrated
+            What the fit knows of the layer.
+
+        Returns
+        -------
+        Tensor, shape (d_ff,), fp32, or None
+        """
+        return None
 
     def sparsity_at(self, site: Site) -> float:
         """Share of a site's entries that are dropped: the same at all, unless a method allocates it."""

@@ -37,6 +37,23 @@ def share_of_sites(method: type[Method], realised: Mapping[SiteName, float]) -> 
     return (inputs * (dense + (2 - dense) * neurons) + neurons) / 3
 
 
+def calibrated_bytes(method: Method, d_model: int, d_ff: int, dtype: str) -> int:
+    """Bytes a layer of the vectors and factors that a method's score asks of its fit.
+
+    Parameters
+    ----------
+    dtype : type of the layer's weights, which a factor's two matrices have; its residual and moments are fp32
+    """
+    moments = sum(d_model if name == "input" else d_ff for name in method.moments)
+    factors = sum(DTYPE_BYTES[dtype] * low_rank_weights(rank, d_model, d_ff) for rank in method.factors.values())
+    return int(factors) + DTYPE_BYTES["float32"] * (moments + len(method.factors) * d_ff)
+
+
+def calibrated_share(method: Method, d_model: int, d_ff: int, dtype: str) -> float:
+    """The same over the bytes of the dense layer."""
+    return calibrated_bytes(method, d_model, d_ff, dtype) / (3 * d_model * d_ff * DTYPE_BYTES[dtype])
+
+
 def low_rank_weights(rank: int, d_model: int, d_ff: int) -> int:
     """Entries of the two matrices of a low-rank predictor."""
     return rank * (d_model + d_ff)
@@ -45,6 +62,12 @@ def low_rank_weights(rank: int, d_model: int, d_ff: int) -> int:
 def low_rank_share(rank: int, d_model: int, d_ff: int) -> float:
     """Bytes of a low-rank predictor, which has the type of the layer, over those of the dense layer."""
     return low_rank_weights(rank, d_model, d_ff) / (3 * d_model * d_ff)
+
+
+def gated_share(rank: int, n_projections: int, d_model: int, d_ff: int, dtype: str) -> float:
+    """Bytes of a gated predictor, of each projection two matrices and an fp32 vector, over those of a dense layer."""
+    vectors = DTYPE_BYTES["float32"] / (3 * d_model * DTYPE_BYTES[dtype])
+    return n_projections * (low_rank_share(rank, d_model, d_ff) + vectors)
 
 
 def ternary_share(dtype: str) -> float:

@@ -17,6 +17,7 @@ class Dense(Method):
     """Keeps every neuron."""
 
     name: ClassVar[str] = "dense"
+    source: ClassVar[str] = "the model itself"
     modes: ClassVar[tuple[Mode, ...]] = ("none",)
 
     def __post_init__(self) -> None:

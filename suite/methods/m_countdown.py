@@ -16,6 +16,7 @@ class MCountdown(Method):
     """Score ``abs(u)``; W_up is computed densely, W_gate and W_down only for the kept neurons (arXiv 2505.17701)."""
 
     name: ClassVar[str] = "m-countdown"
+    source: ClassVar[str] = "arXiv 2505.17701"
     first_projection: ClassVar[Projection | None] = "up"
 
     def score(self, activations: Activations) -> Tensor:

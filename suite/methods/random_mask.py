@@ -36,6 +36,7 @@ class Random(Method):
     seed: int = 0
 
     name: ClassVar[str] = "random"
+    source: ClassVar[str] = "this suite"
     modes: ClassVar[tuple[Mode, ...]] = ("ideal",)
 
     def score(self, activations: Activations) -> Tensor:

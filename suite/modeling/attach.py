@@ -15,7 +15,7 @@ from suite.errors import InputError
 from suite.methods.base import Calibrated, Method, Mode
 from suite.modeling.decode import DecodeKernels, Fallback, decode_kernels, why_not_numba
 from suite.modeling.decode_probe import why_not_equal
-from suite.modeling.gated_mlp import find_gated_mlps
+from suite.modeling.gated_mlp import block_norm, find_gated_mlps
 from suite.modeling.generating import with_right_prefill, without_compile
 from suite.modeling.layer import LayerSparsity, Run, SparseLayer
 from suite.modeling.modes import (
@@ -27,6 +27,7 @@ from suite.modeling.modes import (
     placed_predictor,
     refuse_nan,
     resolve_mode,
+    settled,
     site_thresholds,
     threshold_selection,
     top_k_selection,
@@ -171,7 +172,7 @@ def sparsified(
         if run.tokens is not None and run.explicit is None and run.documents is not None:
             documents = run.documents.to(run.tokens.documents.device)
             run.tokens = replace(run.tokens, documents=documents[run.tokens.documents])
-        run.prompt = rule.prompt(args, kwargs, run.tokens) if method.needs_prompt else None
+        run.prompt = rule.prompt(args, kwargs, run.tokens, run.explicit) if method.needs_prompt else None
         run.kernels = kernels if fallback is not None and fallback.takes(run.tokens) else None
         run.decoded.clear()
         run.under_way = True
@@ -189,8 +190,20 @@ def sparsified(
             undo.callback(with_right_prefill(model, scope))
         for layer in layers:
             undo.callback(_replace_forward(layer.mlp.module, layer.forward))
+            if layer.reads == "block":
+                norm = block_norm(model, layer.mlp)
+                undo.callback(norm.register_forward_hook(_hand_to(layer)).remove)
         yield Attached(layers, method, thresholds, run)
         refuse_nan(method, {c.site: c.nan_tokens for layer in layers for c in layer.counters.values()})
+
+
+def _hand_to(layer: SparseLayer) -> Callable[[nn.Module, Any, Tensor], None]:
+    """Hook of a block's first norm that hands its output to the layer of the block."""
+
+    def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        layer.block = output
+
+    return hook
 
 
 def _replace_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[], None]:
@@ -256,16 +269,17 @@ def attach(
     if backend not in BACKENDS:
         raise InputError(f"unknown backend {backend!r}{did_you_mean(str(backend), BACKENDS)}")
     mode = resolve_mode(method, state, mode)
+    method = settled(method, state)
     thresholds = kernels = predictor = None
     calibrated = placed_calibration(model, method, state) if method.needs_calibration else None
     select: Select | None = None
-    if mode == "practical" and state is not None:
+    if mode == "ideal" or (mode == "practical" and method.fixed_set):
+        select = top_k_selection(method)
+    elif mode == "practical" and state is not None:
         thresholds = checked_thresholds(model, method, state)
         select = threshold_selection(method, thresholds)
         if isinstance(state, PredictorState):
             predictor = placed_predictor(model, state)
-    elif mode == "ideal":
-        select = top_k_selection(method)
     if backend != "masked":
         refused = why_not_numba(model, method, mode, state)
         if refused and backend == "numba":

@@ -142,6 +142,8 @@ def why_not_numba(model: nn.Module, method: Method, mode: Mode, state: object) -
         return f"its kernels skip neurons, and {method.name} masks {' and '.join(method.sites)}"
     if mode != "practical":
         return f"it needs a threshold, and the mode is {mode}"
+    if (state.predictor_input if isinstance(state, PredictorState) else method.predictor_input) != "mlp":
+        return "its kernels read the input of the MLP, and the predictor reads that of the block"
     mlps = find_gated_mlps(model)
     weights = [weight for mlp in mlps for weight in mlp.weights()]
     devices, dtypes = {weight.device for weight in weights}, {weight.dtype for weight in weights}
@@ -206,7 +208,8 @@ def decode_kernels(
     """Kernels of every layer; each holds a transposed copy of its layer's ``W_down``."""
     mlps, values = find_gated_mlps(model), thresholds.tolist()
     on_cuda = mlps[0].weights()[2].is_cuda
-    low_rank = bool(getattr(predictor, "v", None))  # a ternary predictor has no kernel of its own
+    # ternary and gated predictors have no kernel of their own
+    low_rank = bool(getattr(predictor, "v", None)) and not getattr(predictor, "predicted", ())
     if predictor is not None and not (on_cuda and low_rank):
         given = _cuda_given if on_cuda else _cpu_given
         return ListedKernels([given(mlp, predictor, value) for mlp, value in zip(mlps, values, strict=True)])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -105,12 +107,20 @@ class GatedMLP:
         return Site(name, self.layer, self.d_ff if name == NEURONS else self.d_model)
 
     def activations(
-        self, x: Tensor, *, documents: Tensor | None = None, positions: Tensor | None = None, **more: Any
+        self,
+        x: Tensor,
+        *,
+        block: Tensor | None = None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        **more: Any,
     ) -> Activations:
         """What a method ranks the neurons by, of inputs x (n_tokens, d_model), all of them in scope.
 
         Parameters
         ----------
+        block : Tensor, shape (n_tokens, d_model), optional
+            `Activations.block`.
         documents, positions : Tensor, shape (n_tokens,), int64, optional
             Keys of noise; zeros by default.
         more : other fields of `Activations`
@@ -118,9 +128,10 @@ class GatedMLP:
         gate, up = self.gate_up(x)
         act = self.act(gate)
         nowhere = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        values = {"input": x, "gate": gate, "act": act, "up": up, "product": act * up}
         return Activations(
             site=self.site(NEURONS),
-            values={"input": x, "gate": gate, "act": act, "up": up, "product": act * up},
+            values=values if block is None else {**values, "block": block},
             documents=nowhere if documents is None else documents,
             positions=nowhere if positions is None else positions,
             act_fn=self.act,
@@ -189,6 +200,21 @@ def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
     return mlps
 
 
+def block_norm(model: nn.Module, mlp: GatedMLP) -> nn.Module:
+    """The norm before attention of the block that an MLP is in.
+
+    Raises
+    ------
+    InputError
+        The block has none of the known name.
+    """
+    place = mlp.module_name.rpartition(".")[0]
+    norm = dict(model.get_submodule(place).named_children()).get("input_layernorm")
+    if norm is None:
+        raise InputError(f"{place} of model {type(model).__name__} has no input_layernorm: use predictor_input mlp")
+    return norm
+
+
 def _layer_count(model: nn.Module) -> int:
     """Decoder layers the model says it has."""
     config = getattr(model, "config", None)
@@ -209,6 +235,11 @@ def _view(layer: int, path: str, module: nn.Module) -> GatedMLP | None:
     d_model, d_ff = weight.shape
     activation = _activation(path, children["activation_fn" if fused else "act_fn"])
     return GatedMLP(layer, path, module, int(d_model), int(d_ff), activation, fused)
+
+
+def activation(name: Activation) -> Callable[[Tensor], Tensor]:
+    """Activation function of a name."""
+    return silu if name == "silu" else partial(gelu, approximate="tanh")
 
 
 def _activation(path: str, function: nn.Module) -> Activation:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from suite.errors import InputError
-from suite.methods.base import NEURONS, Activations, Calibrated, Method, Site, SiteName
+from suite.methods.base import NEURONS, Activations, Calibrated, Method, PredictorInput, Site, SiteName
 from suite.modeling.decode import DecodeKernels
 from suite.modeling.gated_mlp import GatedMLP
 from suite.modeling.modes import PredictorState, Select, nan_tokens
@@ -92,8 +92,14 @@ class SparseLayer:
         self._predictor, self._calibrated = predictor, calibrated
         self._norms = cache(mlp.norm2)
         self._prompt: Tensor | None = None  # (batch, d_ff), fp32
+        self.block: Tensor | None = None  # (batch, width, d_model), of this pass, where it is asked for
         device = mlp.weights()[2].device
         self.counters = {name: Counter(mlp.site(name), device) for name in method.sites}
+
+    @property
+    def reads(self) -> PredictorInput:
+        """What its predictor, or the factors of its scores, read."""
+        return self._method.predictor_input if self._predictor is None else self._predictor.predictor_input
 
     def forward(self, x: Tensor) -> Tensor:
         """The MLP's forward pass, shape (batch, width, d_model), with the entries that are dropped set to 0."""
@@ -114,6 +120,8 @@ class SparseLayer:
             self._add_prompt(product, run.prompt)
         if run.tokens is not None and NEURONS in self.counters:
             values = {"input": x, "gate": gate, "act": act, "up": up, "product": product}
+            if self.block is not None:
+                values["block"] = self.block
             product = self._sparsify(self.counters[NEURONS], product, values, run.tokens)
         return self.mlp.down(product)
 
@@ -143,8 +151,11 @@ class SparseLayer:
         if self._predictor is None:
             score = self._score(counter, activations)
         else:
-            score = self._predictor.logits(site.layer, activations.input)
+            seen = activations.block if self.reads == "block" else activations.input
+            score = self._predictor.logits(site.layer, seen)
         keep = self._select(site, score)
+        if self._method.needs_prompt:  # sums of 0: no token came before, and what is dense is counted so
+            keep = keep | (activations.prompt == 0).all(-1, keepdim=True)
         counter.kept += keep.sum() if alive is None else (keep.sum(-1) * alive).sum()
         return _zero_dropped(vector, index, keep if alive is None else keep | ~alive[:, None])
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from suite.devices import dtype_name
 from suite.errors import CellError, InputError
 from suite.methods.base import (
     NEURONS,
@@ -15,13 +17,14 @@ from suite.methods.base import (
     Calibrated,
     Method,
     Mode,
+    PredictorInput,
     Site,
     SiteName,
     kept_count,
     select_threshold,
     select_top_k,
 )
-from suite.modeling.gated_mlp import find_gated_mlps
+from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
 from suite.registry import did_you_mean
 
 # (site, scores of shape (n_tokens, site.width)) -> kept set, bool
@@ -52,8 +55,12 @@ class PredictorState(ThresholdState, Protocol):
     def shape(self) -> tuple[int, int]:
         """``(d_model, d_ff)`` of the layers it was trained on."""
 
+    @property
+    def predictor_input(self) -> PredictorInput:
+        """What it reads: the input of the MLP, or that of the block behind the block's first norm."""
+
     def logits(self, layer: int, x: Tensor) -> Tensor:
-        """What the thresholds are set on, shape (n_tokens, d_ff), fp32, from x of shape (n_tokens, d_model)."""
+        """What the thresholds are set on, shape (n_tokens, d_ff), fp32, from what it reads, (n_tokens, d_model)."""
 
     def to(self, device: torch.device | str) -> PredictorState:
         """The same on another device."""
@@ -62,6 +69,14 @@ class PredictorState(ThresholdState, Protocol):
 @runtime_checkable
 class CalibratedState(ThresholdState, Protocol):
     """What a method whose score asks for moments or factors needs of a fit (`suite.fitting.artifacts.Fit`)."""
+
+    @property
+    def dtype(self) -> str:
+        """Type of the weights it was made on."""
+
+    @property
+    def chosen(self) -> Mapping[str, Any]:
+        """Values of the parameters that the method leaves to the fit."""
 
     def calibrated(self, device: torch.device) -> list[Calibrated]:
         """What it knows of every layer, on a device."""
@@ -73,15 +88,38 @@ def resolve_mode(method: Method, state: ThresholdState | None, mode: Mode | None
         mode = "none" if "none" in method.modes else "ideal" if state is None else "practical"
     if mode not in method.modes:
         raise InputError(f"method {method.name} has no mode {mode!r}{did_you_mean(mode, method.modes)}")
-    asks = mode == "ideal" and method.needs_calibration
-    if mode != "practical" and state is not None and not asks:
+    by_rank = mode == "ideal" or (mode == "practical" and method.fixed_set)  # exactly k, by the score alone
+    asks = by_rank and method.needs_calibration
+    if (by_rank or mode == "none") and state is not None and not asks:
         raise InputError(f"a fit was given but the mode of method {method.name} is {mode!r}: leave one of them out")
     if asks and state is None:
         raise InputError(f"the score of {method.name} needs a fit of its moments: make one with suite.fit")
-    if mode == "practical" and (state is None or isinstance(state, PredictorState) != method.needs_predictor):
+    if (
+        mode == "practical"
+        and not by_rank
+        and (state is None or isinstance(state, PredictorState) != method.needs_predictor)
+    ):
         wanted = "a trained predictor" if method.needs_predictor else "a fit of its thresholds"
         raise InputError(f"practical mode of {method.name} needs {wanted}: make one with suite.fit or use mode ideal")
     return mode
+
+
+def settled(method: Method, state: object) -> Method:
+    """The method with the values that its fit chose for the parameters that it leaves open; as it is where it leaves none.
+
+    Raises
+    ------
+    InputError
+        The fit chose none, or what is no candidate.
+    """
+    chosen = dict(state.chosen) if method.candidates and isinstance(state, CalibratedState) else {}
+    for name, values in method.candidates.items():
+        if chosen.get(name) not in values:
+            raise InputError(
+                f"fit of {method.name} chose {chosen.get(name)!r} for its {name}, which must be one of "
+                f"{', '.join(map(str, values))}: fit anew"
+            )
+    return replace(method, **chosen)
 
 
 def checked_thresholds(model: nn.Module, method: Method, state: ThresholdState) -> Tensor:
@@ -119,17 +157,37 @@ def placed_calibration(model: nn.Module, method: Method, state: ThresholdState |
         raise InputError(f"the score of {method.name} needs a fit that holds its moments: make one with suite.fit")
     _refuse_other(method, state)
     mlps = find_gated_mlps(model)
-    found = state.calibrated(mlps[0].weights()[2].device)
+    weight = mlps[0].weights()[2]
+    if state.dtype and state.dtype != dtype_name(weight.dtype):
+        raise InputError(f"fit of {state.method} is of {state.dtype} weights, the model's are {weight.dtype}: fit anew")
+    found = state.calibrated(weight.device)
     if len(found) != len(mlps):
         raise InputError(
             f"fit of {state.method} holds moments of {len(found)} layers, the model has {len(mlps)}: fit anew"
         )
     for mlp, layer in zip(mlps, found, strict=True):
-        for name, vector in layer.moments.items():
-            width = mlp.d_model if name == "input" else mlp.d_ff
-            if vector.shape != (width,):
-                raise InputError(f"fit of {state.method} has {len(vector)} moments of {name!r}, not {width}: fit anew")
+        _check_calibrated(mlp, method, layer)
     return found
+
+
+def _check_calibrated(mlp: GatedMLP, method: Method, layer: Calibrated) -> None:
+    """Refuse a layer's part of a fit that lacks what the method declares, or has another shape than the model."""
+    asked = [(f"moments of {name!r}", name in layer.moments) for name in method.moments]
+    asked += [(f"factor of {name!r}", name in layer.factors) for name in method.factors]
+    for what, held in asked:
+        if not held:
+            raise InputError(f"fit of {method.name} holds no {what} in layer {mlp.layer}: fit anew")
+    for name, vector in layer.moments.items():
+        width = mlp.d_ff if name not in ("input", "block") else mlp.d_model
+        if vector.shape != (width,):
+            raise InputError(f"fit of {method.name} has {len(vector)} moments of {name!r}, not {width}: fit anew")
+    for name, factor in layer.factors.items():
+        found = (len(factor.v), len(factor.u))
+        if found != (mlp.d_model, mlp.d_ff):
+            raise InputError(
+                f"fit of {method.name} has a factor of {name!r} for layers of (d_model, d_ff) = {found}, the model's are "
+                f"({mlp.d_model}, {mlp.d_ff}): fit anew"
+            )
 
 
 def placed_predictor(model: nn.Module, state: PredictorState) -> PredictorState:

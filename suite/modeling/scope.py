@@ -102,13 +102,15 @@ class ScopeRule:
         rows, columns = valid.nonzero(as_tuple=True)  # the host waits here, once for a prefill with padding
         return _explicit_tokens(Explicit(rows, columns, rows, positions[rows, columns]), batch, width, shaped.device)
 
-    def prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tokens | None) -> Prompt | None:
+    def prompt(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tokens | None, explicit: Explicit | None
+    ) -> Prompt | None:
         """Tokens of the prompts in this forward pass, with its tokens in scope; None where it holds none.
 
         Raises
         ------
         InputError
-            A token is in scope in a row that has no prompt.
+            The scope's rule, not the caller, makes every token of a row sparse, so that no row has a prompt.
         """
         if tokens is not None and tokens.step:
             return None
@@ -124,9 +126,9 @@ class ScopeRule:
         before = torch.arange(width, device=shaped.device) < first[:, None]
         valid = _valid(given.get("attention_mask"), past, width)
         before = before if valid is None else before & valid
-        if past == 0 and bool((~before.any(1) & (first < width)).any()):
+        if past == 0 and self._scope == "all" and explicit is None:
             raise InputError(
-                "a sequence has no token before its first sparse one, its prompt: use scope paper or scored"
+                "no sequence has a token before its first sparse one, its prompt: use scope paper or scored"
             )
         return Prompt(before, begins=past == 0)
 

@@ -100,7 +100,7 @@ def generate(request: Request, fits: Path, *, no_fit: bool, say: Callable[[str],
     found = [_timed(loaded, ids, request, "dense")]
     if request.method == "dense":
         return found
-    state = _state(request, loaded, fits, no_fit, say) if "practical" in method.modes else None
+    state = _state(request, loaded, fits, no_fit, say) if "practical" in method.modes and not method.fixed_set else None
 
     from suite.modeling.attach import attach
 

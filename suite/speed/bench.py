@@ -162,8 +162,12 @@ def _timed(rig: Rig, ready: Sequence[tuple[Subject, Row]], tell: Progress) -> di
 
 def default_methods() -> list[str]:
     """Methods that every device times: dense, those with thresholds, and a given set."""
-    classes = {name: method_class(name) for name in METHODS}
-    found = [name for name, cls in classes.items() if "none" in cls.modes or cls.first_projection is not None]
+    methods = [(name, method_class(name)()) for name in METHODS]
+    found = [
+        name
+        for name, one in methods
+        if "none" in one.modes or (one.first_projection is not None and not one.needs_calibration)
+    ]
     return [*found, GIVEN]
 
 

@@ -73,8 +73,10 @@ def kernel_of(method: str) -> Kernel:
     if "practical" in cls.modes:
         if cls.needs_predictor:
             return Kernel.PREDICTOR
-        if cls.first_projection in ("gate", "up"):
+        if cls.first_projection in ("gate", "up") and not cls().needs_calibration:
             return Kernel.THRESHOLD
+        if cls.first_projection:
+            raise InputError(f"method {method!r}: no kernel computes its score; leave it out of the speed cases")
         raise InputError(f"method {method!r} has neither one first projection nor a predictor: no kernel runs it")
     if "none" in cls.modes:
         return Kernel.DENSE

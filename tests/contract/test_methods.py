@@ -1,27 +1,30 @@
 """What every method must do, registered here or named as ``module:Class``."""
 
 import dataclasses
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
 
 from suite.errors import InputError
-from suite.methods.base import Site, kept_count, select_top_k
+from suite.methods.base import Calibrated, Factor, Site, kept_count, select_top_k
 from suite.modeling.attach import attach
 from suite.modeling.gated_mlp import find_gated_mlps
 from suite.registry import METHODS, get_method, method_class
-from tests.conftest import D_FF, PAD, activations, predictor_fit, tiny_model
+from tests.conftest import D_FF, PAD, activations, predictor_fit, random_fit, tiny_model
 
 THIRD_PARTY = "tests.contract.third_party:PowerOfUp"
 ALL = [*METHODS, THIRD_PARTY]
 RANKING = [name for name in ALL if "ideal" in method_class(name).modes]
-WITH_THRESHOLD = [
-    name for name in ALL if "practical" in method_class(name).modes and not method_class(name).needs_predictor
-]
+FIXED = [name for name in ALL if method_class(name).fixed_set]
+WITH_THRESHOLD = [name for name in ALL if get_method(name).needs_threshold]
 WITH_PREDICTOR = [
     name for name in ALL if "practical" in method_class(name).modes and method_class(name).needs_predictor
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+PROMPT = 4  # tokens before the first in scope, where a method ranks by them
 
 
 @dataclasses.dataclass
@@ -29,6 +32,23 @@ class State:
     method: str
     sparsity: float
     thresholds: torch.Tensor
+
+
+@contextmanager
+def ideal(model, method, mask=None):
+    """Attached with a random fit where the score asks for one; after a prompt in every row of twelve where it needs one."""
+    state = random_fit(method, model.dtype) if method.needs_calibration else None
+    mode = None if method.modes == ("none",) else "ideal"
+    with attach(model, method, state, mode=mode) as attached, ExitStack() as scope:
+        if method.needs_prompt:
+            mask = torch.ones(2, 12, dtype=torch.int64) if mask is None else mask
+            rows, columns = ((mask.cumsum(-1) > PROMPT) & (mask > 0)).nonzero(as_tuple=True)
+            scope.enter_context(attached.positions(rows, columns, rows, columns))
+        yield attached
+
+
+def n_sparse(method, n_rows, width=12):
+    return n_rows * (width - PROMPT * method.needs_prompt)
 
 
 def logits(model, ids, **kwargs):
@@ -69,9 +89,11 @@ def test_score_of_a_token_does_not_depend_on_the_others(name):
     inputs = activations(n_tokens=6)
     chosen = torch.tensor([4, 1])
     keys = {field: getattr(inputs, field)[chosen] for field in ("documents", "positions")}
-    alone = dataclasses.replace(inputs, rows=chosen, **keys)
+    alone = dataclasses.replace(inputs, rows=chosen, prompts=lambda: inputs.prompt[chosen], **keys)
     method = get_method(name)
-    assert torch.equal(method.score(alone), method.score(inputs)[chosen])
+    # of a factor products of 32 and of 4 terms, which a batch may sum in another order
+    rounding = (32 + 4) * torch.finfo(torch.float32).eps * bool(method.factors)
+    torch.testing.assert_close(method.score(alone), method.score(inputs)[chosen], rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,21 +108,25 @@ def test_keeps_exactly_k_of_each_token(name, sparsity, dtype):
 @pytest.mark.parametrize("name", [name for name in RANKING if name != "random"])
 def test_keeps_exactly_k_where_all_scores_tie(name):
     inputs = activations()
+    ones = torch.ones(D_FF)
+    low = Factor(torch.ones(32, 1), torch.ones(D_FF, 1), ones)
     tied = dataclasses.replace(
         inputs,
         values={name: torch.ones_like(value) for name, value in inputs.values.items()},
-        norms=lambda matrix, of: torch.ones(D_FF),
+        norms=lambda matrix, of: ones,
+        calibrated=Calibrated(dict.fromkeys(("act", "up"), ones), dict.fromkeys(("gate", "up"), low)),
+        prompts=lambda: ones.expand(5, -1),
     )
     keep = select_top_k(get_method(name).score(tied), 7)
     assert keep[:, :7].all()
     assert not keep[:, 7:].any()
 
 
-@pytest.mark.parametrize("name", [name for name in RANKING if name != "random"])
+@pytest.mark.parametrize("name", [name for name in RANKING if name not in ("random", *FIXED)])
 def test_nan_activation_is_kept_and_reaches_the_output(name):
     inputs = activations()
-    for part in inputs.values.values():
-        part[2, 5] = torch.nan
+    for part in ("gate", "act", "up", "product"):
+        inputs.values[part][2, 5] = torch.nan
     keep = select_top_k(get_method(name).score(inputs), 1)
     assert keep[2].nonzero().flatten().tolist() == [5]
     assert (keep.sum(-1) == 1).all()
@@ -112,7 +138,7 @@ def test_nan_activation_is_kept_and_reaches_the_output(name):
 def test_sparsity_zero_is_dense_bit_for_bit(name, architecture, dtype, ids):
     model = tiny_model(architecture, dtype)
     dense = logits(model, ids)
-    with attach(model, get_method(name)) as attached:
+    with ideal(model, get_method(name)) as attached:
         assert torch.equal(logits(model, ids), dense)
     assert attached.realised == 0
 
@@ -122,14 +148,15 @@ def test_sparsity_zero_is_dense_bit_for_bit(name, architecture, dtype, ids):
 def test_realises_its_sparsity_exactly_and_restores_the_model(name, dtype, ids):
     model = tiny_model("qwen2", dtype)
     dense = logits(model, ids)
-    with attach(model, get_method(name, sparsity=0.7)) as attached:
+    method = get_method(name, sparsity=0.7)
+    with ideal(model, method) as attached:
         sparse = logits(model, ids)
         again = logits(model, ids)
     assert not torch.equal(sparse, dense)
     assert torch.equal(sparse, again)
     expected = 1 - kept_count(D_FF, 0.7) / D_FF
     assert [layer.sparsity_realized for layer in attached.sparsity()] == pytest.approx([expected] * 2, abs=1e-12)
-    assert [layer.n_tokens for layer in attached.sparsity()] == [2 * ids.numel()] * 2
+    assert [layer.n_tokens for layer in attached.sparsity()] == [2 * n_sparse(method, 2)] * 2
     assert torch.equal(logits(model, ids), dense)
 
 
@@ -137,19 +164,19 @@ def test_realises_its_sparsity_exactly_and_restores_the_model(name, dtype, ids):
 def test_padding_is_neither_counted_nor_felt(name, ids):
     model = tiny_model("llama")
     method = get_method(name, sparsity=0.6)
-    with attach(model, method) as attached:
+    with ideal(model, method, torch.ones(1, 12)):
         alone = logits(model, ids[:1])
-        for side in ("left", "right"):
-            attached.reset()
-            filler = torch.full((1, 4), PAD)
-            parts = (filler, ids[:1]) if side == "left" else (ids[:1], filler)
-            padded = torch.cat(parts, dim=1)
-            mask = torch.cat([torch.zeros_like(p) if p is filler else torch.ones_like(p) for p in parts], dim=1)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for side in ("left", "right"):
+        filler = torch.full((1, 4), PAD)
+        parts = (filler, ids[:1]) if side == "left" else (ids[:1], filler)
+        padded = torch.cat(parts, dim=1)
+        mask = torch.cat([torch.zeros_like(p) if p is filler else torch.ones_like(p) for p in parts], dim=1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with ideal(model, method, mask) as attached:
             out = logits(model, padded, attention_mask=mask, position_ids=positions)
-            kept = out[:, 4:] if side == "left" else out[:, :-4]
-            torch.testing.assert_close(kept, alone, rtol=0, atol=1e-4)
-            assert [layer.n_tokens for layer in attached.sparsity()] == [ids.shape[1]] * 2
+        kept = out[:, 4:] if side == "left" else out[:, :-4]
+        torch.testing.assert_close(kept, alone, rtol=0, atol=1e-4)
+        assert [layer.n_tokens for layer in attached.sparsity()] == [n_sparse(method, 1)] * 2
 
 
 @pytest.mark.parametrize("name", WITH_THRESHOLD)
@@ -157,22 +184,25 @@ def test_threshold_keeps_scores_not_below_it(name, ids):
     model = tiny_model("llama")
     method = get_method(name, sparsity=0.5)
     for threshold, share in ((-torch.inf, 0.0), (torch.inf, 1.0)):
-        state = State(method.name, 0.5, torch.full((2,), threshold))
+        state = random_fit(method, thresholds=torch.full((2,), threshold))
         with attach(model, method, state) as attached:
             logits(model, ids)
         assert attached.realised == share
         assert attached.sparsity()[0].threshold == threshold
 
 
-@pytest.mark.parametrize("kind", ["low-rank", "ternary"])
+@pytest.mark.parametrize("kind", ["low-rank", "ternary", "gated"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", WITH_PREDICTOR)
 def test_predictor_keeps_logits_not_below_its_threshold(name, dtype, kind, ids):
+    if kind == "gated" and not method_class(name).predicted:
+        pytest.skip("its score is not made of projections")
     model = tiny_model("llama", dtype)
     method = get_method(name, sparsity=0.5)
     dense = logits(model, ids)
     shares = []
-    for threshold in (-torch.inf, -1.0, 1.0, torch.inf, torch.nan):
+    low, high = (1.0, 3.0) if kind == "gated" else (-1.0, 1.0)
+    for threshold in (-torch.inf, low, high, torch.inf, torch.nan):
         state = predictor_fit(name, kind=kind, threshold=threshold)
         if threshold != threshold:
             with pytest.raises(InputError, match="NaN threshold"), attach(model, method, state):
@@ -242,7 +272,7 @@ def test_modes_that_it_has_not_are_refused(name):
     for mode in {"none", "ideal", "practical", "fast"} - set(method.modes):
         with pytest.raises(InputError, match="mode"), attach(tiny_model("llama"), method, mode=mode):
             pass
-    if "practical" in method.modes:
+    if "practical" in method.modes and not method.fixed_set:
         match = "predictor" if method.needs_predictor else "needs a fit"
         with pytest.raises(InputError, match=match), attach(tiny_model("llama"), method, mode="practical"):
             pass
@@ -292,3 +322,35 @@ def test_names_that_are_no_method():
     with pytest.raises(InputError, match="did you mean 'sparsity'"):
         get_method("cats", sparsty=0.5)
     assert get_method(THIRD_PARTY, power=3.0).parameters() == {"sparsity": 0.0, "power": 3.0}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_fixed_set_is_the_same_in_both_modes_and_takes_no_fit(name, ids):
+    model, method = tiny_model("llama"), get_method(name, sparsity=0.5)
+    rows, columns = (torch.ones(2, 8) > 0).nonzero(as_tuple=True)
+    found = []
+    for mode in ("ideal", "practical"):
+        with attach(model, method, mode=mode) as attached, attached.positions(rows, columns + 4, rows, columns + 4):
+            found.append(logits(model, ids))
+            assert [layer.threshold for layer in attached.sparsity()] == [None, None]
+            assert attached.realised == 0.5
+    assert torch.equal(*found)
+    with pytest.raises(InputError, match="a fit was given"):
+        attach(model, method, State(name, 0.5, torch.zeros(2)), mode="practical").__enter__()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ALL)
+def test_a_scale_of_the_neurons_makes_the_score_of_the_first_projection(name, dtype):
+    inputs, method = activations(dtype=dtype), get_method(name)
+    scale = method.neuron_scale(inputs.calibrated)
+    if scale is None:
+        return
+    assert (scale.shape, scale.dtype) == ((D_FF,), torch.float32)
+    first = {"gate": inputs.act, "up": inputs.up}[method.first_projection]
+    assert torch.equal(method.score(inputs), first.abs().float() * scale)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_names_its_source(name):
+    assert method_class(name).source

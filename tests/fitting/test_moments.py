@@ -225,8 +225,26 @@ def test_fits_that_do_not_hold_what_is_asked(tmp_path, text):
             with pytest.raises(InputError, match=match), attach(model.model, method, state, mode=mode):
                 model.model(torch.arange(3, 9)[None])
     other = dataclasses.replace(made, extras={"moments.act": made.extras["moments.up"]})
-    with pytest.raises(InputError, match="layer 0 holds no moments of 'up'"), attach(model.model, method, other):
-        model.model(torch.arange(3, 9)[None])
+    with pytest.raises(InputError, match="holds no moments of 'up' in layer 0"):
+        attach(model.model, method, other).__enter__()
+    half = dataclasses.replace(made, meta={**made.meta, "dtype": "bfloat16"})
+    with pytest.raises(InputError, match=r"is of bfloat16 weights, the model's are torch\.float32: fit anew"):
+        attach(model.model, method, half).__enter__()
+    gated = Gated(sparsity=0.5, rank=6)
+    made = fit(model, gated, text)
+    bare = {name: tensor for name, tensor in made.extras.items() if name.startswith("moments")}
+    wide = made.extras | {"factor.gate.v": made.extras["factor.gate.v"][:, :31]}
+    for extras, match in (
+        (bare, "moments of 0 layers"),
+        (wide, r"factor of 'gate' for layers of \(d_model, d_ff\) = \(31, 48\), the model's are \(32, 48\)"),
+        (made.extras | {"factor.up.v": made.extras["factor.gate.v"]}, "lacks factor.up.u: fit anew"),
+        ({name.replace("gate", "up"): tensor for name, tensor in made.extras.items()}, "no factor of 'gate'"),
+    ):
+        with pytest.raises(InputError, match=match):
+            attach(model.model, gated, dataclasses.replace(made, extras=extras)).__enter__()
+    short = dataclasses.replace(text, max_tokens=8)
+    with pytest.raises(InputError, match="rank 7 of its factor of 'gate' is more than the 6 tokens it is fitted on"):
+        fit(model, Gated(sparsity=0.5, rank=7), short)
     with pytest.raises(InputError, match="no threshold to fit"):
         fit(model, Griffin(sparsity=0.5), text)
     with pytest.raises(InputError, match="rank 33 of its factor of 'gate' must be 1 to d_model=32"):

@@ -228,7 +228,7 @@ def test_quality_by_hand(tmp_path, text):
     (made,) = fit_predictors(model, [Wanted(method)], text, QUICK)
     mlps = find_gated_mlps(model.model)
     x = mlp_inputs(model.model, mlps, [list(range(3, 40))])
-    found = layer_quality(made, method, mlps, x)
+    found = layer_quality(made, method, mlps, x, x)
     for mlp, own, values in zip(mlps, x, found, strict=True):
         gate, up = mlp.gate_up(own)
         v = (mlp.act(gate) * up).detach().double()

@@ -244,6 +244,22 @@ def test_prompt_of_the_prefill_serves_the_decode_steps(architecture, ids):
         torch.testing.assert_close(ours[row], by_hand, rtol=0, atol=2e-4)
 
 
+def test_an_empty_prompt_keeps_its_row_dense_and_counts_it_so(llama, ids):
+    rows = torch.cat([torch.zeros(12), torch.ones(5)]).long()
+    columns = torch.cat([torch.arange(12), torch.arange(7, 12)])
+    with attach(llama, Griffin(sparsity=0.5)) as attached, attached.positions(rows, columns, rows, columns):
+        ours = logits(llama, ids)
+    torch.testing.assert_close(ours[0], logits(llama, ids)[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours[1], griffin_by_hand(llama, ids[1], 7), rtol=0, atol=1e-4)
+    assert [row.n_tokens for row in attached.sparsity()] == [17, 17]
+    assert attached.realised == pytest.approx(5 * 0.5 / 17)
+    with attach(llama, Griffin(sparsity=0.5), scope="scored") as attached, torch.inference_mode():
+        out = llama.generate(ids[:, :1], max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert attached.realised == 0
+    with torch.inference_mode():
+        assert torch.equal(out, llama.generate(ids[:, :1], max_new_tokens=5, min_new_tokens=5, do_sample=False))
+
+
 def test_a_token_without_a_prompt_is_refused(llama, ids):
     with attach(llama, Griffin(sparsity=0.5)), pytest.raises(InputError, match="its prompt: use scope paper or scored"):
         logits(llama, ids)
@@ -270,10 +286,11 @@ def test_what_a_score_cannot_have_is_refused_in_one_line(llama, ids, method, mat
     with pytest.raises(InputError, match=match) as refused, attach(llama, method):
         logits(llama, ids)
     assert "\n" not in str(refused.value)
+    bare = dataclasses.replace(activations(), calibrated=None, prompts=None)
     with pytest.raises(InputError, match="needs_prompt"):
-        _ = activations().prompt
+        _ = bare.prompt
     with pytest.raises(InputError, match="no factor of 'gate'"):
-        activations().factor("gate")
+        bare.factor("gate")
 
 
 def test_unknown_sites_and_moments_are_refused():

@@ -24,7 +24,7 @@ from suite.runs.view.read import Row, read_rows
 from suite.runs.work.base import Worker
 
 # Of the settings in a row, those that its fit stands for.
-_OF_THE_FIT = ("predictor", "rank", "calibration")
+_OF_THE_FIT = ("predictor", "rank", "predictor_input", "exact_projection", "calibration")
 
 
 def recompute(
@@ -81,6 +81,6 @@ def _row_identity(row: Row, fields: Mapping[str, Any]) -> tuple[str, ...]:
     A setting may have fits of several ranks, texts and seeds: they are told apart by their keys, but for thresholds on
     pydoc, whose key is another one with another Python.
     """
-    fit = row["fit_id"] if row["predictor"] or row["calibration"] != PYDOC else ""
+    fit = row["fit_id"] if row["predictor"] or row["rank"] or row["calibration"] != PYDOC else ""
     task = canonical({name: value for name, value in fields["task"].items() if name not in ("data", "source")})
     return (*(row[name] for name in schema.ACCURACY.settings if name not in _OF_THE_FIT), fit, task)

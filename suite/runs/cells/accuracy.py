@@ -61,6 +61,8 @@ class AccuracyCell(Cell):
     def columns(self) -> dict[str, Any]:
         """What of its rows in accuracy.csv is known before it is measured, with the paths of this machine."""
         options = self.fit.options if self.fit else None
+        method = get_method(self.method, sparsity=self.sparsity, **self.params)
+        factor = method.parameters() if method.factors else {}
         return {
             "cell_id": self.id,
             "model": self.model_name,
@@ -72,7 +74,9 @@ class AccuracyCell(Cell):
             "calibration": self.fit.calibration if self.fit else None,
             "fit_id": self.fit_key[:ID_LENGTH] if self.fit_key else None,
             "predictor": options.predictor if options else None,
-            "rank": options.rank if options else None,
+            "rank": options.rank if options else factor.get("rank"),
+            "predictor_input": options.predictor_input if options else factor.get("predictor_input"),
+            "exact_projection": method.exact_projection or None,
             "scope": self.scope,
             "task": self.task.name,
             "data_fingerprint": self.key_fields["task"]["data"],
@@ -150,7 +154,7 @@ def _settings(
                 known = ", ".join(cls.modes)
                 raise InputError(f"{place}: method {method.name!r} has no mode {mode!r}; it has {known}")
             made = get_method(method.name, sparsity=sparsity, **method.params)
-            if mode != "practical" and not made.needs_calibration:
+            if (mode != "practical" or made.fixed_set) and not made.needs_calibration:
                 yield method, mode, sparsity, None
                 continue
             for fit_seed in block.fit_seeds or [seed]:

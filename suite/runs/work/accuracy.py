@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from suite.evaluation.evaluator import Evaluator
 from suite.fitting.artifacts import Fit, PredictorFit
+from suite.modeling.modes import settled
 from suite.registry import get_method
 from suite.runs.work.base import Outcome
 
@@ -34,6 +35,7 @@ class Accuracy:
         shared = {name: predictor[0][name] for name in ("rank", "predictor_share")} if predictor else {}
         if isinstance(state, Fit):
             shared["predictor_share"] = state.bytes_share
+        shared["exact_projection"] = settled(method, state).exact_projection or None
         rows = [row | shared for row in _rows(result)]
         return Outcome(rows, [_layer(layer) for layer in layers], list(result.samples), predictor, result.choices)
 
