@@ -75,12 +75,20 @@ def sum_partials(partial, y):  # type: ignore[no-untyped-def]
             y[j] += row[j]
 
 
+@njit(cache=True)
+def score_of(value, neuron, scale):  # type: ignore[no-untyped-def]
+    """``abs(value) * scale[neuron]``; no flags: the product is rounded as everywhere else. ``scale`` None: no factor."""
+    if scale is None:
+        return abs(value)
+    return abs(value) * scale[neuron]
+
+
 @njit(cache=True, fastmath=FLAGS)
-def keep(value, neuron, threshold, gate_first, kind, indices, values, n):  # type: ignore[no-untyped-def]
+def keep(value, neuron, threshold, scale, gate_first, kind, indices, values, n):  # type: ignore[no-untyped-def]
     """Append a neuron to the list of n unless its score is below the threshold; returns the new length."""
     if gate_first:
         value = activate(value, kind)
-    if abs(value) < threshold:  # NaN compares false, so it is kept and reaches the output
+    if score_of(value, neuron, scale) < threshold:  # NaN compares false, so it is kept and reaches the output
         return n
     indices[n] = neuron
     values[n] = value
@@ -88,7 +96,7 @@ def keep(value, neuron, threshold, gate_first, kind, indices, values, n):  # typ
 
 
 @njit(cache=True, fastmath=FLAGS)
-def threshold_chunk(first, second, w_down_t, x, threshold, gate_first, kind, indices, values, y, start):  # type: ignore[no-untyped-def]
+def threshold_chunk(first, second, w_down_t, x, threshold, scale, gate_first, kind, indices, values, y, start):  # type: ignore[no-untyped-def]
     """One thread's neurons: dense rows of ``first``, then for those kept a row of ``second`` and one of ``w_down_t``.
 
     ``indices`` and ``values`` are this thread's slices of the lists, ``start`` its first neuron. Returns how many it kept.
@@ -96,10 +104,10 @@ def threshold_chunk(first, second, w_down_t, x, threshold, gate_first, kind, ind
     n, rows = 0, len(first)
     for i in range(0, rows - 1, 2):
         score0, score1 = dot2(first[i], first[i + 1], x)
-        n = keep(score0, start + i, threshold, gate_first, kind, indices, values, n)
-        n = keep(score1, start + i + 1, threshold, gate_first, kind, indices, values, n)
+        n = keep(score0, start + i, threshold, scale, gate_first, kind, indices, values, n)
+        n = keep(score1, start + i + 1, threshold, scale, gate_first, kind, indices, values, n)
     if rows % 2:
-        n = keep(dot(first[rows - 1], x), start + rows - 1, threshold, gate_first, kind, indices, values, n)
+        n = keep(dot(first[rows - 1], x), start + rows - 1, threshold, scale, gate_first, kind, indices, values, n)
     for i in range(0, n - 1, 2):
         other0, other1 = dot2(second[indices[i]], second[indices[i + 1]], x)
         values[i] *= other0 if gate_first else activate(other0, kind)
@@ -113,7 +121,9 @@ def threshold_chunk(first, second, w_down_t, x, threshold, gate_first, kind, ind
 
 
 @njit(cache=True, parallel=True, fastmath=FLAGS)
-def threshold_layer(first, second, w_down_t, x, y, threshold, gate_first, kind, indices, values, partial, counts):  # type: ignore[no-untyped-def]
+def threshold_layer(
+    first, second, w_down_t, x, y, threshold, scale, gate_first, kind, indices, values, partial, counts
+):  # type: ignore[no-untyped-def]
     """Layer with a threshold on the first projection; leaves the active neurons, ascending, in ``indices[:count]``.
 
     Parameters
@@ -122,6 +132,8 @@ def threshold_layer(first, second, w_down_t, x, y, threshold, gate_first, kind, 
         The projection computed densely, the one computed sparsely, and the transposed down projection.
     x, y : array, shape (d_model,), fp32
     threshold : float32
+    scale : array, shape (d_ff,), fp32, or None
+        Factor of each neuron in its score; None compiles to a kernel without one.
     gate_first : bool
         Whether ``first`` is W_gate (CATS) or W_up (M-COUNTDOWN).
     kind : int
@@ -145,6 +157,7 @@ def threshold_layer(first, second, w_down_t, x, y, threshold, gate_first, kind, 
             w_down_t,
             x,
             threshold,
+            scale,
             gate_first,
             kind,
             indices[low:high],
