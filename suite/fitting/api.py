@@ -1,4 +1,4 @@
-"""The public `fit`: thresholds or a predictor, whichever the method's practical mode needs."""
+"""The public `fit`: thresholds, with the moments and factors that a score asks for, or a predictor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def fit(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Fit | PredictorFit:
-    """Fit what the practical mode of a method needs.
+    """Fit what the practical mode of a method needs, and what its score asks of a calibration text in any mode.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def fit(
     Raises
     ------
     InputError
-        Method without a practical mode, unknown estimator, unusable text.
+        Method that needs neither, unknown estimator, unusable text.
     CellError
         NaN scores or loss, not enough memory.
 

@@ -68,6 +68,11 @@ class Fit:
         """Memory of what the score asks for beside the activations."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.extras.values())
 
+    @property
+    def bytes_share(self) -> float:
+        """Bytes of the same over those of the dense MLPs."""
+        return float(self.meta.get("extra_bytes_share", 0.0))
+
     def calibrated(self, device: torch.device) -> list[Calibrated]:
         """What it knows of every layer, on a device; empty if that is nothing."""
         return calibrated_layers(self.extras, device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -105,8 +105,14 @@ def fit(
             "held_out_sparsity_mean": math.fsum(layer.sparsity_realized for layer in held_out) / len(held_out),
             "seed": seed,
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-        },
+        }
+        | ({"extra_bytes_share": _share_of_dense(loaded, extras.values())} if extras else {}),
     )
+
+
+def _share_of_dense(loaded: LoadedModel, tensors: Iterable[Tensor]) -> float:
+    dense = [weight for mlp in find_gated_mlps(loaded.model) for weight in mlp.weights()]
+    return sum(one.nbytes for one in tensors) / sum(weight.nbytes for weight in dense)
 
 
 class ThresholdFitter:

@@ -2,38 +2,39 @@
 
 With h = d_model and d = d_ff, dense reads 3hd weights. A method that computes one projection densely reads that one, and
 of the other two what it keeps: (3 - 2s)hd. One that knows its active set beforehand reads 3(1 - s)hd, and its predictor.
-One that masks the inputs of projections reads the columns of what it keeps.
+One that masks the inputs of projections reads the columns of what it keeps, of the rows that it computes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from suite.devices import DTYPE_BYTES
 from suite.methods.base import NEURONS
 
 if TYPE_CHECKING:
-    from suite.methods.base import Method
+    from suite.methods.base import Method, SiteName
 
 _TERNARY_BYTES = 0.25  # of an entry: two bits
 
 
 def read_share(method: type[Method] | None, realized: float) -> float:
-    """Weights read over the dense layer's at a realised sparsity, without a predictor's; 1 for dense, whose sparsity is 0.
+    """Weights read over the dense layer's at one realised sparsity, without a predictor's; 1 for dense, whose sparsity is 0.
 
     Parameters
     ----------
     method : what its contract says; None for an active set that is given
     realized : share of the entries of its sites that are not used
     """
-    kept = 1 - realized
-    if method is None or method.needs_predictor:
-        return kept
-    if "mlp.input" in method.sites:  # columns of gate and up, and of down those of the neurons
-        return (2 * kept + (kept if NEURONS in method.sites else 1)) / 3
-    if method.first_projection is None:
-        return kept
-    return (3 - (1 if method.first_projection == "both" else 2) * realized) / 3
+    return 1 - realized if method is None else share_of_sites(method, dict.fromkeys(method.sites, realized))
+
+
+def share_of_sites(method: type[Method], realized: Mapping[SiteName, float]) -> float:
+    """The same at a realised sparsity of each site: rows of gate and up for its neurons, columns for its inputs."""
+    neurons, inputs = 1 - realized.get(NEURONS, 0.0), 1 - realized.get("mlp.input", 0.0)
+    dense = {None: 0, "both": 2}.get(method.first_projection, 1)  # of gate and up, whose neurons are all computed
+    return (inputs * (dense + (2 - dense) * neurons) + neurons) / 3
 
 
 def low_rank_weights(rank: int, d_model: int, d_ff: int) -> int:

@@ -38,7 +38,7 @@ def _strangers(folder: Path, names: set[str]) -> list[str]:
     """Tables and figures in a run folder that are no part of its report."""
     drawn = {str(Path(n).with_suffix(s)) for n in names if n.startswith("figures/") for s in (".png", ".svg")}
     found = [path.relative_to(folder).as_posix() for path in [*folder.glob("tables/*"), *folder.glob("figures/*")]]
-    return [f"{name}: is no part of the report" for name in sorted(found) if name not in names | drawn]
+    return [f"{name}: is not part of the report" for name in sorted(found) if name not in names | drawn]
 
 
 def _csv_difference(found: str, expected: str) -> str:

@@ -75,7 +75,7 @@ def load_results(folder: str | Path) -> Results:
     version = int(manifest.get("schema_version", 1))
     frames = {table.name: _read(folder / table.file, table, version) for table in schema.TABLES}
     if not manifest and not any((folder / f"{name}.csv").is_file() for name in ("accuracy", "speed")):
-        raise InputError(f"{folder} is no run folder: it has neither manifest.json nor accuracy.csv nor speed.csv")
+        raise InputError(f"{folder} is not a run folder: it has neither manifest.json nor accuracy.csv nor speed.csv")
     return Results(folder=folder, manifest=manifest, **frames)
 
 
@@ -98,7 +98,7 @@ def _read(path: Path, table: schema.Table, version: int) -> pd.DataFrame:
         pd.errors.EmptyDataError,
         zlib.error,
     ) as error:
-        raise InputError(f"{path} is no readable CSV: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path} cannot be read as CSV: {' '.join(str(error).split())}") from error
     later = {c.name: c.before for c in table.columns if c.since > version and c.name not in frame}
     frame = frame.assign(**later)
     missing = [column for column in table.names if column not in frame]

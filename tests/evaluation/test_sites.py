@@ -12,7 +12,7 @@ from suite.evaluation.plan import Request
 from suite.evaluation.tasks import resolve_task
 from suite.fitting.calibration import Calibration
 from suite.modeling.attach import attach
-from suite.runs.work.worker import _layer
+from suite.runs.work.accuracy import _layer
 from suite.schema import SPARSITY
 from tests.modeling.site_methods import Griffin, Teal
 
@@ -41,7 +41,7 @@ def test_a_method_on_inputs_is_fitted_evaluated_and_has_rows(tiny, text, mode):
     assert [(row["layer"], row["site"]) for row in rows] == [
         (layer, site) for layer in range(2) for site in ("mlp.input", "mlp.neurons")
     ]
-    assert {*rows[0], "cell_id", "sparsity_target"} == set(SPARSITY)
+    assert {*rows[0], "cell_id", "sparsity_target"} == set(SPARSITY.names)
     assert [row["sparsity_realized"] for row in rows] == pytest.approx([0.5] * 4, abs=0 if mode == "ideal" else 0.05)
     assert [row["threshold"] is None for row in rows] == [mode == "ideal"] * 4
     whole = {metric.name: metric.value for metric in evaluator.run(perplexity(text), Teal(), mode="ideal")[0].metrics}

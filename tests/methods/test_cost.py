@@ -2,7 +2,7 @@
 
 import pytest
 
-from suite.methods.cost import low_rank_share, read_share, ternary_share
+from suite.methods.cost import low_rank_share, read_share, share_of_sites, ternary_share
 from suite.registry import method_class
 
 OWN = "tests.modeling.site_methods:"
@@ -23,6 +23,14 @@ OWN = "tests.modeling.site_methods:"
 )
 def test_share_of_the_dense_layer(method, realized, share):
     assert read_share(method_class(method), realized) == pytest.approx(share)
+
+
+def test_sites_of_different_sparsity():
+    teal, neurons = method_class(OWN + "Teal"), method_class("cats")
+    assert share_of_sites(teal, {"mlp.input": 0.25, "mlp.neurons": 0.5}) == pytest.approx((0.75 * 2 + 0.5) / 3)
+    assert share_of_sites(neurons, {"mlp.neurons": 0.9}) == pytest.approx(0.4)
+    known = type("Known", (teal,), {"first_projection": None})  # neurons known before gate and up are computed
+    assert share_of_sites(known, {"mlp.input": 0.25, "mlp.neurons": 0.5}) == pytest.approx((0.75 * 2 * 0.5 + 0.5) / 3)
 
 
 def test_a_given_set_and_predictors():

@@ -106,6 +106,17 @@ def test_sparsity_per_layer_is_weighted_by_tokens(tmp_path):
     assert data["sparsity_realized"].tolist() == [pytest.approx(0.75)]
 
 
+def test_sparsity_per_layer_has_a_line_for_each_site(tmp_path):
+    layers = [
+        {"cell_id": "a", "layer": 0, "site": site, "sparsity_target": 0.8, "sparsity_realized": value, "n_tokens": 9}
+        for site, value in (("mlp.neurons", 0.9), ("mlp.input", 0.7))
+    ]
+    rows = [accuracy_row("cats", "a", "acc", 0.5, mode="practical", cell_id="a")]
+    data = figure("sparsity_per_layer").frame(material(write_run(tmp_path, rows, sparsity=layers, manifest=manifest())))
+    found = dict(zip(data["label"], data["sparsity_realized"], strict=True))
+    assert found == {"cats": pytest.approx(0.9), "cats mlp.input": pytest.approx(0.7)}
+
+
 @pytest.mark.parametrize("part", ["nothing", "speed", "missing", "dense", "all sparse failed", "no manifest"])
 def test_unfinished_runs_are_reported(tmp_path, part):
     if part == "nothing":
@@ -158,9 +169,9 @@ def test_an_earlier_reports_leftovers_go_and_other_files_stay(copy):
     assert not list(copy.glob("figures/speedup_vs_sparsity.*"))
     assert not (copy / "tables" / "speed.md").exists()
     assert (copy / "figures" / "mine.png").exists()
-    strangers = ["figures/mine.png: is no part of the report"]
+    strangers = ["figures/mine.png: is not part of the report"]
     if "of a user" in (copy / "tables" / "seeds.md").read_text():  # a run with several seeds writes its own
-        strangers.append("tables/seeds.md: is no part of the report")
+        strangers.append("tables/seeds.md: is not part of the report")
     assert rebuild_problems(copy) == strangers
 
 

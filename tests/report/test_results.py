@@ -63,11 +63,11 @@ def _replace(run, name, old, new):
     [
         (lambda run: _replace(run, "accuracy.csv", "0.5", "half"), r"accuracy\.csv line 2, column value: 'half' is no"),
         (lambda run: _replace(run, "accuracy.csv", "chance", "luck"), "has no column 'chance'"),
-        (lambda run: (run / "accuracy.csv").write_text(""), "no readable CSV"),
+        (lambda run: (run / "accuracy.csv").write_text(""), "cannot be read as CSV"),
         (lambda run: (run / "accuracy.csv").open("a").write("x\n"), r"accuracy\.csv line \d+: a row without status"),
-        (lambda run: (run / "accuracy.csv").write_bytes(b"\xff\xfe\x00"), "no readable CSV"),
-        (lambda run: (run / "samples.csv.gz").write_bytes(gzip.compress(b"a" * 500)[:20]), "no readable CSV"),
-        (lambda run: (run / "samples.csv.gz").write_bytes(b"no gzip"), "no readable CSV"),
+        (lambda run: (run / "accuracy.csv").write_bytes(b"\xff\xfe\x00"), "cannot be read as CSV"),
+        (lambda run: (run / "samples.csv.gz").write_bytes(gzip.compress(b"a" * 500)[:20]), "cannot be read as CSV"),
+        (lambda run: (run / "samples.csv.gz").write_bytes(b"no gzip"), "cannot be read as CSV"),
         (lambda run: (run / "manifest.json").write_text("{"), "is broken"),
         (lambda run: (run / "manifest.json").write_text("[]"), "must hold a JSON object"),
         (lambda run: (run / "manifest.json").write_text('{"schema_version": "new"}'), "not a whole number"),
@@ -108,5 +108,5 @@ def test_a_manifest_nested_too_deep_is_one_line(run):
 def test_what_is_no_run_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         load_results(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="is no run folder"):
+    with pytest.raises(InputError, match="is not a run folder"):
         load_results(tmp_path)

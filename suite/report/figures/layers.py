@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
+from suite.methods.base import NEURONS
 from suite.report.figures.panels import CHANCE, groups
 from suite.report.material import Material
 from suite.report.objects import ReportFigure
@@ -14,8 +15,9 @@ COLUMNS = ["model", "mode", "method", "label", "sparsity_target", "layer", "spar
 
 
 def sparsity_per_layer(material: Material) -> pd.DataFrame:
-    """Realised sparsity of every layer, mean over the cells of a setting weighted by their tokens.
+    """Realised sparsity of every layer at every site, mean over the cells of a setting weighted by their tokens.
 
+    A line for each site of a method; the label names those that are not the neurons.
     Practical settings; ideal ones, which realise exactly k, only where there is no practical one.
     """
     rows = material.quality.rows
@@ -26,6 +28,7 @@ def sparsity_per_layer(material: Material) -> pd.DataFrame:
     if merged.empty:
         return pd.DataFrame(columns=COLUMNS)
     merged = merged.assign(
+        label=merged["label"].where(merged["site"] == NEURONS, merged["label"] + " " + merged["site"]),
         layer=merged["layer"].astype(int),
         n_tokens=merged["n_tokens"].fillna(1.0),
         weighted=merged["sparsity_realized"] * merged["n_tokens"].fillna(1.0),

@@ -144,13 +144,15 @@ def _settings(
             if mode not in cls.modes:
                 known = ", ".join(cls.modes)
                 raise InputError(f"{place}: method {method.name!r} has no mode {mode!r}; it has {known}")
-            get_method(method.name, sparsity=sparsity, **method.params)
-            if mode != "practical":
+            made = get_method(method.name, sparsity=sparsity, **method.params)
+            if mode != "practical" and not made.needs_calibration:
                 yield method, mode, sparsity, None
                 continue
             for fit_seed in block.fit_seeds or [seed]:
                 for fit in requests_of(config, block, model, method, sparsity, fit_seed):
-                    yield method, mode, sparsity, fit
+                    # ideal: moments and factors, which are the same whatever sets the thresholds
+                    if mode == "practical" or fit.estimator == config.calibration.estimators[0]:
+                        yield method, mode, sparsity, fit
 
 
 def _check_params(method: MethodConfig, place: str) -> None:

@@ -13,7 +13,7 @@ from suite import schema
 from suite.errors import InputError
 from suite.evaluation.results import WEIGHT
 from suite.methods.base import NEURONS
-from suite.methods.cost import read_share
+from suite.methods.cost import share_of_sites
 from suite.registry import method_class
 from suite.runs.cells.accuracy import AccuracyCell
 from suite.runs.cells.matrix import Matrix
@@ -119,9 +119,7 @@ class Assembly:
         }
         if record["status"] != "ok":
             return [common]
-        realised = _realised(cell, record)
-        share = _bytes_share(cell, realised, record["rows"][0].get("predictor_share", 0.0))
-        common |= {"sparsity_realized": realised, "bytes_share": share}
+        common |= {"sparsity_realized": _realised(cell, record), "bytes_share": _bytes_share(cell, record)}
         return [common | row | self._delta(cell, row) for row in record["rows"]]
 
     def _identity(self, cell: AccuracyCell) -> Row:
@@ -280,18 +278,21 @@ def _measured(label: str, fields: Row, row: Row) -> Row:
     return row
 
 
-def _realised(cell: AccuracyCell, record: Record) -> float | None:
-    """Mean over layers of the realised sparsity; 0 for dense, None where no token was in scope."""
+def _realised(cell: AccuracyCell, record: Record, site: str | None = None) -> float | None:
+    """Mean over layers, of one site or all, of the realised sparsity; 0 for dense, None where no token was in scope."""
     if cell.mode == "none":
         return 0.0
-    layers = [layer["sparsity_realized"] for layer in record["sparsity"] if layer["sparsity_realized"] is not None]
-    return sum(layers) / len(layers) if layers else None
+    layers = [one for one in record["sparsity"] if site in (None, one.get("site", NEURONS))]
+    found = [one["sparsity_realized"] for one in layers if one["sparsity_realized"] is not None]
+    return sum(found) / len(found) if found else None
 
 
-def _bytes_share(cell: AccuracyCell, realised: float | None, predictor_share: float) -> float | None:
-    """MLP bytes per token over dense at the realised sparsity, those of a predictor added."""
+def _bytes_share(cell: AccuracyCell, record: Record) -> float | None:
+    """MLP bytes per token over dense at the realised sparsity, those of a predictor or of a fit's vectors added."""
     if cell.mode == "none":
         return 1.0
-    if realised is None:
+    method = method_class(cell.method)
+    realised = {site: share for site in method.sites if (share := _realised(cell, record, site)) is not None}
+    if not realised:
         return None
-    return read_share(method_class(cell.method), realised) + predictor_share
+    return share_of_sites(method, realised) + record["rows"][0].get("predictor_share", 0.0)

@@ -32,6 +32,8 @@ class Accuracy:
         )
         predictor = _predictor_rows(state)
         shared = {name: predictor[0][name] for name in ("rank", "predictor_share")} if predictor else {}
+        if isinstance(state, Fit):
+            shared["predictor_share"] = state.bytes_share
         rows = [row | shared for row in _rows(result)]
         return Outcome(rows, [_layer(layer) for layer in layers], list(result.samples), predictor, result.choices)
 
