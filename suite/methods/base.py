@@ -244,6 +244,20 @@ class Method(ABC):
         """Whether its score asks the fit for moments or factors: then its ideal mode takes a fit too."""
         return bool(self.moments or self.factors)
 
+    def neuron_scale(self, calibrated: Calibrated) -> Tensor | None:
+        """The factor of each neuron in a score that is ``abs(first projection)`` times it; None if the score is not such.
+
+        Parameters
+        ----------
+        calibrated : Calibrated
+            What the fit knows of the layer.
+
+        Returns
+        -------
+        Tensor, shape (d_ff,), fp32, or None
+        """
+        return None
+
     def sparsity_at(self, site: Site) -> float:
         """Share of a site's entries that are dropped: the same at all, unless a method allocates it."""
         return self.sparsity

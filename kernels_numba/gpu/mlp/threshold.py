@@ -40,8 +40,7 @@ def make_factors(plan: Plan, dev: Any) -> SimpleNamespace:
             dev.copy4(shared + at.factors + (turn * rows + i) * 4, scale + (begin + i) * 4)
 
     @dev.device_function
-    def score(shared, value, turn, row):
-        magnitude = abs(value)
+    def score(shared, magnitude, turn, row):
         if scaled:
             magnitude *= dev.shared_load_f32(shared + at.factors + (turn * rows + row) * 4)
         return magnitude
@@ -71,7 +70,7 @@ def make_append(plan: Plan, dev: Any) -> Any:
         number, part = lane // width, lane % width
         row, token = number // tokens, number % tokens
         value = activation(total) if gate else total
-        wanted = begin + row < d_ff and token < n_tokens and not (score(shared, value, turn, row) < threshold)
+        wanted = begin + row < d_ff and token < n_tokens and not (score(shared, abs(value), turn, row) < threshold)
         bits = dev.ballot(wanted and part == 0)
         keepers = 0
         for t in range(tokens):
