@@ -18,8 +18,8 @@ ptxas_needed = pytest.mark.skipif(PTXAS is None, reason="ptxas is not installed"
 PLANS = {
     "m-bf16-sm90": "('threshold', 4096, 14336, 'bfloat16', 'silu', n_blocks=132, capability=(9, 0))",
     "cw-bf16-sm90": "('threshold', 4096, 14336, 'bfloat16', 'silu', scaled=True, n_blocks=132, capability=(9, 0))",
-    "cw-batch8-gelu-bf16-sm90": "('threshold', 3584, 14336, 'bfloat16', 'gelu_tanh', batch=8, scaled=True, n_blocks=132, capability=(9, 0))",
-    "chess-batch4-fp32-sm80": "('threshold', 4096, 14336, 'float32', 'silu', first='gate', batch=4, scaled=True, n_blocks=108, capability=(8, 0))",
+    "cw-batch8-gelu-bf16-sm90": "('threshold', 3584, 14336, 'bfloat16', 'gelu_tanh', batch=8, scaled=True, **H100)",
+    "chess-batch4-fp32-sm80": "('threshold', 4096, 14336, 'float32', 'silu', first='gate', batch=4, scaled=True, **A100)",
     "m-deterministic-sm90": "('threshold', 4096, 14336, 'bfloat16', 'silu', deterministic=True, n_blocks=132, capability=(9, 0))",
     "m-batch8-fp32-sm90": "('threshold', 4096, 14336, 'float32', 'silu', batch=8, n_blocks=132, capability=(9, 0))",
     "m-batch8-gelu-bf16-sm90": "('threshold', 3584, 14336, 'bfloat16', 'gelu_tanh', batch=8, n_blocks=132, capability=(9, 0))",
@@ -39,6 +39,7 @@ import sys
 from unittest import mock
 from kernels_numba.gpu.host.jit import make_ptx
 from kernels_numba.gpu.host.tuning import tuned_plan
+H100, A100 = {"n_blocks": 132, "capability": (9, 0)}, {"n_blocks": 108, "capability": (8, 0)}
 plan = tuned_plan{arguments}
 with mock.patch("numba.cuda.dispatcher.get_current_device") as device:  # no GPU: device functions ask for its capability
     device.return_value.compute_capability = plan.capability
