@@ -75,20 +75,12 @@ def sum_partials(partial, y):  # type: ignore[no-untyped-def]
             y[j] += row[j]
 
 
-@njit(cache=True)
-def score_of(value, neuron, scale):  # type: ignore[no-untyped-def]
-    """``abs(value) * scale[neuron]``; no flags: the product is rounded as everywhere else. ``scale`` None: no factor."""
-    if scale is None:
-        return abs(value)
-    return abs(value) * scale[neuron]
-
-
 @njit(cache=True, fastmath=FLAGS)
-def keep(value, neuron, threshold, scale, gate_first, kind, indices, values, n):  # type: ignore[no-untyped-def]
+def keep(value, neuron, threshold, gate_first, kind, indices, values, n):  # type: ignore[no-untyped-def]
     """Append a neuron to the list of n unless its score is below the threshold; returns the new length."""
     if gate_first:
         value = activate(value, kind)
-    if score_of(value, neuron, scale) < threshold:  # NaN compares false, so it is kept and reaches the output
+    if abs(value) < threshold:  # NaN compares false, so it is kept and reaches the output
         return n
     indices[n] = neuron
     values[n] = value
@@ -96,18 +88,51 @@ def keep(value, neuron, threshold, scale, gate_first, kind, indices, values, n):
 
 
 @njit(cache=True, fastmath=FLAGS)
-def threshold_chunk(first, second, w_down_t, x, threshold, scale, gate_first, kind, indices, values, y, start):  # type: ignore[no-untyped-def]
-    """One thread's neurons: dense rows of ``first``, then for those kept a row of ``second`` and one of ``w_down_t``.
-
-    ``indices`` and ``values`` are this thread's slices of the lists, ``start`` its first neuron. Returns how many it kept.
-    """
+def choose(first, x, threshold, gate_first, kind, indices, values, start):  # type: ignore[no-untyped-def]
+    """List the neurons whose score, the magnitude of a row of ``first`` times x, reaches the threshold; returns how many."""
     n, rows = 0, len(first)
     for i in range(0, rows - 1, 2):
         score0, score1 = dot2(first[i], first[i + 1], x)
-        n = keep(score0, start + i, threshold, scale, gate_first, kind, indices, values, n)
-        n = keep(score1, start + i + 1, threshold, scale, gate_first, kind, indices, values, n)
+        n = keep(score0, start + i, threshold, gate_first, kind, indices, values, n)
+        n = keep(score1, start + i + 1, threshold, gate_first, kind, indices, values, n)
     if rows % 2:
-        n = keep(dot(first[rows - 1], x), start + rows - 1, threshold, scale, gate_first, kind, indices, values, n)
+        n = keep(dot(first[rows - 1], x), start + rows - 1, threshold, gate_first, kind, indices, values, n)
+    return n
+
+
+@njit(cache=True)
+def product(value, factor):  # type: ignore[no-untyped-def]
+    """``abs(value) * factor`` without any of the flags: rounded as everywhere else."""
+    return abs(value) * factor
+
+
+@njit(cache=True, fastmath=FLAGS)
+def choose_scaled(first, x, threshold, scale, gate_first, kind, indices, values, start):  # type: ignore[no-untyped-def]
+    """As ``choose``, of magnitudes times ``scale``; all products first: a choice between them takes 28 % longer."""
+    n, rows = 0, len(first)
+    for i in range(0, rows - 1, 2):
+        values[i], values[i + 1] = dot2(first[i], first[i + 1], x)
+    if rows % 2:
+        values[rows - 1] = dot(first[rows - 1], x)
+    for i in range(rows):
+        value = activate(values[i], kind) if gate_first else values[i]
+        if not product(value, scale[i]) < threshold:
+            indices[n] = start + i
+            values[n] = value
+            n += 1
+    return n
+
+
+@njit(cache=True, fastmath=FLAGS)
+def threshold_chunk(first, second, w_down_t, x, threshold, scale, gate_first, kind, indices, values, y, start):  # type: ignore[no-untyped-def]
+    """One thread's neurons: dense rows of ``first``, then for those kept a row of ``second`` and one of ``w_down_t``.
+
+    ``scale``, ``indices`` and ``values`` are this thread's slices, ``start`` its first neuron. Returns how many it kept.
+    """
+    if scale is None:
+        n = choose(first, x, threshold, gate_first, kind, indices, values, start)
+    else:
+        n = choose_scaled(first, x, threshold, scale, gate_first, kind, indices, values, start)
     for i in range(0, n - 1, 2):
         other0, other1 = dot2(second[indices[i]], second[indices[i + 1]], x)
         values[i] *= other0 if gate_first else activate(other0, kind)
@@ -157,7 +182,7 @@ def threshold_layer(
             w_down_t,
             x,
             threshold,
-            scale,
+            None if scale is None else scale[low:high],
             gate_first,
             kind,
             indices[low:high],
