@@ -146,9 +146,9 @@ def threshold_chunk(first, second, w_down_t, x, threshold, scale, gate_first, ki
 
 
 @njit(cache=True, parallel=True, fastmath=FLAGS)
-def threshold_layer(
+def threshold_layer(  # type: ignore[no-untyped-def]
     first, second, w_down_t, x, y, threshold, scale, gate_first, kind, indices, values, partial, counts
-):  # type: ignore[no-untyped-def]
+):
     """Layer with a threshold on the first projection; leaves the active neurons, ascending, in ``indices[:count]``.
 
     Parameters
