@@ -162,6 +162,8 @@ class ThresholdLayer(_Layer):
     first : "up" or "gate"
     threshold : float
         A neuron is kept unless its score is below it; -inf keeps all.
+    scale : Tensor or array, shape (d_ff,), fp32, optional
+        Factor of each neuron in its score: ``abs(u_i) * scale_i`` or ``abs(act(g_i)) * scale_i``, an fp32 product.
     threads : int, optional
         Default: all of numba's.
 
@@ -185,6 +187,7 @@ class ThresholdLayer(_Layer):
         activation: str,
         first: str,
         threshold: float,
+        scale: AnyArray | None = None,
         threads: int | None = None,
     ) -> None:
         super().__init__(w_gate, w_up, w_down_t, activation=activation, threads=threads)
@@ -192,6 +195,7 @@ class ThresholdLayer(_Layer):
             raise ValueError(f"first={first!r}: must be 'up' (M-COUNTDOWN) or 'gate' (CATS)")
         self.first = first
         self.threshold = threshold
+        self.scale = None if scale is None else _view("scale", scale, (self.d_ff,))
         self._indices = np.zeros(self.d_ff, dtype=np.int32)
         self._counts = np.zeros(self.threads, dtype=np.int64)
         self._last = 0
@@ -213,8 +217,9 @@ class ThresholdLayer(_Layer):
 
     @property
     def extra_bytes(self) -> int:
-        """Memory beyond the dense layer's: the transposed ``W_down`` and the workspaces."""
-        return super().extra_bytes + self._indices.nbytes + self._counts.nbytes
+        """Memory beyond the dense layer's: the transposed ``W_down``, the factors and the workspaces."""
+        factors = 0 if self.scale is None else self.scale.nbytes
+        return super().extra_bytes + self._indices.nbytes + self._counts.nbytes + factors
 
     def __call__(self, x: Array, out: Array | None = None) -> Array:
         """``y`` of the shape and kind of ``x`` (..., d_model), fp32; token by token, each with its own active set."""
@@ -231,6 +236,7 @@ class ThresholdLayer(_Layer):
                 row,
                 target,
                 self._threshold,
+                self.scale,
                 gate_first,
                 self._kind,
                 self._indices,

@@ -88,11 +88,8 @@ def keep(value, neuron, threshold, gate_first, kind, indices, values, n):  # typ
 
 
 @njit(cache=True, fastmath=FLAGS)
-def threshold_chunk(first, second, w_down_t, x, threshold, gate_first, kind, indices, values, y, start):  # type: ignore[no-untyped-def]
-    """One thread's neurons: dense rows of ``first``, then for those kept a row of ``second`` and one of ``w_down_t``.
-
-    ``indices`` and ``values`` are this thread's slices of the lists, ``start`` its first neuron. Returns how many it kept.
-    """
+def choose(first, x, threshold, gate_first, kind, indices, values, start):  # type: ignore[no-untyped-def]
+    """List the neurons whose score, the magnitude of a row of ``first`` times x, reaches the threshold; returns how many."""
     n, rows = 0, len(first)
     for i in range(0, rows - 1, 2):
         score0, score1 = dot2(first[i], first[i + 1], x)
@@ -100,6 +97,42 @@ def threshold_chunk(first, second, w_down_t, x, threshold, gate_first, kind, ind
         n = keep(score1, start + i + 1, threshold, gate_first, kind, indices, values, n)
     if rows % 2:
         n = keep(dot(first[rows - 1], x), start + rows - 1, threshold, gate_first, kind, indices, values, n)
+    return n
+
+
+@njit(cache=True)
+def product(value, factor):  # type: ignore[no-untyped-def]
+    """``abs(value) * factor`` without any of the flags: rounded as everywhere else."""
+    return abs(value) * factor
+
+
+@njit(cache=True, fastmath=FLAGS)
+def choose_scaled(first, x, threshold, scale, gate_first, kind, indices, values, start):  # type: ignore[no-untyped-def]
+    """As ``choose``, of magnitudes times ``scale``; all products first: a choice between them takes 28 % longer."""
+    n, rows = 0, len(first)
+    for i in range(0, rows - 1, 2):
+        values[i], values[i + 1] = dot2(first[i], first[i + 1], x)
+    if rows % 2:
+        values[rows - 1] = dot(first[rows - 1], x)
+    for i in range(rows):
+        value = activate(values[i], kind) if gate_first else values[i]
+        if not product(value, scale[i]) < threshold:
+            indices[n] = start + i
+            values[n] = value
+            n += 1
+    return n
+
+
+@njit(cache=True, fastmath=FLAGS)
+def threshold_chunk(first, second, w_down_t, x, threshold, scale, gate_first, kind, indices, values, y, start):  # type: ignore[no-untyped-def]
+    """One thread's neurons: dense rows of ``first``, then for those kept a row of ``second`` and one of ``w_down_t``.
+
+    ``scale``, ``indices`` and ``values`` are this thread's slices, ``start`` its first neuron. Returns how many it kept.
+    """
+    if scale is None:
+        n = choose(first, x, threshold, gate_first, kind, indices, values, start)
+    else:
+        n = choose_scaled(first, x, threshold, scale, gate_first, kind, indices, values, start)
     for i in range(0, n - 1, 2):
         other0, other1 = dot2(second[indices[i]], second[indices[i + 1]], x)
         values[i] *= other0 if gate_first else activate(other0, kind)
@@ -113,7 +146,9 @@ def threshold_chunk(first, second, w_down_t, x, threshold, gate_first, kind, ind
 
 
 @njit(cache=True, parallel=True, fastmath=FLAGS)
-def threshold_layer(first, second, w_down_t, x, y, threshold, gate_first, kind, indices, values, partial, counts):  # type: ignore[no-untyped-def]
+def threshold_layer(  # type: ignore[no-untyped-def]
+    first, second, w_down_t, x, y, threshold, scale, gate_first, kind, indices, values, partial, counts
+):
     """Layer with a threshold on the first projection; leaves the active neurons, ascending, in ``indices[:count]``.
 
     Parameters
@@ -122,6 +157,8 @@ def threshold_layer(first, second, w_down_t, x, y, threshold, gate_first, kind, 
         The projection computed densely, the one computed sparsely, and the transposed down projection.
     x, y : array, shape (d_model,), fp32
     threshold : float32
+    scale : array, shape (d_ff,), fp32, or None
+        Factor of each neuron in its score; None compiles to a kernel without one.
     gate_first : bool
         Whether ``first`` is W_gate (CATS) or W_up (M-COUNTDOWN).
     kind : int
@@ -145,6 +182,7 @@ def threshold_layer(first, second, w_down_t, x, y, threshold, gate_first, kind, 
             w_down_t,
             x,
             threshold,
+            None if scale is None else scale[low:high],
             gate_first,
             kind,
             indices[low:high],

@@ -107,9 +107,15 @@ class Reference:
         """What a threshold is set on: ``abs(u)`` if the first projection is up (M-COUNTDOWN), ``abs(a)`` if gate (CATS)."""
         return np.abs(self.up if first == "up" else self.act)
 
-    def active(self, first: Projection, threshold: float) -> NDArray[np.int64]:
-        """Neurons kept by a threshold, ascending: all but those with ``score < threshold``, so NaN is kept."""
-        return np.flatnonzero(~(self.scores(first) < threshold))
+    def active(
+        self, first: Projection, threshold: float, scale: NDArray[np.floating] | None = None
+    ) -> NDArray[np.int64]:
+        """Neurons kept by a threshold, ascending: all but those with ``score < threshold``, so NaN is kept.
+
+        ``scale`` (d_ff,): factor of each neuron in its score.
+        """
+        scores = self.scores(first) if scale is None else self.scores(first) * scale
+        return np.flatnonzero(~(scores < threshold))
 
     def output(self, active: NDArray[np.integer] | None = None) -> Float64:
         """``y`` (d_model,) of the given active set; None is the dense layer."""
@@ -179,21 +185,28 @@ def relative_error(y: NDArray[np.floating], reference: Float64) -> float:
 
 
 def wrongly_selected(
-    reference_scores: Float64, active: NDArray[np.integer], threshold: float, d_model: int
+    reference_scores: Float64,
+    active: NDArray[np.integer],
+    threshold: float,
+    d_model: int,
+    scale: NDArray[np.floating] | None = None,
 ) -> NDArray[np.int64]:
     """Neurons that a kernel kept or dropped against the reference although their score is clear of the threshold.
 
     Scores within the rounding error of a dot product of length d_model, ``4 u sqrt(d_model) max(score)``, or within 4 ulp
-    of the threshold may fall on either side.
+    of the threshold may fall on either side. With factors of the neurons, ``scale`` (d_ff,), a score is the given one
+    times the factor, and so is its error.
     """
     kept = np.zeros(len(reference_scores), dtype=bool)
     kept[np.asarray(active)] = True
-    expected = ~(reference_scores < threshold)
+    factor = np.ones(1) if scale is None else scale.astype(np.float64)
     finite = reference_scores[np.isfinite(reference_scores)]
     largest = float(finite.max()) if len(finite) else 0.0
-    band = UNIT_ROUNDOFF["float32"] * max(
-        4.0 * math.sqrt(d_model) * largest, 8.0 * abs(threshold) if math.isfinite(threshold) else 0.0
+    band = UNIT_ROUNDOFF["float32"] * np.maximum(
+        4.0 * math.sqrt(d_model) * largest * factor, 8.0 * abs(threshold) if math.isfinite(threshold) else 0.0
     )
     with np.errstate(invalid="ignore"):
-        close = np.abs(reference_scores - threshold) <= band
+        scores = reference_scores * factor
+        close = np.abs(scores - threshold) <= band
+    expected = ~(scores < threshold)
     return np.flatnonzero((kept != expected) & ~close)

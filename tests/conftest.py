@@ -9,6 +9,7 @@ import transformers
 
 from suite.fitting.artifacts import Fit, PredictorFit
 from suite.methods.base import Activations, Calibrated, Factor, Site
+from suite.registry import method_class
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -155,7 +156,10 @@ def predictor_fit(name="d-countdown", sparsity=0.5, *, kind="low-rank", threshol
 
 def decode_state(name, kind="low-rank"):
     """State of a practical mode that drops about half of the neurons of the tiny models."""
-    if name in ("cats", "m-countdown"):
-        thresholds = torch.tensor([0.3, 0.1])
-        return Fit(method=name, sparsity=0.5, estimator="calibrated", thresholds=thresholds, key="ab" * 32)
+    method = method_class(name)
+    if not method.needs_predictor:
+        generator = torch.Generator().manual_seed(6)
+        fields = {"thresholds": torch.tensor([0.3, 0.1]), "estimator": "calibrated", "key": "ab" * 32}
+        extras = {f"moments.{one}": 4 * torch.rand(2, D_FF, generator=generator) for one in method.moments}
+        return Fit(method=method.name, sparsity=0.5, extras=extras, **fields)
     return predictor_fit(name, kind=kind, threshold=0.3)

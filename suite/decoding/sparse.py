@@ -1,14 +1,15 @@
 """A sparse method in the decode steps of a model: what it scores, its thresholds, its kernels, and its definition.
 
 A model with real weights takes its thresholds and predictors from fits. Of random weights thresholds are set on the decode
-steps themselves, so that the realised sparsity is the target, and a predictor has random matrices: its cost is what counts.
+steps themselves, so that the realised sparsity is the target, as are the moments that a score asks for, and a predictor
+has random matrices: its cost is what counts.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,9 +18,15 @@ from torch import Tensor
 
 from suite.decoding.step import DecodeModel
 from suite.errors import InputError
-from suite.methods.base import Activations, PredictorInput, kept_count, select_threshold
+from suite.methods.base import Activations, Calibrated, PredictorInput, kept_count, select_threshold
 from suite.modeling.decode import ChoosingKernels, DecodeKernels, decode_kernels
-from suite.modeling.modes import PredictorState, ThresholdState, checked_thresholds, placed_predictor
+from suite.modeling.modes import (
+    PredictorState,
+    ThresholdState,
+    checked_thresholds,
+    placed_calibration,
+    placed_predictor,
+)
 from suite.registry import get_method
 
 _CALIBRATION_STEPS = 12
@@ -86,10 +93,13 @@ class SparseMethod:
     ) -> None:
         self.decode, self.method = decode, get_method(name, sparsity=0.0 if state is None else state.sparsity)
         self.predictor: Any = None
+        self.calibrated: list[Calibrated] | None = None
         self.thresholds = torch.full((len(decode.mlps),), -math.inf)
         self._kernels: DecodeKernels | None = None
         if state is not None:
             self.thresholds = checked_thresholds(decode.model, self.method, state)
+            if self.method.needs_calibration:
+                self.calibrated = placed_calibration(decode.model, self.method, state)
             if isinstance(state, PredictorState):
                 self.predictor = placed_predictor(decode.model, state)
                 if self.predictor.predictor_input != "mlp":
@@ -104,10 +114,34 @@ class SparseMethod:
         if self.predictor is not None:
             logits: Tensor = self.predictor.logits(activations.site.layer, activations.input)
             return logits
+        if self.calibrated is not None:
+            activations = replace(activations, calibrated=self.calibrated[activations.site.layer])
         return self.method.score(activations).float()
+
+    def _measure(self, start: tuple[int, int]) -> list[Calibrated]:
+        """Mean squares that the score asks for, of the tokens of some dense decode steps."""
+        sums: list[dict[str, Tensor]] = [{} for _ in self.decode.mlps]
+
+        def choose(activations: Activations) -> Tensor:
+            layer = sums[activations.site.layer]
+            for name in self.method.moments:
+                part = getattr(activations, name)[0].float().square() / _CALIBRATION_STEPS
+                layer[name] = layer[name] + part if name in layer else part
+            return torch.ones_like(activations.product, dtype=torch.bool)
+
+        self._follow(choose, start)
+        return [Calibrated(moments=layer) for layer in sums]
+
+    def _follow(self, choose: Choose, start: tuple[int, int]) -> None:
+        mlp = MaskedMlp(self.decode, choose)
+        self.decode.rewind(*start)
+        for _ in range(_CALIBRATION_STEPS):
+            self.decode.step(mlp)
 
     def calibrate(self, sparsity: float, start: tuple[int, int]) -> None:
         """Thresholds that keep the target on decode steps with every layer sparse: the median kth score of some tokens."""
+        if self.method.moments and self.calibrated is None:
+            self.calibrated = self._measure(start)
         seen: list[list[float]] = [[] for _ in self.decode.mlps]
 
         def choose(activations: Activations) -> Tensor:
@@ -117,10 +151,7 @@ class SparseMethod:
             thresholds.append(float(top[k - 1 :].mean()) if len(top) > k else -math.inf)
             return score >= thresholds[-1]
 
-        mlp = MaskedMlp(self.decode, choose)
-        self.decode.rewind(*start)
-        for _ in range(_CALIBRATION_STEPS):
-            self.decode.step(mlp)
+        self._follow(choose, start)
         self.thresholds = torch.tensor([float(np.median(values)) for values in seen])
 
     def choose(self, activations: Activations) -> Tensor:
@@ -133,13 +164,17 @@ class SparseMethod:
             for layer, threshold in zip(self._kernels.layers, self.thresholds.tolist(), strict=True):
                 layer.threshold = threshold
         else:
-            self._kernels = decode_kernels(self.decode.model, self.method, self.thresholds, self.predictor)
+            self._kernels = decode_kernels(
+                self.decode.model, self.method, self.thresholds, self.predictor, calibrated=self.calibrated
+            )
         return self._kernels
 
     @property
     def extra_bytes(self) -> int:
-        """Memory beyond the dense model's: transposed copies of W_down and the predictor."""
+        """Memory beyond the dense model's: transposed copies of W_down, the predictor, and what the score asks of a fit."""
         extra = [mlp.weights()[2] for mlp in self.decode.mlps]
         if self.predictor is not None:
             extra += [*self.predictor.v, *self.predictor.u]
+        for known in self.calibrated or ():
+            extra += known.moments.values()
         return sum(matrix.numel() * matrix.element_size() for matrix in extra)

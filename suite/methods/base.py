@@ -217,7 +217,7 @@ class Method(ABC):
     modes : modes that exist for it (``none`` for methods without a ranking).
     sites : where it sets entries to zero, in the order of the forward pass; it scores at each.
     first_projection : projections computed densely before neurons are ranked: one, "both", or None. With one, the
-        practical mode of its magnitude has kernels.
+        practical mode of its magnitude, or of that times `neuron_scale`, has kernels.
     needs_predictor : True if the practical mode needs a trained predictor of the kept set; then it has no other site.
     moments : quantities whose mean squares over calibration tokens the fit holds, for `Activations.moments`.
     needs_prompt : True if it ranks by `Activations.prompt`.

@@ -285,8 +285,9 @@ def attach(
         if refused and backend == "numba":
             raise InputError(f"backend numba cannot run here: {refused}; use backend masked")
         if not refused and thresholds is not None:
-            kernels = decode_kernels(model, method, thresholds, predictor, deterministic=deterministic)
-            refused = why_not_equal(model, method, thresholds, predictor, kernels)
+            options: dict[str, Any] = {"calibrated": calibrated, "deterministic": deterministic}
+            kernels = decode_kernels(model, method, thresholds, predictor, **options)
+            refused = why_not_equal(model, method, thresholds, predictor, kernels, calibrated)
             if refused and backend == "numba":
                 raise InputError(f"backend numba cannot run here: {refused}; use backend masked")
             kernels = None if refused else kernels

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from suite.devices import dtype_name
-from suite.methods.base import NEURONS, Activations, Method, Mode, Site, select_threshold
+from suite.methods.base import NEURONS, Activations, Calibrated, Method, Mode, Site, select_threshold
 from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
 from suite.modeling.modes import PredictorState
 
@@ -184,17 +184,22 @@ def _why_not_cuda(mlp: GatedMLP, n_layers: int, device: torch.device) -> str:
 
 
 def is_magnitude(method: Method) -> bool:
-    """Whether the score is the magnitude of the first projection, seen from its values on a sample."""
+    """Whether the score is the magnitude of the first projection, times `Method.neuron_scale` if it has one, on a sample."""
     generator = torch.Generator().manual_seed(0)
     gate, act, up = (torch.randn(4, 64, generator=generator) for _ in range(3))
     magnitude = {"gate": act, "up": up}.get(method.first_projection or "")
-    if magnitude is None or method.needs_calibration or method.needs_prompt:
+    if magnitude is None or method.factors or method.needs_prompt:
         return False
+    calibrated = Calibrated(moments={name: torch.rand(64, generator=generator) for name in method.moments})
+    scale = method.neuron_scale(calibrated)
+    expected = magnitude.abs() if scale is None else magnitude.abs() * scale
     keys = torch.arange(4)
     values = {"input": gate, "gate": gate, "act": act, "up": up, "product": act * up}
     site = Site(NEURONS, layer=0, width=64)
-    score = method.score(Activations(site, values, keys, keys, norms=lambda matrix, of: torch.ones(64), act_fn=silu))
-    return torch.equal(score.float(), magnitude.abs())
+    made = Activations(
+        site, values, keys, keys, norms=lambda matrix, of: torch.ones(64), act_fn=silu, calibrated=calibrated
+    )
+    return torch.equal(method.score(made).float(), expected)
 
 
 def decode_kernels(
@@ -203,21 +208,26 @@ def decode_kernels(
     thresholds: Tensor,
     predictor: PredictorState | None,
     *,
+    calibrated: Sequence[Calibrated] | None = None,
     deterministic: bool = False,
 ) -> DecodeKernels:
-    """Kernels of every layer; each holds a transposed copy of its layer's ``W_down``."""
+    """Kernels of every layer; each holds a transposed copy of its layer's ``W_down``.
+
+    ``calibrated``, what the fit knows of each layer, is what the factors of neurons come from.
+    """
     mlps, values = find_gated_mlps(model), thresholds.tolist()
+    scales = [method.neuron_scale(known) for known in calibrated] if calibrated else [None] * len(mlps)
     on_cuda = mlps[0].weights()[2].is_cuda
     # ternary and gated predictors have no kernel of their own
     low_rank = bool(getattr(predictor, "v", None)) and not getattr(predictor, "predicted", ())
     if predictor is not None and not (on_cuda and low_rank):
         given = _cuda_given if on_cuda else _cpu_given
         return ListedKernels([given(mlp, predictor, value) for mlp, value in zip(mlps, values, strict=True)])
-    if on_cuda:
-        first = method.first_projection or ""
-        return ChoosingKernels(cuda_layers(mlps, first, values, predictor, deterministic=deterministic))
     first = method.first_projection or ""
-    return ListedKernels([_cpu_threshold(mlp, first, value) for mlp, value in zip(mlps, values, strict=True)])
+    if on_cuda:
+        return ChoosingKernels(cuda_layers(mlps, first, values, predictor, scales, deterministic=deterministic))
+    triples = zip(mlps, values, scales, strict=True)
+    return ListedKernels([_cpu_threshold(mlp, first, value, scale) for mlp, value, scale in triples])
 
 
 def _cpu_threads() -> int:
@@ -226,7 +236,7 @@ def _cpu_threads() -> int:
     return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
 
 
-def _cpu_threshold(mlp: GatedMLP, first: str, threshold: float) -> Listing:
+def _cpu_threshold(mlp: GatedMLP, first: str, threshold: float, scale: Tensor | None) -> Listing:
     from kernels_numba.cpu import ThresholdLayer, transpose_down
 
     w_gate, w_up, w_down = (weight.detach() for weight in mlp.weights())
@@ -237,6 +247,7 @@ def _cpu_threshold(mlp: GatedMLP, first: str, threshold: float) -> Listing:
         activation=mlp.activation,
         first=first,
         threshold=threshold,
+        scale=scale,
         threads=_cpu_threads(),
     )
 
@@ -283,6 +294,7 @@ def cuda_layers(
     first: str,
     thresholds: Sequence[float],
     predictor: PredictorState | None,
+    scales: Sequence[Tensor | None],
     *,
     deterministic: bool = False,
 ) -> list[Any]:
@@ -290,11 +302,11 @@ def cuda_layers(
     from kernels_numba.gpu.host.layers import PredictorLayer, ThresholdLayer, transpose_down
 
     layers: list[Any] = []
-    for mlp, threshold in zip(mlps, thresholds, strict=True):
+    for mlp, threshold, scale in zip(mlps, thresholds, scales, strict=True):
         w_gate, w_up, w_down = (weight.detach() for weight in mlp.weights())
         weights = (w_gate, w_up, transpose_down(w_down))
         if predictor is None:
-            options: dict[str, Any] = {"first": first, "deterministic": deterministic}
+            options: dict[str, Any] = {"first": first, "scale": scale, "deterministic": deterministic}
             layers.append(ThresholdLayer(*weights, activation=mlp.activation, threshold=threshold, **options))
             continue
         v, u = predictor.v[mlp.layer], predictor.u[mlp.layer]  # type: ignore[attr-defined]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from suite.methods.base import Method, select_threshold
+from suite.methods.base import Activations, Calibrated, Method, select_threshold
 from suite.modeling.decode import DecodeKernels
 from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
 from suite.modeling.modes import PredictorState
@@ -15,7 +16,12 @@ from suite.modeling.modes import PredictorState
 
 @torch.no_grad()
 def why_not_equal(
-    model: nn.Module, method: Method, thresholds: Tensor, predictor: PredictorState | None, kernels: DecodeKernels
+    model: nn.Module,
+    method: Method,
+    thresholds: Tensor,
+    predictor: PredictorState | None,
+    kernels: DecodeKernels,
+    calibrated: Sequence[Calibrated] | None = None,
 ) -> str:
     """First layer whose kernel does not compute what the masked backend does on a random token; empty if none.
 
@@ -25,25 +31,20 @@ def why_not_equal(
         weight = mlp.weights()[2]
         generator = torch.Generator().manual_seed(mlp.layer)
         x = torch.randn(1, 1, mlp.d_model, generator=generator).to(weight.device, weight.dtype)
-        if not _equal(mlp, method, float(thresholds[mlp.layer]), predictor, kernels, x):
+        made = mlp.activations(x.flatten(0, -2), calibrated=calibrated[mlp.layer] if calibrated else None)
+        score = (method.score(made) if predictor is None else predictor.logits(mlp.layer, made.input))[0].float()
+        if not _equal(mlp, made, score, float(thresholds[mlp.layer]), kernels, x):
             return f"its kernel does not compute what {mlp.module_name} does"
     return ""
 
 
 def _equal(
-    mlp: GatedMLP,
-    method: Method,
-    threshold: float,
-    predictor: PredictorState | None,
-    kernels: DecodeKernels,
-    x: Tensor,
+    mlp: GatedMLP, made: Activations, score: Tensor, threshold: float, kernels: DecodeKernels, x: Tensor
 ) -> bool:
     """Whether the kernel keeps the neurons above the threshold, and gives their output, each up to rounding."""
     found = kernels.run(mlp.layer, x).float()
     used = torch.zeros(mlp.d_ff, dtype=torch.bool, device=x.device)
     used[kernels.active(mlp.layer)] = True
-    made = mlp.activations(x.flatten(0, -2))
-    score = (method.score(made) if predictor is None else predictor.logits(mlp.layer, made.input))[0].float()
     # 16 roundings of the weights' dtype, and sums in fp32 whose errors grow like the root of their length
     tolerance = 16 * torch.finfo(x.dtype).eps + 4 * math.sqrt(mlp.d_model + mlp.d_ff) * torch.finfo(torch.float32).eps
     clear = (score - threshold).abs() > tolerance * score.abs().max()

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from suite.decoding.parts import activate
-from suite.methods.base import kept_count
+from suite.methods.base import Calibrated, kept_count
 from suite.modeling.decode import is_magnitude
 from suite.registry import get_method
 from suite.speed.case import Kernel, Progress, Row, SpeedCase, States, phase_row
 from suite.speed.rig import Rig
 
+_SAMPLE = 16  # tokens that a layer's moments are taken over
 Transpose = Callable[[Tensor], Tensor]
 # (name, shape, size of the entries) -> normal numbers on the device, in the dtype of the layer
 Draw = Callable[[str, tuple[int, ...], float], Tensor]
@@ -38,6 +39,8 @@ class LayerData:
     w_gate, w_up : Tensor, shape (d_ff, d_model)
     w_down, w_down_t : Tensor, shape (d_model, d_ff), and its transposed copy
     x : Tensor, shape (batch, d_model)
+    sample : Tensor, shape (16, d_model)
+        Inputs that moments are taken over.
     v, u : Tensor, shape (rank, d_model) and (d_ff, rank), or None
         Of a predictor.
     wide : dtype that scores are computed in: fp64 where the weights are narrower than fp32. On a CPU, whose weights are
@@ -49,6 +52,7 @@ class LayerData:
     w_down: Tensor
     w_down_t: Tensor
     x: Tensor
+    sample: Tensor
     v: Tensor | None
     u: Tensor | None
     activation: str
@@ -65,7 +69,8 @@ class LayerData:
         v = None if rank is None else draw("v", (rank, d_model), d_model**-0.5)
         u = None if rank is None else draw("u", (d_ff, rank), rank**-0.5)
         x = draw("x", (case.batch_size, d_model), 1.0)
-        return cls(gate, up, down, transpose(down), x, v, u, case.activation, wide)
+        sample = draw("sample", (_SAMPLE, d_model), 1.0)
+        return cls(gate, up, down, transpose(down), x, sample, v, u, case.activation, wide)
 
     def dense(self, x: Tensor) -> Tensor:
         """The layer in torch's own kernels."""
@@ -81,6 +86,20 @@ class LayerData:
     def own(self) -> tuple[Tensor, Tensor]:
         """`projections` of the layer's own input."""
         return self.projections(self.x)
+
+    @cached_property
+    def calibrated(self) -> Calibrated:
+        """Mean squares over the sample, as a fit would hold them."""
+        act, up = self.projections(self.sample)
+        seen = {"input": self.sample, "act": act, "up": up, "product": act * up}
+        return Calibrated(moments={name: value.float().square().mean(0) for name, value in seen.items()})
+
+    def scale(self, case: SpeedCase) -> Tensor | None:
+        """Factor of each neuron in the case's score, shape (d_ff,), fp32; None if it has none."""
+        if case.kernel is not Kernel.THRESHOLD:
+            return None
+        method = get_method(case.method)
+        return method.neuron_scale(self.calibrated if method.moments else Calibrated())
 
     @property
     def predictor(self) -> tuple[Tensor, Tensor]:
@@ -100,8 +119,8 @@ class LayerData:
         v, u = self.predictor
         return functional.linear(functional.linear(x.to(dtype), v.to(dtype)), u.to(dtype))
 
-    def scores(self, case: SpeedCase, x: Tensor) -> Tensor:
-        """What the case's threshold is set on, shape (batch, d_ff), wide."""
+    def magnitudes(self, case: SpeedCase, x: Tensor) -> Tensor:
+        """What the case's threshold is set on but for the factor of each neuron, shape (batch, d_ff), wide."""
         if case.kernel is Kernel.PREDICTOR:
             return self.logits(x, self.wide)
         act, up = self.own if x is self.x else self.projections(x)
@@ -109,7 +128,8 @@ class LayerData:
 
     def threshold(self, case: SpeedCase) -> float:
         """Half-way between the last score kept and the first dropped, over all tokens of the batch; -inf if all are kept."""
-        scores = self.scores(case, self.x).double().flatten().sort(descending=True).values
+        scores, scale = self.magnitudes(case, self.x).double(), self.scale(case)
+        scores = (scores if scale is None else scores * scale).flatten().sort(descending=True).values
         kept = kept_count(case.d_ff, case.sparsity) * len(self.x)
         return -math.inf if kept == len(scores) else float((scores[kept - 1] + scores[kept]) / 2)
 
@@ -162,5 +182,5 @@ class LayerRig(Rig):
 def why_no_kernel(case: SpeedCase) -> str:
     """Reason why no kernel computes the score of the case's method; "" if one does."""
     if case.kernel is Kernel.THRESHOLD and not is_magnitude(get_method(case.method)):
-        return f"the kernels do not compute the score of {case.method}: it is not abs(act(g)) or abs(u)"
+        return f"the kernels do not compute the score of {case.method}: not abs(act(g)) or abs(u), nor times a factor"
     return ""

@@ -32,7 +32,7 @@ Array = NDArray[np.float32]
 _SETTLE_S = 0.01
 _MIN_LAYERS = 2
 _MIN_WORKING_SET = 256 << 20
-_SEEDS = {"gate": 0, "up": 1, "down": 2, "x": 3, "fresh": 4, "v": 5, "u": 6}
+_SEEDS = {"gate": 0, "up": 1, "down": 2, "x": 3, "fresh": 4, "v": 5, "u": 6, "sample": 7}
 
 
 def _normal(shape: tuple[int, ...], scale: float, seed: Sequence[int], threads: int) -> torch.Tensor:
@@ -82,7 +82,8 @@ def _bind(case: SpeedCase, data: LayerData) -> _Bound:
     options: dict[str, Any] = {"activation": case.activation, "threads": case.threads}
     if case.kernel is Kernel.THRESHOLD:
         threshold = data.threshold(case)
-        layer = kernels.ThresholdLayer(*weights, first=case.first_projection or "", threshold=threshold, **options)
+        options |= {"first": case.first_projection or "", "scale": data.scale(case)}
+        layer = kernels.ThresholdLayer(*weights, threshold=threshold, **options)
         return _Bound(layer, lambda: layer.active, layer.extra_bytes, layer.threshold)
     if case.level == "op":
         return _bind_projection(case, data)
@@ -158,7 +159,9 @@ class CpuSubject(Subject):
         if not error <= limit:
             reason = f"check failed: error {error:.3g} over the bound {limit:.3g} against float64"
         elif bound.threshold is not None and active is not None:
-            wrong = wrongly_selected(self._scores(), active, bound.threshold, self.case.d_model)
+            scale = self._layers[0].scale(self.case)
+            factors = None if scale is None else scale.numpy()
+            wrong = wrongly_selected(self._magnitudes(), active, bound.threshold, self.case.d_model, factors)
             if len(wrong):
                 reason = f"check failed: {len(wrong)} neurons wrongly kept or dropped, first {wrong[0]}"
         return Check(error, reason, {"jit_s": jit_s, "extra_memory_mib": bound.extra_bytes / 2**20})
@@ -174,8 +177,8 @@ class CpuSubject(Subject):
         expected = combine(values, indices, w_down_t)
         return expected, error_bound(expected, values, indices, w_down_t)
 
-    def _scores(self) -> NDArray[np.float64]:
-        """What the threshold is set on, of the fresh input, in float64."""
+    def _magnitudes(self) -> NDArray[np.float64]:
+        """What the threshold is set on but for the factor of each neuron, of the fresh input, in float64."""
         if self.case.kernel is Kernel.PREDICTOR:
             return self._layers[0].logits(torch.from_numpy(self._fresh)[None], torch.float64)[0].numpy()
         return self._reference.scores(self.case.first_projection or "gate")

@@ -114,7 +114,7 @@ def _bind_choosing(case: SpeedCase, data: LayerData) -> Bound:
     if case.kernel is Kernel.PREDICTOR:
         layer: Any = kernels.PredictorLayer(*weights, *data.predictor, **options)
     else:
-        layer = kernels.ThresholdLayer(*weights, first=case.first_projection or "", **options)
+        layer = kernels.ThresholdLayer(*weights, first=case.first_projection or "", scale=data.scale(case), **options)
     return Bound(lambda x, out: layer(x, out), layer, threshold=threshold, again=lambda x, out: layer.bind(x, out))
 
 
@@ -126,7 +126,9 @@ def _expected(case: SpeedCase, bound: Bound, data: LayerData, x: Tensor) -> tupl
         return bound.values.double() @ columns.T, [columns.shape[1]] * len(x), ""
     act, up = data.projections(x)
     product, counts, wrong = act * up, [], ""
-    scores = None if bound.threshold is None else data.scores(case, x)
+    magnitudes = None if bound.threshold is None else data.magnitudes(case, x).cpu().numpy()
+    scale = data.scale(case)
+    factors = None if scale is None else scale.cpu().numpy()
     for token in range(len(x)):
         active = bound.active(token)
         if active is None:
@@ -136,9 +138,10 @@ def _expected(case: SpeedCase, bound: Bound, data: LayerData, x: Tensor) -> tupl
         mask = torch.zeros(case.d_ff, dtype=torch.bool, device="cuda")
         mask[active.long()] = True
         product[token] *= mask
-        if scores is not None and bound.threshold is not None:
+        if magnitudes is not None and bound.threshold is not None:
             # a projection of length d_model, or rank on top of it, rounds differently in fp32: scores close by may differ
-            bad = wrongly_selected(scores[token].cpu().numpy(), active.cpu().numpy(), bound.threshold, case.d_model)
+            found = active.cpu().numpy()
+            bad = wrongly_selected(magnitudes[token], found, bound.threshold, case.d_model, factors)
             if len(bad):
                 wrong = f"check failed: {len(bad)} neurons wrongly kept or dropped, first {bad[0]}"
     return product @ down.T, counts, wrong

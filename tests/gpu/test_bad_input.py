@@ -33,6 +33,8 @@ def layer(**changes):
         ({"w_down_t": matrix().double()}, "dtype"),
         ({"w_down_t": matrix(64, 100)}, "multiple of 8"),
         ({"threshold": math.nan}, "NaN"),
+        ({"scale": torch.ones(64)}, "scale is torch.float32 on cpu"),
+        ({"scale": torch.ones(128, device="cuda")}, "scale has shape"),
         ({"first": "down"}, "first"),
         ({"activation": "relu"}, "activation"),
     ],

@@ -18,6 +18,8 @@ from suite.speed.decode_check import check, check_dense
 from tests.conftest import CONFIGS, decode_state, tiny_model
 
 METHODS = [("cats", ""), ("m-countdown", ""), ("d-countdown", "low-rank"), ("d-countdown", "ternary")]
+SCALED = [f"tests.modeling.site_methods:{name}" for name in ("UpByAct", "Chess")]  # a factor a neuron
+METHODS += [(name, "") for name in SCALED]
 
 
 def generate(model, rows, **options):
@@ -50,7 +52,7 @@ def test_generates_what_masked_generates(architecture, name, kind, rows, cache):
         model.cpu()
 
 
-@pytest.mark.parametrize("name", ["m-countdown", "d-countdown"])
+@pytest.mark.parametrize("name", ["m-countdown", "d-countdown", *SCALED])
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen2", "phi3"])
 def test_graph_of_a_step(architecture, name):
     """Replays after the cache moved, for a second prompt and another length, equal eager steps token by token."""

@@ -15,6 +15,8 @@ from kernels_numba.gpu.host.down_proj import DownProjection, sparse_down_proj
 from kernels_numba.gpu.host.layers import GivenLayer, PredictorLayer, ThresholdLayer, transpose_down
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+FIRST = {"up": "up", "gate": "gate", "cw": "up", "chess": "gate"}
+SCALED = ("cw", "chess")  # with a factor a neuron
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
 
@@ -27,6 +29,8 @@ class Weights:
 
         self.gate, self.up, self.down = normal(d_ff, d_model), normal(d_ff, d_model), normal(d_model, d_ff)
         self.down_t, self.v, self.u = transpose_down(self.down), normal(rank, d_model), normal(d_ff, rank)
+        self.scale = torch.exp(-4 * torch.rand(d_ff, device="cuda", generator=generator))  # fp32, over two decades
+        self.scale[::20] = 0
         self.dtype, self.d_model, self.d_ff = dtype, d_model, d_ff
 
     def x(self, n, seed=1):
@@ -42,15 +46,17 @@ class Weights:
         if method == "predictor":
             return (x.double() @ self.v.double().T) @ self.u.double().T
         act, up = self.products(x, activation)
-        return (act if method == "gate" else up).abs()
+        magnitudes = (act if FIRST[method] == "gate" else up).abs()
+        return magnitudes * self.scale if method in SCALED else magnitudes
 
     def layer(self, method, activation, threshold, *, deterministic=False):
         if method == "predictor":
             return PredictorLayer(
                 self.gate, self.up, self.down_t, self.v, self.u, activation=activation, threshold=threshold
             )
-        weights, options = (self.gate, self.up, self.down_t), {"first": method, "deterministic": deterministic}
-        return ThresholdLayer(*weights, activation=activation, threshold=threshold, **options)
+        options = {"first": FIRST[method], "scale": self.scale if method in SCALED else None}
+        options |= {"activation": activation, "threshold": threshold, "deterministic": deterministic}
+        return ThresholdLayer(self.gate, self.up, self.down_t, **options)
 
 
 def bound(n, dtype, d_model):
@@ -84,7 +90,7 @@ SHAPES += [(dtype, "silu", 576, 1536) for dtype in DTYPES] + [(torch.float32, "g
 
 
 # the method, and whether a layer that could claim rows while it runs is told not to
-ORDERS = [("up", False), ("up", True), ("gate", False), ("gate", True), ("predictor", False)]
+ORDERS = [(method, deterministic) for method in FIRST for deterministic in (False, True)] + [("predictor", False)]
 
 
 @pytest.mark.parametrize(("dtype", "activation", "d_model", "d_ff"), SHAPES)
@@ -111,7 +117,7 @@ def test_edge_counts(method, deterministic, kept):
         assert mask.sum().item() == (2000 if kept == "all" else kept)
 
 
-@pytest.mark.parametrize("method", ["up", "gate", "predictor"])
+@pytest.mark.parametrize("method", [*FIRST, "predictor"])
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("d_model", [4096, 5120, 64])
 def test_batch_keeps_each_tokens_own_set(method, n, d_model):
@@ -143,7 +149,7 @@ def test_given_and_op(dtype, count):
     agrees(one[None], values.double()[:1, :count] @ weights.down.double()[:, used].T, count, dtype, 1024)
 
 
-@pytest.mark.parametrize("method", ["up", "predictor"])
+@pytest.mark.parametrize("method", ["up", "cw", "chess", "predictor"])
 def test_nan_spreads(method):
     weights = Weights(512, 512, torch.float32)
     x = weights.x(1)
@@ -180,7 +186,7 @@ def test_graph_replays_with_changing_inputs_under_load(method, deterministic):
     assert wrong.item() == 0
 
 
-@pytest.mark.parametrize("method", ["up", "gate"])
+@pytest.mark.parametrize("method", FIRST)
 @pytest.mark.parametrize("n", [1, 2])
 def test_claimed_rows_are_all_used_once_in_repeated_launches(method, n):
     """A launch of another batch or of other inputs in between has its own counters; each output is held against float64."""
@@ -207,6 +213,20 @@ def test_two_models_on_two_streams_do_not_disturb_each_other():
     torch.cuda.synchronize()
     for i in (0, 1):
         assert all(torch.equal(o, expected[i]) for o in outs[i])
+
+
+@pytest.mark.parametrize("first", ["up", "gate"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factors_of_one_change_no_bit(dtype, first):
+    weights = Weights(1024, 2048, dtype)
+    layers = []
+    for scale in (None, torch.ones(2048, device="cuda")):
+        options = {"activation": "silu", "first": first, "threshold": 0.5, "deterministic": True, "scale": scale}
+        layers.append(ThresholdLayer(weights.gate, weights.up, weights.down_t, **options))
+    for n in (1, 2, 4, 8):
+        x = weights.x(n)
+        assert torch.equal(layers[0](x), layers[1](x))
+        assert all(torch.equal(layers[0].active(token), layers[1].active(token)) for token in range(n))
 
 
 def test_keep_dense_false_needs_no_second_copy():

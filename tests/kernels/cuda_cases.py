@@ -43,6 +43,19 @@ CASES = {
     "cats-pair": Plan("threshold", **BASE, first="gate", batch=2, n_blocks=1),
     "m-batch": Plan("threshold", **BASE, batch=2, n_blocks=2),
     "m-batch-dealt": Plan("threshold", **BASE, batch=2, n_blocks=2, deterministic=True),
+    "cw": Plan("threshold", **BASE, n_blocks=1, scaled=True),
+    "cw-blocks": Plan("threshold", **BASE | {"depth": 3}, activation="gelu_tanh", n_blocks=3, scaled=True),
+    "cw-long": Plan("threshold", **BASE | {"d_ff": 96}, n_blocks=2, scaled=True),
+    "cw-tail": Plan("threshold", **BASE | {"rows": 16, "depth": 1}, n_blocks=1, scaled=True),
+    "cw-dealt": Plan("threshold", **BASE, n_blocks=1, deterministic=True, scaled=True),
+    "cw-bf16": Plan("threshold", **BASE | {"dtype": "bfloat16", "rows": 4, "depth": 3}, n_blocks=1, scaled=True),
+    "cw-batch": Plan("threshold", **BASE, batch=2, n_blocks=2, scaled=True),
+    "chess": Plan("threshold", **BASE, first="gate", n_blocks=1, scaled=True),
+    "chess-gelu-fp16": Plan(
+        "threshold", **BASE | {"dtype": "float16"}, first="gate", activation="gelu_tanh", n_blocks=2, scaled=True
+    ),
+    "chess-wide": Plan("threshold", **BASE | {"d_model": 136}, first="gate", n_blocks=1, scaled=True),  # two warps
+    "chess-batch": Plan("threshold", **BASE, first="gate", batch=4, n_blocks=1, scaled=True),
     "d": Plan("predictor", **BASE, rank=24, n_blocks=1),
     "d-blocks": Plan("predictor", **BASE | {"d_ff": 96, "neurons": 1}, rank=24, n_blocks=3),
     "d-uneven": Plan("predictor", **BASE | {"d_ff": 80, "neurons": 1, "depth": 1}, rank=24, n_blocks=5),
@@ -86,6 +99,8 @@ class Problem:
                 values[:, plan.rank :] = 0
             self.raw[name], self.exact[name] = stored(values, plan.dtype)
         self.at_threshold = False
+        self.scale = np.exp(rng.uniform(-4, 1, f)).astype(np.float32)  # a factor a neuron, over two decades
+        self.scale[rng.permutation(f)[: f // 12]] = 0
         self.values = rng.standard_normal((plan.batch, f)).astype(np.float32)
         self.indices = rng.permutation(f).astype(np.int32)
         self.count = np.array([kept], np.int32)
@@ -108,8 +123,9 @@ class Problem:
         return problem
 
     def make_scores_whole(self) -> None:
-        """Scores 1 to d_ff, exact in every dtype, with a threshold that one of them is equal to."""
+        """Scores 1 to d_ff (times a power of 2), exact in every dtype, with a threshold that one of them is equal to."""
         self.at_threshold = True
+        self.scale = np.float32(2.0) ** np.random.default_rng(2).integers(-3, 3, self.plan.d_ff).astype(np.float32)
         ranks = np.random.default_rng(1).permutation(self.plan.d_ff) + 1.0
         if self.plan.kind == "predictor":
             columns = {"x": 1.0, "v": np.arange(self.plan.rank) == 0, "u": ranks}
@@ -129,7 +145,8 @@ class Problem:
             return (e["x"] @ e["v"].T) @ e["u"][:, : self.plan.rank].T
         gate = self.plan.first == "gate"
         dots = e["x"] @ e["gate" if gate else "up"].T
-        return np.abs(activate(dots, self.plan.activation) if gate else dots)
+        magnitudes = np.abs(activate(dots, self.plan.activation) if gate else dots)
+        return magnitudes * self.scale if self.plan.scaled else magnitudes
 
     @property
     def threshold(self) -> float:
@@ -167,6 +184,8 @@ class Problem:
         if plan.kind in ("given", "down"):
             buffers |= {"a": raw["gate"], "b": raw["up"], "indices": self.indices, "count": self.count}
             buffers |= {"values": self.values}
+        if plan.scaled:
+            buffers |= {"values": self.scale}
         arguments = [buffers[n].ctypes.data if n in buffers else 0 for n in ARGUMENTS[:12]]
         arguments += [
             plan.d_ff,

@@ -29,7 +29,7 @@ class SimulatedLayer:
 
     launch_tokens = 2
 
-    def __init__(self, mlp, first, threshold, predictor, deterministic):
+    def __init__(self, mlp, first, threshold, predictor, scale, deterministic):
         gate, up, down = (weight.detach() for weight in mlp.weights())
         v = u = None
         if predictor is not None:
@@ -38,10 +38,12 @@ class SimulatedLayer:
         self._plan = Plan(
             "predictor" if rank else "threshold", mlp.d_model, mlp.d_ff, dtype="float32", activation=mlp.activation,
             first=first or "up", rank=rank, n_blocks=1, rows=2, neurons=1 if rank else 2, depth=2,
-            deterministic=deterministic,
+            deterministic=deterministic, scaled=scale is not None,
         )  # fmt: skip
         dense, other = (gate, up) if first == "gate" else (up, gate)
         tensors = {"dense": dense, "a": other, "down": down.T.contiguous()}
+        if scale is not None:
+            tensors |= {"values": scale}
         if v is not None:
             u = torch.nn.functional.pad(u, (0, self._plan.rank_padded - rank))
             tensors |= {"dense": v, "u": u, "a": gate, "b": up}
@@ -66,10 +68,12 @@ class SimulatedLayer:
         return active_neurons(*self.last_launch, 0)
 
 
-def simulated_kernels(model, method, thresholds, predictor, *, deterministic):
-    pairs = zip(find_gated_mlps(model), thresholds.tolist(), strict=True)
+def simulated_kernels(model, method, thresholds, predictor, *, calibrated, deterministic):
+    mlps, first = find_gated_mlps(model), method.first_projection
+    scales = [method.neuron_scale(layer) for layer in calibrated] if calibrated else [None] * len(mlps)
+    each = zip(mlps, thresholds.tolist(), scales, strict=True)
     return ChoosingKernels(
-        [SimulatedLayer(mlp, method.first_projection, value, predictor, deterministic) for mlp, value in pairs]
+        [SimulatedLayer(mlp, first, value, predictor, scale, deterministic) for mlp, value, scale in each]
     )
 
 
@@ -102,7 +106,8 @@ def main(names: list[str]) -> None:
     """Compare ARCHITECTURE:METHOD:ROWS."""
     attaching.decode_kernels = simulated_kernels  # the one seam: no CUDA tensor here
     for name in names:
-        architecture, method, rows = name.split(":")
+        architecture, _, rest = name.partition(":")
+        method, _, rows = rest.rpartition(":")
         sys.stdout.write(f"{name} {compare(architecture, method, int(rows)) or 'ok'}\n")
 
 

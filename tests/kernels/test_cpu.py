@@ -27,6 +27,13 @@ def check(y, reference, active):
     assert relative_error(y, expected) <= reference.error_bound(expected, len(y), active)
 
 
+def factors(d_ff, scaled=True):
+    """Factors over two decades, as rms(a) has them, a twentieth of them 0; None if not ``scaled``."""
+    rng = np.random.default_rng(7)
+    values = np.exp(rng.uniform(-4, 1, d_ff)) * (rng.random(d_ff) > 0.05)
+    return values.astype(np.float32) if scaled else None
+
+
 def between(scores, kept):
     """Threshold between the kept largest scores and the rest."""
     ordered = np.sort(scores)[::-1]
@@ -39,16 +46,19 @@ def between(scores, kept):
 @pytest.mark.parametrize(("d_model", "d_ff"), SHAPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("first", ["up", "gate"])
-def test_threshold_layer(d_model, d_ff, activation, first, threads):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_threshold_layer(d_model, d_ff, activation, first, threads, scaled):
     gate, up, down_t, x = make(d_model, d_ff)
-    reference = Reference.of(gate, up, down_t, x, activation)
-    scores = reference.scores(first)
-    layer = cpu.ThresholdLayer(gate, up, down_t, activation=activation, first=first, threshold=0.0, threads=threads)
+    reference, scale = Reference.of(gate, up, down_t, x, activation), factors(d_ff, scaled)
+    magnitudes = reference.scores(first)
+    scores = magnitudes if scale is None else magnitudes * scale
+    options = {"activation": activation, "first": first, "scale": scale, "threads": threads}
+    layer = cpu.ThresholdLayer(gate, up, down_t, threshold=0.0, **options)
     for kept in sorted({0, 1, d_ff // 10, d_ff // 2, d_ff}):
         layer.threshold = between(scores, kept)
         out = np.full(d_model, np.nan, dtype=np.float32)
         assert layer(x, out) is out
-        assert not len(wrongly_selected(scores, layer.active, layer.threshold, d_model))
+        assert not len(wrongly_selected(magnitudes, layer.active, layer.threshold, d_model, scale))
         assert layer.count == len(layer.active)
         assert abs(layer.count - kept) <= 1
         assert list(layer.active) == sorted(layer.active)
@@ -68,6 +78,44 @@ def test_a_score_equal_to_the_threshold_is_kept(first, activation):
     reference = Reference.of(gate, up, down_t, x, activation)
     assert list(reference.active(first, 120.0)) == list(layer.active)
     check(y, reference, layer.active)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("first", ["up", "gate"])
+def test_a_factor_decides_by_the_fp32_product(first, activation):
+    """Scores a rounding apart: the threshold is one of them, which is kept, and so is what equals it after rounding."""
+    gate, up, down_t, x = make(8, 40)
+    x[:] = np.arange(8) == 0
+    whole = np.random.default_rng(3).permutation(40) + 100.0  # act(g) = g from 100 on, in fp32 and in float64
+    (gate if first == "gate" else up)[:, 0] = whole
+    scale = (np.float32(1) / whole).astype(np.float32) * np.float32(3)
+    scale[whole == 139] = 0
+    products = whole.astype(np.float32) * scale
+    threshold = float(np.sort(products)[20])
+    layer = cpu.ThresholdLayer(
+        gate, up, down_t, activation=activation, first=first, threshold=threshold, scale=torch.from_numpy(scale)
+    )
+    y = layer(x)
+    assert list(layer.active) == list(np.flatnonzero(products >= np.float32(threshold)))
+    assert 0 < layer.count < 39
+    check(y, Reference.of(gate, up, down_t, x, activation), layer.active)
+    layer.threshold = 0.0  # a score of 0 is not below it
+    layer(x)
+    assert layer.count == 40
+    layer.threshold = np.nextafter(0.0, 1.0, dtype=np.float32)
+    layer(x)
+    assert list(layer.active) == list(np.flatnonzero(whole != 139))
+
+
+def test_factors_of_one_change_nothing():
+    gate, up, down_t, x = make(72, 200)
+    plain, scaled = (
+        cpu.ThresholdLayer(gate, up, down_t, activation="silu", first="up", threshold=0.5, scale=scale)
+        for scale in (None, np.ones(200, dtype=np.float32))
+    )
+    assert np.array_equal(plain(x), scaled(x))
+    assert np.array_equal(plain.active, scaled.active)
+    assert scaled.extra_bytes == plain.extra_bytes + 4 * 200
 
 
 @pytest.mark.parametrize("threads", THREADS)
@@ -163,11 +211,14 @@ def test_result_does_not_depend_on_the_call_before():
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("first", ["up", "gate"])
 @pytest.mark.parametrize("place", [0, 37, 71])
-def test_nan_in_x_gives_nan_in_y(activation, first, place):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_nan_in_x_gives_nan_in_y(activation, first, place, scaled):
     gate, up, down_t, x = make(72, 200)
     x[place] = np.nan
     for threshold in (-math.inf, 0.5, 1e30, math.inf):
-        layer = cpu.ThresholdLayer(gate, up, down_t, activation=activation, first=first, threshold=threshold)
+        layer = cpu.ThresholdLayer(
+            gate, up, down_t, activation=activation, first=first, threshold=threshold, scale=factors(200, scaled)
+        )
         assert np.isnan(layer(x)).all()
         assert layer.count == 200
     given = cpu.GivenLayer(gate, up, down_t, activation=activation)

@@ -85,6 +85,10 @@ def threshold(**changes):
         ({"threshold": math.nan}, "threshold is NaN: fit it"),
         ({"threshold": "0.5"}, "threshold='0.5' is a str: pass a float"),
         ({"threshold": True}, "threshold=True is a bool"),
+        ({"scale": torch.ones(63)}, r"scale has shape \(63,\): expected a contiguous vector of 64 entries"),
+        ({"scale": torch.ones(128)[::2]}, "scale has shape .*: expected a contiguous vector"),
+        ({"scale": torch.ones(64).double()}, "scale is torch.float64 on cpu: the kernel reads torch.float32"),
+        ({"scale": 0.5}, "scale is a float: pass a torch tensor, or None"),
         ({"first": "down"}, "first='down': must be 'up'"),
         ({"activation": "relu"}, "activation 'relu': the CUDA kernels know silu and gelu_tanh"),
         ({"w_gate": None}, "w_gate is a NoneType: pass a torch tensor"),
@@ -132,6 +136,18 @@ def test_threshold_set_later_is_checked_and_reaches_launches_made_before():
     assert [values["threshold"] for _, values in FakeLaunch.made[0].launched] == [0.5, 0.25]
     with pytest.raises(ValueError, match="NaN"):
         layer.threshold = math.nan
+
+
+def test_a_factor_compiles_another_kernel_and_reaches_its_launches():
+    scale, plain = torch.rand(64), threshold()
+    layer = threshold(scale=scale)
+    for one in (plain, layer):
+        one(matrix(1, 128))
+    assert [launch.loaded.plan.scaled for launch in FakeLaunch.made] == [False, True]
+    assert [launch.launched[0][1].get("values", 0) for launch in FakeLaunch.made] == [0, scale.data_ptr()]
+    assert layer.extra_bytes - plain.extra_bytes == 4 * 64
+    with pytest.raises(ValueError, match="scaled of kind given"):
+        Plan("given", 128, 64, scaled=True).check()
 
 
 def test_a_call_with_many_tokens_is_split_where_registers_end():

@@ -8,7 +8,11 @@ import pytest
 
 pytest.importorskip("numba.cuda", reason="needs numba-cuda or numba's own CUDA target")
 
-GROUPS = [["llama:m-countdown:2"], ["gemma2:cats:1", "phi3:d-countdown:1"]]
+GROUPS = [
+    ["llama:m-countdown:2"],
+    ["gemma2:cats:1", "phi3:d-countdown:1"],
+    ["llama:tests.modeling.site_methods:UpByAct:2", "gemma2:tests.modeling.site_methods:Chess:1"],
+]
 
 
 @pytest.mark.parametrize("names", GROUPS, ids=lambda names: names[0])

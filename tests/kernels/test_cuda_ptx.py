@@ -17,6 +17,9 @@ ptxas_needed = pytest.mark.skipif(PTXAS is None, reason="ptxas is not installed"
 # name: arguments of tuned_plan, compute capability
 PLANS = {
     "m-bf16-sm90": "('threshold', 4096, 14336, 'bfloat16', 'silu', n_blocks=132, capability=(9, 0))",
+    "cw-bf16-sm90": "('threshold', 4096, 14336, 'bfloat16', 'silu', scaled=True, n_blocks=132, capability=(9, 0))",
+    "cw-batch8-gelu-bf16-sm90": "('threshold', 3584, 14336, 'bfloat16', 'gelu_tanh', batch=8, scaled=True, **H100)",
+    "chess-batch4-fp32-sm80": "('threshold', 4096, 14336, 'float32', 'silu', first='gate', batch=4, scaled=True, **A100)",
     "m-deterministic-sm90": "('threshold', 4096, 14336, 'bfloat16', 'silu', deterministic=True, n_blocks=132, capability=(9, 0))",
     "m-batch8-fp32-sm90": "('threshold', 4096, 14336, 'float32', 'silu', batch=8, n_blocks=132, capability=(9, 0))",
     "m-batch8-gelu-bf16-sm90": "('threshold', 3584, 14336, 'bfloat16', 'gelu_tanh', batch=8, n_blocks=132, capability=(9, 0))",
@@ -36,6 +39,7 @@ import sys
 from unittest import mock
 from kernels_numba.gpu.host.jit import make_ptx
 from kernels_numba.gpu.host.tuning import tuned_plan
+H100, A100 = {"n_blocks": 132, "capability": (9, 0)}, {"n_blocks": 108, "capability": (8, 0)}
 plan = tuned_plan{arguments}
 with mock.patch("numba.cuda.dispatcher.get_current_device") as device:  # no GPU: device functions ask for its capability
     device.return_value.compute_capability = plan.capability
@@ -77,7 +81,11 @@ def test_ptx(compiled: tuple[str, str]) -> None:
     assert re.search(r"cp\.async\.cg\.shared\.global\S* \[\S+\], \[\S+\], 16", text), "no 16-byte copies"
     assert "ld.shared.v4.b32" in text
     # the others' order of sums depends on the active set alone
-    assert ("atom." in text) == (name in ("m-bf16-sm90", "m-gelu-bf16-sm80", "cats-pair-bf16-sm86"))
+    assert ("atom." in text) == (name in ("m-bf16-sm90", "cw-bf16-sm90", "m-gelu-bf16-sm80", "cats-pair-bf16-sm86"))
+    # a kernel without factors has no trace of them
+    assert (re.search(r"cp\.async\.ca\.shared\.global \[\S+\], \[\S+\], 4;", text) is not None) == (
+        "scaled=True" in PLANS[name]
+    )
     assert_clean(text)
 
 

@@ -47,8 +47,9 @@ def test_values_that_are_not_finite_must_be_the_same():
         assert error([*y, 1.0], [*reference, 1.0]) == INF
 
 
-def wrong(scores, active, threshold, d_model):
-    return wrongly_selected(np.array(scores), np.array(active, dtype=np.intp), threshold, d_model).tolist()
+def wrong(scores, active, threshold, d_model, scale=None):
+    factors = None if scale is None else np.array(scale, dtype=np.float32)
+    return wrongly_selected(np.array(scores), np.array(active, dtype=np.intp), threshold, d_model, factors).tolist()
 
 
 def test_a_selection_is_wrong_where_the_score_is_clear_of_the_threshold():
@@ -71,6 +72,19 @@ def test_the_band_of_rounding_is_as_wide_as_it_says(side, d_model):
     mine = [0] if side < 0 else []  # kept although below, or dropped although above
     assert wrong([inside, 2.0], [*mine, 1], 1.0, d_model) == []
     assert wrong([outside, 2.0], [*mine, 1], 1.0, d_model) == [0]
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_a_factor_scales_the_score_and_its_band(side, factor):
+    """The error is that of the dot product times the neuron's own factor, not the largest one."""
+    width, scale = 4 * U * math.sqrt(4096) * 2.0, np.array([factor, 1000.0], dtype=np.float32)
+    threshold = float(scale[0])
+    inside, outside = 1.0 + side * 0.99 * width, 1.0 + side * 1.01 * width
+    mine = [0] if side < 0 else []
+    assert wrong([inside, 2.0], [*mine, 1], threshold, 4096, scale) == []
+    assert wrong([outside, 2.0], [*mine, 1], threshold, 4096, scale) == [0]
+    assert wrong([5.0, 1.0], [1], threshold, 4096, [0.0, 1000.0]) == []  # factor 0: score 0
 
 
 def test_a_large_threshold_has_a_band_of_8_units():

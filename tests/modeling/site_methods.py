@@ -60,8 +60,36 @@ class Chess(Method):
     first_projection: ClassVar = "gate"
     moments: ClassVar = ("up",)
 
+    def neuron_scale(self, calibrated):
+        return calibrated.moments["up"].sqrt()
+
     def score(self, activations):
         return activations.act.abs() * activations.moments("up").sqrt()
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpByAct(Method):
+    """``abs(u)`` times the root mean square of a over calibration tokens."""
+
+    name: ClassVar[str] = "up-by-act"
+    first_projection: ClassVar = "up"
+    moments: ClassVar = ("act",)
+
+    def neuron_scale(self, calibrated):
+        return calibrated.moments["act"].sqrt()
+
+    def score(self, activations):
+        return activations.up.abs() * activations.moments("act").sqrt()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaysAnother(UpByAct):
+    """Its factor is not the one of its score."""
+
+    name: ClassVar[str] = "says-another"
+
+    def neuron_scale(self, calibrated):
+        return calibrated.moments["act"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from suite.registry import get_method
 from tests.conftest import CONFIGS, END, PAD, decode_state, tiny_model
 
 METHODS = [("cats", ""), ("m-countdown", ""), ("d-countdown", "low-rank"), ("d-countdown", "ternary")]
+METHODS += [(f"tests.modeling.site_methods:{name}", "") for name in ("UpByAct", "Chess")]  # a factor a neuron
 LENGTH = 6
 
 

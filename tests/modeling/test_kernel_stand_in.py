@@ -9,6 +9,7 @@ from torch import nn
 from suite.errors import InputError
 from suite.modeling import attach as attach_module
 from suite.modeling.attach import attach
+from suite.modeling.decode import is_magnitude
 from suite.modeling.gated_mlp import find_gated_mlps
 from suite.registry import get_method
 from tests.conftest import decode_state, tiny_model
@@ -108,7 +109,16 @@ def test_an_mlp_of_another_class_is_masked():
 
 
 @pytest.mark.parametrize("fault", ["output", "set"])
-@pytest.mark.parametrize(("name", "kind"), [("cats", ""), ("m-countdown", ""), ("d-countdown", "low-rank")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("cats", ""),
+        ("m-countdown", ""),
+        ("tests.modeling.site_methods:UpByAct", ""),
+        ("tests.modeling.site_methods:Chess", ""),
+        ("d-countdown", "low-rank"),
+    ],
+)
 def test_a_kernel_that_computes_something_else_is_found_at_attach(name, kind, fault, monkeypatch):
     """One layer of wrong outputs, or of another threshold than the state's."""
     make = attach_module.decode_kernels
@@ -131,6 +141,15 @@ def test_a_kernel_that_computes_something_else_is_found_at_attach(name, kind, fa
         auto = model(input_ids=torch.tensor([[7]])).logits
     with attach(model, method, state, backend="masked"), torch.inference_mode():
         assert torch.equal(model(input_ids=torch.tensor([[7]])).logits, auto)
+
+
+def test_a_factor_that_is_not_the_one_of_the_score_has_no_kernel():
+    name = "tests.modeling.site_methods:SaysAnother"
+    model, method, state = tiny_model("llama"), get_method(name, sparsity=0.5), decode_state(name)
+    with pytest.raises(InputError, match="do not compute the score of says-another"):
+        attach(model, method, state, backend="numba").__enter__()
+    name = "tests.modeling.site_methods:Gated"
+    assert not is_magnitude(get_method(name, sparsity=0.5))
 
 
 @pytest.mark.parametrize("change", [adapter, lambda mlp: mlp.down_proj.register_forward_hook(lambda m, a, y: 2 * y)])

@@ -29,9 +29,9 @@ class Kernel:
     launch_tokens = 8
     extra_bytes = 1 << 20
 
-    def __init__(self, *weights, activation="silu", threshold=None, first=""):
+    def __init__(self, *weights, activation="silu", threshold=None, first="", scale=None):
         self.w_gate, self.w_up, self.w_down_t, *self.predictor = weights
-        self.activation, self.threshold, self.first = activation, threshold, first
+        self.activation, self.threshold, self.first, self.scale = activation, threshold, first, scale
         self.changes, self.kept = {}, None
 
     def change_plan(self, **changes):
@@ -60,6 +60,8 @@ class Kernel:
             self.kept[:, listed[0][: int(listed[1])].long()] = True
         else:
             score = (up if self.first == "up" else act).abs()
+            if self.scale is not None:
+                score = score * self.scale
             if self.predictor:
                 v, u = self.predictor
                 score = wide @ v.double().T @ u.double().T

@@ -18,7 +18,8 @@ from tests.conftest import D_FF, D_MODEL, decode_state
 from tests.decoding.test_step import build
 from tests.speed import cuda_stand_in
 
-METHODS = ("dense", "cats", "m-countdown", "d-countdown")
+SCALED = tuple(f"tests.modeling.site_methods:{name}" for name in ("UpByAct", "Chess"))  # a factor a neuron
+METHODS = ("dense", "cats", "m-countdown", "d-countdown", *SCALED)
 
 
 @pytest.fixture
@@ -43,6 +44,7 @@ def test_rows_of_every_method(tiny):
         ("cats", "eager"),
         ("m-countdown", "eager"),
         ("d-countdown", "eager"),
+        *((name, "eager") for name in SCALED),
     ]
     for row in rows:
         assert set(row) <= {*schema.SPEED.names, "phases", "decode_check", "timings"}
@@ -66,10 +68,10 @@ def test_rows_of_every_method(tiny):
         assert 0 <= row["decode_check"]["kl_median"] <= row["decode_check"]["kl_max"] < 1e-4
         assert row["decode_check"]["top1_agreement"] == 1
     assert own["decode_check"] is None
-    assert sum("equal next tokens" in line for line in said) == 3
+    assert sum("equal next tokens" in line for line in said) == 5
 
 
-@pytest.mark.parametrize("method", ["m-countdown", "d-countdown"])
+@pytest.mark.parametrize("method", ["m-countdown", "d-countdown", *SCALED])
 def test_a_fit_decides_what_is_kept(tiny, method):
     """Its thresholds and predictor, whatever the target of the case."""
     case = cases((method,))[0]
@@ -86,8 +88,8 @@ def spoil(monkeypatch, factor):
     """Multiply what kernels return by ``factor(layer, n)`` in their n-th call, from 1."""
     right = sparse.decode_kernels
 
-    def wrong(*arguments):
-        kernels, calls = right(*arguments), itertools.count(1)
+    def wrong(*arguments, **named):
+        kernels, calls = right(*arguments, **named), itertools.count(1)
         run = kernels.run
         kernels.run = lambda layer, x: run(layer, x) * factor(layer, next(calls))
         return kernels
@@ -95,7 +97,7 @@ def spoil(monkeypatch, factor):
     monkeypatch.setattr(sparse, "decode_kernels", wrong)
 
 
-@pytest.mark.parametrize("method", ["m-countdown", "d-countdown"])
+@pytest.mark.parametrize("method", ["m-countdown", "d-countdown", *SCALED])
 def test_a_wrong_kernel_gets_no_time(tiny, method, monkeypatch):
     spoil(monkeypatch, lambda layer, n: 1.0 if layer == 0 else 1.001)
     row = run_group(cases((method,)))[0]

@@ -33,10 +33,12 @@ def tiny(monkeypatch):
     monkeypatch.setattr(layer_cpu.CpuSubject, "rounds", Rounds(5, 5))
 
 
-def tiny_cases(level="layer", shape="tiny", threads=1, **options):
-    return make_cases(
-        [shape], ["dense", "cats", "m-countdown", "given"], [0.0, 0.5, 0.9], level=level, threads=[threads], **options
-    )
+METHODS = ("dense", "cats", "m-countdown", "given")
+SCALED = tuple(f"tests.modeling.site_methods:{name}" for name in ("UpByAct", "Chess"))  # a factor a neuron
+
+
+def tiny_cases(level="layer", shape="tiny", threads=1, methods=METHODS, **options):
+    return make_cases([shape], list(methods), [0.0, 0.5, 0.9], level=level, threads=[threads], **options)
 
 
 @pytest.mark.parametrize(("level", "shape"), [("layer", "tiny"), ("layer", "tiny-gelu"), ("op", "tiny")])
@@ -63,6 +65,29 @@ def test_every_case_is_checked_and_timed(level, shape):
         assert (row["clock"], row["cache"], row["threads"]) == ("wall", "cold", 1)
         assert row["driver_version"] == ""
         assert row["device_name"]
+
+
+def test_a_factor_is_made_of_the_layer_and_decides(monkeypatch):
+    seen = []
+    make = kernels.ThresholdLayer.__init__
+
+    def watched(self, *weights, scale=None, **options):
+        seen.append(scale)
+        make(self, *weights, scale=scale, **options)
+
+    monkeypatch.setattr(kernels.ThresholdLayer, "__init__", watched)
+    for row in run_group(tiny_cases(methods=SCALED)):
+        assert (row["status"], row["check"]) == ("ok", "passed")
+        assert row["sparsity_realized"] == pytest.approx(math.floor(row["sparsity_target"] * D_FF) / D_FF, abs=1e-12)
+    assert all(scale.shape == (D_FF,) and len(scale.unique()) > D_FF // 2 for scale in seen)
+
+    def forgetful(self, *weights, scale=None, **options):
+        make(self, *weights, **options)
+
+    monkeypatch.setattr(kernels.ThresholdLayer, "__init__", forgetful)
+    for row in run_group(tiny_cases(methods=SCALED)):
+        assert (row["check"] == "failed") == (row["sparsity_target"] > 0)
+        assert row["check"] == "passed" or "wrongly kept or dropped" in row["reason"]
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def rig(monkeypatch):
 
 
 METHODS = ["dense", "cats", "m-countdown", "d-countdown", "s-countdown", "given"]
+METHODS += [f"tests.modeling.site_methods:{name}" for name in ("UpByAct", "Chess")]  # a factor a neuron
 
 
 def timed(methods=tuple(METHODS), **more):
@@ -116,6 +117,14 @@ def test_a_wrong_cuda_kernel_fails_its_check_and_has_no_time(rig, monkeypatch):
     for case, row in timed():
         assert row["check"] == ("passed" if case.method == "dense" else "failed")
         assert (row["latency_us_median"] is None) == (case.method != "dense")
+
+
+def test_a_kernel_that_forgets_the_factor_fails_its_check(rig, monkeypatch):
+    make = cuda_stand_in.Kernel.__init__
+    monkeypatch.setattr(cuda_stand_in.Kernel, "__init__", lambda self, *w, scale=None, **named: make(self, *w, **named))
+    rows = [row for _, row in timed(METHODS[-2:])]
+    assert rows
+    assert all("wrongly kept or dropped" in row["reason"] for row in rows)
 
 
 def test_what_the_kernels_cannot_take_is_skipped_with_the_reason(rig):

@@ -53,6 +53,16 @@ def check_list(name: str, value: Tensor, device: torch.device, *, one: bool = Fa
         )
 
 
+def check_factors(name: str, value: Tensor, n: int, device: torch.device) -> None:
+    """Raise ValueError unless a tensor is a contiguous fp32 vector of ``n`` entries on the device."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}: pass a torch tensor, or None for no factor")
+    if value.dtype != torch.float32 or value.device != device:
+        raise ValueError(f"{name} is {value.dtype} on {value.device}: the kernel reads torch.float32 on {device}")
+    if tuple(value.shape) != (n,) or not value.is_contiguous():
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected a contiguous vector of {n} entries")
+
+
 def check_range(indices: Tensor, count: Tensor, d_ff: int) -> None:
     """Raise ValueError if the count or an index it covers is out of range or given twice; waits for the device."""
     n = int(count.item())

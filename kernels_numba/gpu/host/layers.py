@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kernels_numba.checks import check_apart, checked_threshold
 from kernels_numba.gpu.host.active_set import active_neurons
-from kernels_numba.gpu.host.checks import NAMES, check_list, check_range, check_weight, unavailable
+from kernels_numba.gpu.host.checks import NAMES, check_factors, check_list, check_range, check_weight, unavailable
 from kernels_numba.gpu.host.jit import Launch, Loaded, load_kernel
 from kernels_numba.gpu.host.tuning import device_facts, launch_tokens, tuned_plan
 from kernels_numba.gpu.mlp.plan import MAX_BATCH, STAMPS, TRACED, Kind, Plan
@@ -56,6 +56,7 @@ class Layer:
         rank: int = 0,
         first: Literal["gate", "up"] = "up",
         deterministic: bool = False,
+        scaled: bool = False,
     ) -> None:
         if not isinstance(w_down_t, Tensor) or w_down_t.dim() != 2:
             raise ValueError("w_down_t must be a matrix (d_ff, d_model): pass transpose_down(w_down)")
@@ -68,7 +69,7 @@ class Layer:
         self._n_blocks, self._capability = device_facts(self.device)
         self._changes: dict[str, Any] = {}
         self._options: dict[str, Any] = {
-            "activation": activation, "rank": rank, "first": first, "deterministic": deterministic,
+            "activation": activation, "rank": rank, "first": first, "deterministic": deterministic, "scaled": scaled,
         }  # fmt: skip
         self._addresses: dict[str, int | float] = {"down": w_down_t.data_ptr()}
         self._launches: dict[int, tuple[Loaded, Launch, Tensor]] = {}
@@ -252,6 +253,8 @@ class ThresholdLayer(_ChoosingLayer):
     first : "up" or "gate"
     threshold : float
         A neuron is kept unless its score is below it; -inf keeps all.
+    scale : Tensor, shape (d_ff,), fp32, contiguous, CUDA, optional
+        Factor of each neuron in its score, an fp32 product; without it the kernel is one that reads none.
     deterministic : bool
         Deal all rows out before the launch, so that equal inputs give equal bits; slower. Else a block that is ahead of
         the others claims more rows, and the last bits of y vary from call to call.
@@ -275,16 +278,26 @@ class ThresholdLayer(_ChoosingLayer):
         activation: str,
         first: str,
         threshold: float,
+        scale: Tensor | None = None,
         deterministic: bool = False,
     ) -> None:
         if first not in ("up", "gate"):
             raise ValueError(f"first={first!r}: must be 'up' (M-COUNTDOWN) or 'gate' (CATS)")
-        super().__init__(w_down_t, activation, threshold, first=first, deterministic=deterministic)
+        options = {"first": first, "deterministic": deterministic, "scaled": scale is not None}
+        super().__init__(w_down_t, activation, threshold, **options)
         for name, weight in (("w_gate", w_gate), ("w_up", w_up)):
             check_weight(name, weight, (self.d_ff, self.d_model), w_down_t)
-        self.first, self._weights = first, (w_gate, w_up)
+        self.first, self.scale, self._weights = first, scale, (w_gate, w_up)
+        if scale is not None:
+            check_factors("scale", scale, self.d_ff, self.device)
+            self._addresses["values"] = scale.data_ptr()
         dense, other = (w_gate, w_up) if first == "gate" else (w_up, w_gate)
         self._addresses |= {"dense": dense.data_ptr(), "a": other.data_ptr()}
+
+    @property
+    def extra_bytes(self) -> int:
+        """As for all layers, and the factors."""
+        return super().extra_bytes + (0 if self.scale is None else self.scale.numel() * 4)
 
     def __call__(self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None) -> Tensor:
         """``y`` (plus ``residual``), of the shape and dtype of ``x`` (..., d_model), at most 8 tokens."""

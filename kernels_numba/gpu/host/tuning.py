@@ -45,6 +45,7 @@ def tuned_plan(
     capability: tuple[int, int],
     value_dtype: str = "float32",
     deterministic: bool = False,
+    scaled: bool = False,
 ) -> Plan:
     """Plan of a layer on a device with ``n_blocks`` SMs.
 
@@ -60,6 +61,7 @@ def tuned_plan(
     plan = Plan(
         kind, d_model, d_ff, dtype=dtype, activation=activation, first=first, rank=rank, batch=batch,
         n_blocks=n_blocks, capability=capability, value_dtype=value_dtype, deterministic=deterministic,
+        scaled=scaled,
     )  # fmt: skip
     if d_model <= 0 or d_model % 8 or d_ff <= 0 or d_ff % 8 or dtype not in ("bfloat16", "float16", "float32"):
         plan.check()

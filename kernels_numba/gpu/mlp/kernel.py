@@ -25,8 +25,8 @@ from kernels_numba.gpu.mlp.work_list import make_clear, make_recall, make_take
 from kernels_numba.gpu.mlp.work_queue import make_claim, make_clear_slots
 
 # Addresses, 0 where a kind does not use one: x, dense (first projection, or V of the predictor), U, a and b (other
-# projections), W_down transposed, residual, y, workspace, indices, values, count, distance of two tokens' values;
-# then the threshold and the number of tokens.
+# projections), W_down transposed, residual, y, workspace, indices, values (coefficients; of ``threshold`` the factors of the
+# neurons), count, distance of two tokens' values; then the threshold and the number of tokens.
 ARGUMENTS = (
     "x", "dense", "u", "a", "b", "down", "residual", "y", "workspace", "indices", "values", "count", "value_stride",
     "threshold", "n_tokens",
@@ -77,7 +77,9 @@ def make_threshold_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
         else:
             share, epoch = zeros(), 0
             if sums:
-                share, found, epoch = choose_and_add(shared, ws, x, dense, a, b, down, threshold, n_tokens, block, tid)
+                share, found, epoch = choose_and_add(
+                    shared, ws, x, dense, a, b, down, values, threshold, n_tokens, block, tid
+                )
                 if tid == 0:  # for those who ask how many neurons were active
                     dev.store_i32(ws + area.counts + block * 8, found)
             finish(shared, ws, epoch, share, residual, y, n_tokens, block, tid)

@@ -75,6 +75,8 @@ class Plan:
     deterministic : bool
         ``threshold``: deal all rows out beforehand, so that every sum has one order. Else a block that is faster claims
         more rows (``work_queue``). The other kinds are deterministic either way.
+    scaled : bool
+        ``threshold``: the score is the magnitude times a factor of the neuron, fp32.
     """
 
     kind: Kind
@@ -97,6 +99,7 @@ class Plan:
     value_dtype: str = "float32"
     trace: bool = False
     deterministic: bool = False
+    scaled: bool = False
 
     # geometry of a row ------------------------------------------------------------------------------------------------
     @property
@@ -236,6 +239,11 @@ class Plan:
         return max(self.depth, self.dense_packets // self.n_blocks // 2) if self.claims else self.dense_packets
 
     @property
+    def factor_places(self) -> int:
+        """Places for the factors of dense packets: one more than packets, as a packet is refilled while its factors are read."""
+        return self.depth + 1
+
+    @property
     def list_size(self) -> int:
         """Places of the circular list of ``threshold``, a power of 2: found and not yet used, or on their way."""
         most = RESERVE + self.neurons + (self.depth + 1) * self.rows + self.held
@@ -284,6 +292,7 @@ class Plan:
             "claims": (CLAIMS + 1) * 8 if self.claims else 0,
             "begins": self.depth * 4 if self.kind == "threshold" else 0,
             "next": 2 * 4 if self.claims else 0,
+            "factors": self.factor_places * self.rows * 4 if self.scaled else 0,
             "work": self.work_size * 4,
             "work_value": self.work_size * self.batch * 4 if self.kind in ("threshold", "down") else 0,
         }
@@ -340,6 +349,8 @@ class Plan:
             raise ValueError(f"activation {self.activation!r}: the CUDA kernels know silu and gelu_tanh")
         if (self.kind == "predictor") != (self.rank > 0):
             raise ValueError(f"rank={self.rank} of kind {self.kind}: a predictor, and nothing else, has a rank > 0")
+        if self.scaled and self.kind != "threshold":
+            raise ValueError(f"scaled of kind {self.kind}: only a threshold on a projection takes a factor a neuron")
         if self.batch not in (1, 2, 4, 8):
             raise ValueError(f"batch={self.batch}: a launch holds 1, 2, 4 or 8 tokens; pad with rows of zeros")
         if self.capability < (8, 0):

@@ -25,6 +25,35 @@ from kernels_numba.gpu.mlp.work_queue import make_clear_counter, make_packet_num
 _DENSE = 1  # kinds of packets in flight, 4 bits each: 0 nothing, 1 dense rows, 1 + n the rows of n neurons
 
 
+def make_factors(plan: Plan, dev: Any) -> SimpleNamespace:
+    """``copy(...)``: the factors of a dense packet's rows, on their way with the rows; ``score(...)``: of a row.
+
+    Behind the ring's copies a load would take 3 to 10 us. A faster warp refills the packet while others still look at its
+    factors, so ``turn`` runs through one place more than there are packets; the next barrier lies before its next use.
+    """
+    scaled, rows, depth, d_ff, first, at = plan.scaled, plan.rows, plan.depth, plan.d_ff, plan.clerk, plan.shared
+
+    @dev.device_function
+    def copy(shared, scale, turn, begin, tid):
+        if scaled and first <= tid < first + rows and begin + tid - first < d_ff:
+            i = tid - first
+            dev.copy4(shared + at.factors + (turn * rows + i) * 4, scale + (begin + i) * 4)
+
+    @dev.device_function
+    def score(shared, magnitude, turn, row):
+        if scaled:
+            magnitude *= dev.shared_load_f32(shared + at.factors + (turn * rows + row) * 4)
+        return magnitude
+
+    @dev.device_function
+    def next_turn(turn):
+        if scaled:
+            turn = turn + 1 if turn < depth else 0
+        return turn
+
+    return SimpleNamespace(copy=copy, score=score, next_turn=next_turn)
+
+
 def make_append(plan: Plan, dev: Any) -> Any:
     """``append(...)``: add the kept rows of a dense packet to the block's circular list; returns how many it has taken in all.
 
@@ -33,14 +62,15 @@ def make_append(plan: Plan, dev: Any) -> Any:
     """
     tokens, width, mask, d_ff = plan.batch, 32 // plan.dense_sums, plan.list_size - 1, plan.d_ff
     activation, gate, at, area = make_activation(plan, dev), plan.first == "gate", plan.shared, plan.workspace
+    score = make_factors(plan, dev).score
 
     @dev.device_function
-    def append(shared, workspace, total, begin, found, threshold, n_tokens, tid):
+    def append(shared, workspace, total, begin, turn, found, threshold, n_tokens, tid):
         lane = tid & 31
         number, part = lane // width, lane % width
         row, token = number // tokens, number % tokens
         value = activation(total) if gate else total
-        wanted = begin + row < d_ff and token < n_tokens and not (abs(value) < threshold)
+        wanted = begin + row < d_ff and token < n_tokens and not (score(shared, abs(value), turn, row) < threshold)
         bits = dev.ballot(wanted and part == 0)
         keepers = 0
         for t in range(tokens):
@@ -101,9 +131,10 @@ def make_fill(plan: Plan, dev: Any) -> Any:
     """``fill(...)``: the first dense packets of the block; returns the kinds of the packets in flight."""
     rows, depth, d_ff, n_blocks = plan.rows, plan.depth, plan.d_ff, plan.n_blocks
     packet_bytes, at, clerk, copy_rows = plan.packet_bytes, plan.shared, plan.clerk, make_ring(plan, dev).copy_rows
+    copy_factors = make_factors(plan, dev).copy
 
     @dev.device_function
-    def fill(shared, dense_rows, block, tid):
+    def fill(shared, dense_rows, scale, block, tid):
         kinds = 0
         for p in range(depth):
             begin = (block + p * n_blocks) * rows
@@ -111,6 +142,7 @@ def make_fill(plan: Plan, dev: Any) -> Any:
                 dev.shared_store_i32(shared + at.begins + p * 4, begin)
             if begin < d_ff:
                 copy_rows(shared + at.ring + p * packet_bytes, dense_rows, 0, 1, begin, d_ff, tid)
+                copy_factors(shared, scale, p, begin, tid)
                 kinds |= _DENSE << (4 * p)
             dev.copy_commit()
         return kinds
@@ -125,10 +157,10 @@ def make_begin(plan: Plan, dev: Any) -> Any:
     load_x, copy_x, clear_counter = tokens.load_x, tokens.copy_x, make_clear_counter(plan, dev)
 
     @dev.device_function
-    def begin(shared, workspace, x, dense_rows, n_tokens, block, tid):
+    def begin(shared, workspace, x, dense_rows, scale, n_tokens, block, tid):
         if not overlap:
             copy_x(shared, x, n_tokens, tid)
-        kinds = fill(shared, dense_rows, block, tid)
+        kinds = fill(shared, dense_rows, scale, block, tid)
         if overlap:
             dev.grid_dependency_wait()
         epoch = read_epoch(workspace, block)
@@ -146,11 +178,13 @@ def make_refill(plan: Plan, dev: Any) -> Any:
     rows, neurons, d_ff, packets, at = plan.rows, plan.neurons, plan.d_ff, plan.dense_packets, plan.shared
     newest, enough, clerk = 4 * (plan.depth - 1), RESERVE + plan.neurons, plan.clerk
     copy_rows, copy_found = make_ring(plan, dev).copy_rows, make_copy_found(plan, dev)
-    numbers = make_packet_numbers(plan, dev)
+    numbers, copy_factors, depth = make_packet_numbers(plan, dev), make_factors(plan, dev).copy, plan.depth
     note, number = numbers.note, numbers.number
 
     @dev.device_function
-    def refill(shared, packet, ring, kinds, waiting, begun, issued, following, dense_rows, a, b, down, block, tid):
+    def refill(
+        shared, packet, ring, turn, kinds, waiting, begun, issued, following, dense_rows, a, b, down, scale, block, tid
+    ):
         if waiting >= enough or (waiting > 0 and following >= packets):
             n = min(waiting, neurons)
             copy_found(shared, packet, begun, n, a, b, down, tid)
@@ -160,6 +194,7 @@ def make_refill(plan: Plan, dev: Any) -> Any:
             kinds |= (_DENSE + n) << newest
         elif following < packets:
             copy_rows(packet, dense_rows, 0, 1, following * rows, d_ff, tid)
+            copy_factors(shared, scale, turn - 1 if turn > 0 else depth, following * rows, tid)
             kinds |= _DENSE << newest
             issued += 1
             if tid == clerk:
@@ -179,13 +214,14 @@ def make_choose_and_add(plan: Plan, dev: Any) -> Any:
     start, refill, append = make_begin(plan, dev), make_refill(plan, dev), make_append(plan, dev)
     use, numbers, sync = make_use(plan, dev), make_packet_numbers(plan, dev), make_sync(plan, dev)
     dense, sparse, note, number = use.dense, use.sparse, numbers.note, numbers.number
+    next_turn = make_factors(plan, dev).next_turn
     zeros = dev.make_zeros(plan.batch * plan.chunks * plan.vector)
     wait, drain = dev.make_copy_wait(plan.depth - 1), dev.make_copy_wait(0)
 
     @dev.device_function
-    def choose_and_add(shared, workspace, x, dense_rows, a, b, down, threshold, n_tokens, block, tid):
-        kinds, epoch = start(shared, workspace, x, dense_rows, n_tokens, block, tid)
-        y, ring, parity, issued, found, begun, following = zeros(), 0, 0, depth, 0, 0, 0
+    def choose_and_add(shared, workspace, x, dense_rows, a, b, down, scale, threshold, n_tokens, block, tid):
+        kinds, epoch = start(shared, workspace, x, dense_rows, scale, n_tokens, block, tid)
+        y, ring, turn, parity, issued, found, begun, following = zeros(), 0, 0, 0, depth, 0, 0, 0
         if tid == clerk:
             note(shared, issued, block)
         sync()
@@ -203,11 +239,27 @@ def make_choose_and_add(plan: Plan, dev: Any) -> Any:
             following = number(shared, issued, block)
             kinds, parity = kinds >> 4, parity ^ 1
             kinds, begun, issued = refill(
-                shared, packet, ring, kinds, waiting, begun, issued, following, dense_rows, a, b, down, block, tid
+                shared,
+                packet,
+                ring,
+                turn,
+                kinds,
+                waiting,
+                begun,
+                issued,
+                following,
+                dense_rows,
+                a,
+                b,
+                down,
+                scale,
+                block,
+                tid,
             )
             ring = ring + 1 if ring + 1 < depth else 0
             if kind == _DENSE:
-                found = append(shared, workspace, total, begin, found, threshold, n_tokens, tid)
+                found = append(shared, workspace, total, begin, turn, found, threshold, n_tokens, tid)
+            turn = next_turn(turn)
             if depth == 1:
                 sync()  # with more in flight another packet's barrier comes before ``begin`` is read
         drain()  # the sum of y uses the ring's memory

@@ -34,6 +34,7 @@ SPIN_LIMIT = -1  # wait for the other blocks as long as it takes
 copy_commit = instruction("cp.async.commit_group;", types.void)
 launch_dependents = instruction("griddepcontrol.launch_dependents;", types.void)
 grid_dependency_wait = instruction("griddepcontrol.wait;", types.void)
+copy4 = instruction("cp.async.ca.shared.global [$0], [$1], 4;", types.void, types.int64, types.int64, shared=True)
 
 
 def make_barrier(threads: int) -> Callable[..., Any]:
