@@ -166,7 +166,7 @@ def default_methods() -> list[str]:
     found = [
         name
         for name, one in methods
-        if "none" in one.modes or (one.first_projection is not None and not one.needs_calibration)
+        if "none" in one.modes or (one.first_projection is not None and not one.factors)
     ]
     return [*found, GIVEN]
 

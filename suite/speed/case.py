@@ -73,7 +73,7 @@ def kernel_of(method: str) -> Kernel:
     if "practical" in cls.modes:
         if cls.needs_predictor:
             return Kernel.PREDICTOR
-        if cls.first_projection in ("gate", "up") and not cls().needs_calibration:
+        if cls.first_projection in ("gate", "up") and not cls().factors:
             return Kernel.THRESHOLD
         if cls.first_projection:
             raise InputError(f"method {method!r}: no kernel computes its score; leave it out of the speed cases")
