@@ -234,7 +234,7 @@ def verify(
 @app.command()
 def benchmark(
     shape: Annotated[list[str] | None, typer.Option(help="Shape of the layer. Repeatable.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="dense, cats, m-countdown, given. Repeatable.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Registry name, module:Class, or given. Repeatable.")] = None,
     sparsity: Annotated[
         list[float] | None, typer.Option(parser=_number, metavar="S", help="Share of neurons skipped. Repeatable.")
     ] = None,

@@ -21,14 +21,14 @@ _HOUSE = ("suite", "kernels_numba", "baselines")
 _TABLES = {"suite.registry": ("METHODS",), "suite": ("__version__", "_PUBLIC")}
 ANALYSIS = "suite.analysis.coefficients"
 REPORT = "suite.report.page"
-# The worker does the work of all cells. Its modules that serve some kinds alone count for those; what a fit was made by is
+# The worker does the work of all cells. Its modules that serve one kind alone count for that; what a fit was made by is
 # known to the accuracy cells, a timing takes it as it is.
 WORKER = "suite.runs.work.worker"
-WORK: dict[str, tuple[str, ...]] = {
-    "suite.runs.work.accuracy": ("accuracy",),
-    "suite.runs.work.fits": ("accuracy",),
-    "suite.runs.work.analysis": ("analysis",),
-    "suite.runs.work.speed": ("speed",),
+WORK = {
+    "suite.runs.work.accuracy": "accuracy",
+    "suite.runs.work.fits": "accuracy",
+    "suite.runs.work.analysis": "analysis",
+    "suite.runs.work.speed": "speed",
 }
 # Kernels for decode steps, which accuracy and its analysis never call: both are always masked. What decides so is hashed,
 # what it would import is not followed; the kernel that selects for the masked backend is `suite.methods.base`'s own.
@@ -44,7 +44,7 @@ def cell_hash(kind: str, methods: tuple[str, ...]) -> str:
 
 def others(kind: str) -> tuple[str, ...]:
     """Modules of the worker's that serve other kinds of cells alone."""
-    return tuple(module for module, kinds in WORK.items() if kind not in kinds)
+    return tuple(module for module, own in WORK.items() if own != kind)
 
 
 @cache

@@ -19,12 +19,12 @@ MAX_BYTES = 2**30  # of a file's text: what a few megabytes of gzip can hold wou
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; a name that no file can have is no error but False."""
+    """Whether there is such a file; a name that no file can have is not an error but False."""
     return os.path.isfile(path)  # noqa: PTH113  Path.is_file raises for a name that is too long
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is such a folder; a name that no folder can have is no error but False."""
+    """Whether there is such a folder; a name that no folder can have is not an error but False."""
     return os.path.isdir(path)  # noqa: PTH112  Path.is_dir raises for a name that is too long
 
 
@@ -74,7 +74,7 @@ def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises
     ------
     InputError
-        Unreadable file, or a line (named) that is no JSON object, holds half of a surrogate pair, a number of thousands
+        Unreadable file, or a line (named) that is not a JSON object, holds half of a surrogate pair, a number of thousands
         of digits, or brackets too deep.
     """
     for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would cut strings at U+2028 and U+0085

@@ -41,7 +41,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         what = "no such folder" if not folder.is_dir() else f"it has no {NAME}"
-        raise InputError(f"{folder} is no run folder: {what}; `countdown-suite ls runs` lists them") from error
+        raise InputError(f"{folder} is not a run folder: {what}; `countdown-suite ls runs` lists them") from error
     except RecursionError as error:
         raise InputError(f"{path} is broken: brackets are nested too deep; {_REMEDY}") from error
     except (OSError, ValueError) as error:

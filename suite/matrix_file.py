@@ -1,4 +1,4 @@
-"""Reads the YAML file of a matrix: what is no YAML, or would grow without end, is one line with its place."""
+"""Reads the YAML file of a matrix: what is not YAML, or would grow without end, is one line with its place."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def method_class(name: str) -> type[Method]:
     Raises
     ------
     InputError
-        Unknown name, module that does not import, or a class that is no Method.
+        Unknown name, module that does not import, or a class that is not a Method.
     """
     target = METHODS.get(name, name)
     if ":" not in target:
@@ -51,7 +51,7 @@ def method_class(name: str) -> type[Method]:
     from suite.methods.base import Method
 
     if not (isinstance(found, type) and issubclass(found, Method)):
-        raise InputError(f"method {name!r} is no subclass of suite.methods.base.Method")
+        raise InputError(f"method {name!r} is not a subclass of suite.methods.base.Method")
     return found
 
 

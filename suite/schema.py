@@ -51,24 +51,22 @@ class Column:
         ValueError
             It is not of the column's kind.
         """
-        if self.kind in ("text", "listed") or not text:
-            return text if self.kind in ("text", "listed") else None
-        if self.kind == "flag":
-            return {"true": True, "false": False}[text] if text in ("true", "false") else _refuse(text)
-        number = float(text)
-        if self.kind in ("number", "exact"):
-            return number
-        return int(number) if number.is_integer() else _refuse(text)
+        if self.kind in ("text", "listed"):
+            return text
+        if not text:
+            return None
+        value: Any = {"true": True, "false": False}.get(text) if self.kind == "flag" else float(text)
+        if self.kind in ("count", "whole"):
+            value = int(value) if value.is_integer() else None
+        if value is None:
+            raise ValueError(f"{text!r} is not {'true or false' if self.kind == 'flag' else 'a whole number'}")
+        return value
 
     def text(self, value: Any) -> str:
         """Text of a cell: the same on every machine."""
         if self.kind == "exact" and value is not None:
             return repr(float(value))
         return cell_text(value)
-
-
-def _refuse(text: str) -> Any:
-    raise ValueError(f"{text!r} is not of the column's kind")
 
 
 def cell_text(value: Any) -> str:

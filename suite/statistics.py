@@ -2,7 +2,7 @@
 
 Convention: a document carries a value and a weight, and the statistic is ``sum(value) / sum(weight)``, then ``exp`` for
 metrics named ``*perplexity`` (value: negative log-likelihood, weight: tokens, words or bytes), ``/ ln 2`` for
-``bits_per_byte``, unchanged otherwise (weight 1). Documents made from one template are no independent draws: they are
+``bits_per_byte``, unchanged otherwise (weight 1). Documents made from one template are not independent draws: they are
 summed first, and the template is what is resampled.
 
 Intervals are 95 % percentile bootstrap intervals, every system on the same resampled documents, each task's documents
@@ -147,7 +147,7 @@ def resample_items(
     seed: int = 0,
     longest_s: float = math.inf,
 ) -> FloatArray | None:
-    """Values that an aggregation gives of resampled documents, for metrics that are no sums over documents.
+    """Values that an aggregation gives of resampled documents, for metrics that are not sums over documents.
 
     Draws are those of :meth:`Units.resampled_means`, so that two systems' values of one resample are of the same
     documents and may be subtracted.

@@ -34,13 +34,13 @@ def block(**changes: Any) -> dict[str, Any]:
 MATRICES: dict[str, tuple[Any, list[str]]] = {
     "unknown method": (block(methods=["m-countdwn"]), ["'m-countdwn'", "did you mean 'm-countdown'"]),
     "method that does not import": (block(methods=["no_module:X"]), ["accuracy.0.methods", "no_module", "PYTHONPATH"]),
-    "method that is no method": (block(methods=["json:loads"]), ["json:loads", "Method"]),
+    "method that is not a method": (block(methods=["json:loads"]), ["json:loads", "Method"]),
     "unknown method parameter": (
         block(methods=[{"name": "random", "params": {"sed": 1}}]),
         ["'sed'", "did you mean 'seed'"],
     ),
     "sparsity as parameter": (block(methods=[{"name": "cats", "params": {"sparsity": 0.5}}]), ["sparsities"]),
-    "parameter that is no JSON": (
+    "parameter that is not JSON": (
         block(methods=[{"name": "random", "params": {"seed": {1, 2}}}]),
         ["params of method 'random'"],
     ),
@@ -158,7 +158,7 @@ def test_bad_matrix(folder, capsys, name, verb):
     assert not (folder / "results").exists()
 
 
-# A file of the matrix that is no matrix: its bytes -> what the line must say
+# A file of the matrix that is not a matrix: its bytes -> what the line must say
 FILES: dict[str, tuple[bytes, list[str]]] = {
     "empty": (b"", ["bad.yaml", "empty"]),
     "broken YAML": (b"name: x\nmodels: [a\nseeds: 1\n", ["bad.yaml", "line 3", "broken YAML"]),
@@ -193,7 +193,10 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "only nothing": (["check", "embedded", "--only", "quality"], ["--only 'quality'", "accuracy or speed"]),
     "rerun unknown": (["run", "embedded", "--rerun", "fail"], ["--rerun 'fail'", "did you mean 'failed'"]),
     "batch size no number": (["run", "embedded", "--batch-size", "big"], ["batch-size", "'big': must be a whole"]),
-    "data folder that is no folder": (["check", "embedded", "--data-dir", "/no"], ["data folder /no", "give the one"]),
+    "data folder that is not a folder": (
+        ["check", "embedded", "--data-dir", "/no"],
+        ["data folder /no", "give the one"],
+    ),
     "sparsity no number": (["benchmark", "--sparsity", "most"], ["sparsity", "'most' is not a number"]),
     "sparsity out of range": (["benchmark", "--sparsity", "1.2"], ["speed.0.sparsities.0", "got 1.2"]),
     "device unknown": (["check", "embedded", "--device", "tpu"], ["device", "'tpu'"]),
@@ -283,7 +286,7 @@ ROW = {"id": "1", "question": "q", "choices": {"text": ["a", "b"], "label": ["A"
 # Data of arc_easy that cannot be read
 DATA: dict[str, tuple[bytes, list[str]]] = {
     "broken line": (json.dumps(ROW).encode() + b'\n{"id": 2, \n', ["test.jsonl line 2", "broken JSON"]),
-    "line that is no object": (b"[1, 2]\n", ["test.jsonl line 1", "JSON object"]),
+    "line that is not an object": (b"[1, 2]\n", ["test.jsonl line 1", "JSON object"]),
     "empty": (b"", ["test.jsonl", "empty"]),
     "no text": (b"\xff\xfe\xff", ["test.jsonl"]),
 }
@@ -345,7 +348,7 @@ def test_broken_manifest(folder, capsys, text):
 
 
 def test_results_folder_that_cannot_be_made(folder, capsys, monkeypatch):
-    """A file stands where the results folder should be (root may write anywhere, so a read-only folder is no test)."""
+    """A file stands where the results folder should be (root may write anywhere, so a read-only folder is not a test)."""
     (folder / "results").write_text("a file")
     (folder / "m.yaml").write_text(yaml.dump(GOOD))
     found = main(["run", "m.yaml"])

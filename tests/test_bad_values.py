@@ -164,7 +164,7 @@ MODULES: dict[str, tuple[str, str]] = {
     "endless recursion": ("def f(): f()\nf()\n", "RecursionError"),
     "import of nothing": ("import no_such_module\n", "no_such_module"),
     "without the class": ("x = 1\n", "has no 'Mine'"),
-    "no class": ("Mine = 3\n", "no subclass"),
+    "no class": ("Mine = 3\n", "not a subclass"),
     "abstract": ("from suite.methods.base import Method\nclass Mine(Method):\n    name = 'mine'\n", "TypeError"),
     "refusing": (
         "from dataclasses import dataclass\nfrom suite.methods.base import Method\n@dataclass(frozen=True, kw_only=True)\n"

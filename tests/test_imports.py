@@ -1,14 +1,7 @@
 """No circle of imports in the tree, those inside functions included."""
 
-import ast
-from pathlib import Path
-
 import grimp
 import pytest
-
-from suite.registry import METHODS
-
-ROOT = Path(__file__).parents[1]
 
 
 def circles(imports):
@@ -53,14 +46,3 @@ def test_no_module_imports_itself_by_way_of_others():
 )
 def test_circles_are_found(imports, found):
     assert circles(imports) == found
-
-
-def test_speed_and_decoding_name_no_method():
-    """They ask the contract: what a name in quotes decides, a method of somebody else's cannot have."""
-    named = []
-    for room in ("speed", "decoding"):
-        for path in sorted((ROOT / "suite" / room).glob("*.py")):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Constant) and node.value in METHODS:
-                    named.append(f"{room}/{path.name}:{node.lineno}: {node.value!r}")
-    assert named == []

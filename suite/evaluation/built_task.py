@@ -89,7 +89,7 @@ def _reason(error: Exception) -> str:
 
 
 def _remedy(spec: TaskSpec) -> str:
-    """What helps where the data of the hub cannot be had; nothing for files of the user's own."""
+    """What helps where the data of the hub cannot be loaded; nothing for files of the user's own."""
     if spec.source != "hub":
         return ""
     return "; offline? give --data-dir" if spec.name in LOCAL_TASKS else "; offline? fill the hub's cache while online"
@@ -198,7 +198,7 @@ class BuiltTask:
         return None if found is None else bool(found)
 
     def _label(self, doc_id: int, document: Any) -> str:
-        ours = self.spec.source == "pack"  # a column of that name in other data is no template of generated items
+        ours = self.spec.source == "pack"  # a column of that name in other data is not a template of generated items
         template = document.get("template") if ours else None
         index = str(self.documents[doc_id])
         return f"{template}/{index}" if template else index
@@ -216,7 +216,7 @@ class BuiltTask:
 
     @functools.cached_property
     def choices(self) -> dict[str, tuple[int, int]]:
-        """Number of choices and of right ones by document; empty for what is no multiple choice."""
+        """Number of choices and of right ones by document; empty for what is not multiple choice."""
         if self.task.OUTPUT_TYPE != "multiple_choice" or callable(self.task.config.process_results):
             return {}
         documents = {i.doc_id: i.doc for i in self.task.instances}

@@ -41,7 +41,7 @@ class Evaluator:
     Raises
     ------
     InputError
-        A batch size that is no whole number of at least 1.
+        A batch size that is not a whole number of at least 1.
     """
 
     def __init__(self, loaded: LoadedModel, *, batch_size: int = 16, seed: int = 0) -> None:

@@ -66,7 +66,7 @@ def expand_name(name: str, include_path: str | Path | None = None) -> Expansion:
     Raises
     ------
     InputError
-        A pattern that matches nothing, a group that contains itself or has members that are no tasks, or one that
+        A pattern that matches nothing, a group that contains itself or has members that are not tasks, or one that
         changes its tasks.
     """
     if is_task(name, include_path):
@@ -130,7 +130,9 @@ class _Walk:
         entry = self._index.find(name)
         kind = "TASK" if entry is None else entry.kind.name
         if entry is None and not (not above or is_task(name)):
-            raise InputError(f"group {above[-1]}: member {name!r} is no task, group or tag; give it a YAML of its own")
+            raise InputError(
+                f"group {above[-1]}: member {name!r} is not a task, group or tag; give it a YAML of its own"
+            )
         if kind == "GROUP":
             yield from self._members(name, entry.cfg, given, above)
         elif kind == "TAG":
@@ -161,7 +163,7 @@ class _Walk:
                 inner = str(member.get("group", member.get("task")))
                 found += self.leaves(inner, common | dict(member), (*above, name))
             else:
-                raise InputError(f"group {name}: member {member!r} is no name of a task or group")
+                raise InputError(f"group {name}: member {member!r} is not the name of a task or group")
         self._groups[name] = _group(name, config, found)
         yield from found
 

@@ -109,7 +109,7 @@ class SuiteLM(HFLM):
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Log-likelihood of whole documents over disjoint windows; every position is in scope (PROTOCOL section 3)."""
+        """Log-likelihood of whole documents over disjoint windows; every position is in scope."""
         if "loglikelihood_rolling" not in self.plans:
             self.plans["loglikelihood_rolling"] = Plan([w for request in requests for w in self._windows(request)])
         plan = self.plans["loglikelihood_rolling"]

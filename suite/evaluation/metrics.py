@@ -79,7 +79,7 @@ class Items:
         Raises
         ------
         CellError
-            The aggregation fails on the items, or what it gives is no finite number.
+            The aggregation fails on the items, or what it gives is not a finite number.
         """
         with warnings.catch_warnings():  # of classes that no document, or no resampled one, is predicted to be in
             warnings.simplefilter("ignore")
@@ -121,7 +121,7 @@ class Items:
 def collect(
     task: Task, raw: Mapping[tuple[str, str], Sequence[tuple[str, Any]]]
 ) -> dict[tuple[str, str], list[Sample] | Items]:
-    """Per (metric, filter) samples, or items where the value is no sum over documents.
+    """Per (metric, filter) samples, or items where the value is not a sum over documents.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""decode_perplexity: perplexity as generation sees it, with KL and top-1 agreement to dense (PROTOCOL section 3)."""
+"""decode_perplexity: perplexity as generation sees it, with KL and top-1 agreement to dense."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Request:
     offset: int = 0
 
     def first_sparse(self, scope: Scope) -> int:
-        """Index of the first input in scope (PROTOCOL: ``scored`` = n_inputs - n_targets, ``paper`` one later)."""
+        """Index of the first input in scope (``scored`` = n_inputs - n_targets, ``paper`` one later)."""
         start = {"all": 0, "scored": self.n_context}
         return start.get(scope, self.n_context + 1)
 

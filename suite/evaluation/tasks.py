@@ -19,7 +19,7 @@ Source = Literal["pack", "data_dir", "hub", "include", "text"]
 PACK_DIR = Path(__file__).parent / "pack"
 PACK_TASKS = ("pack_grammar", "pack_knowledge", "pack_last_word", "pack_generation")
 DECODE_PERPLEXITY = "decode_perplexity"
-WINDOW, SPLIT = 2048, 0.5  # tokens of a window, and its dense unscored share (PROTOCOL: first half)
+WINDOW, SPLIT = 2048, 0.5  # tokens of a window, and its dense unscored share (its first half)
 ROLLING_TASKS = ("wikitext",)  # perplexity of whole documents over disjoint windows
 
 

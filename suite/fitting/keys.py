@@ -15,7 +15,8 @@ from suite.registry import did_you_mean, get_method
 Estimator = Literal["calibrated", "mean-kth", "pooled-quantile"]
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
-# Counts up when the way thresholds are fitted changes what comes out.
+# Count up when the way of fitting changes what comes out. By hand, where the keys of cells follow from the source: a fit takes
+# minutes to hours, and is carried to machines with other code.
 _VERSION = 1
 _PREDICTOR_VERSION = 1
 

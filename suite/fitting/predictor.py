@@ -289,7 +289,7 @@ class _Fitter:
 
     def _meta(self, method: Method, layers: list[dict[str, float]]) -> dict[str, Any]:
         calibration = self._calibration
-        realized = [values["sparsity_realized"] for values in layers]
+        realised = [values["sparsity_realized"] for values in layers]
         return {
             "model": self._loaded.ref.name,
             "model_fingerprint": self._fingerprint,
@@ -304,8 +304,8 @@ class _Fitter:
             "max_tokens": calibration.max_tokens,
             "n_tokens": sum(map(len, self._windows.train)),
             "held_out_tokens": sum(map(len, self._windows.check)),
-            "held_out_sparsity": realized,
-            "held_out_sparsity_mean": math.fsum(realized) / len(realized),
+            "held_out_sparsity": realised,
+            "held_out_sparsity_mean": math.fsum(realised) / len(realised),
             "layers": layers,
             "seed": self._seed,
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},

@@ -79,7 +79,7 @@ def fit(
     known = calibrated_layers(extras, torch.device(loaded.device))
     fitter = ThresholdFitter(loaded, method, calibrated=known)
     thresholds = fitter.fit(windows.fit, estimator)
-    held_out = fitter.realized(windows.held_out, thresholds)
+    held_out = fitter.realised(windows.held_out, thresholds)
     fingerprint = weights_fingerprint(loaded.ref)
     return Fit(
         method=method.name,
@@ -150,7 +150,7 @@ class ThresholdFitter:
             return self._pooled_quantile(windows, _keep_all)
         return self._calibrate(windows)
 
-    def realized(self, windows: Sequence[list[int]], thresholds: Tensor) -> list[LayerSparsity]:
+    def realised(self, windows: Sequence[list[int]], thresholds: Tensor) -> list[LayerSparsity]:
         """Sparsity that the thresholds realise, every token sparse."""
         return self._run(windows, threshold_selection(self._method, thresholds))
 

@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 _TERNARY_BYTES = 0.25  # of an entry: two bits
 
 
-def read_share(method: type[Method] | None, realized: float) -> float:
+def read_share(method: type[Method] | None, realised: float) -> float:
     """Weights read over the dense layer's at one realised sparsity, without a predictor's; 1 for dense, whose sparsity is 0.
 
     Parameters
     ----------
     method : what its contract says; None for an active set that is given
-    realized : share of the entries of its sites that are not used
+    realised : share of the entries of its sites that are not used
     """
-    return 1 - realized if method is None else share_of_sites(method, dict.fromkeys(method.sites, realized))
+    return 1 - realised if method is None else share_of_sites(method, dict.fromkeys(method.sites, realised))
 
 
-def share_of_sites(method: type[Method], realized: Mapping[SiteName, float]) -> float:
+def share_of_sites(method: type[Method], realised: Mapping[SiteName, float]) -> float:
     """The same at a realised sparsity of each site: rows of gate and up for its neurons, columns for its inputs."""
-    neurons, inputs = 1 - realized.get(NEURONS, 0.0), 1 - realized.get("mlp.input", 0.0)
+    neurons, inputs = 1 - realised.get(NEURONS, 0.0), 1 - realised.get("mlp.input", 0.0)
     dense = {None: 0, "both": 2}.get(method.first_projection, 1)  # of gate and up, whose neurons are all computed
     return (inputs * (dense + (2 - dense) * neurons) + neurons) / 3
 

@@ -104,9 +104,9 @@ class Attached:
         for layer in self._layers:
             for counter in layer.counters.values():
                 site, n_tokens, kept = counter.site, int(counter.n_tokens), int(counter.kept)
-                realized = 1 - kept / (n_tokens * site.width) if n_tokens else math.nan
+                realised = 1 - kept / (n_tokens * site.width) if n_tokens else math.nan
                 threshold = self._thresholds.get((site.name, site.layer))
-                found.append(LayerSparsity(site.layer, site.name, threshold, realized, n_tokens))
+                found.append(LayerSparsity(site.layer, site.name, threshold, realised, n_tokens))
         return found
 
     def reset(self) -> None:
@@ -116,7 +116,7 @@ class Attached:
                 counter.reset()
 
     @property
-    def realized(self) -> float:
+    def realised(self) -> float:
         """Mean over the layers and sites of their realised sparsity; NaN before the first token in scope."""
         found = self.sparsity()
         return math.fsum(layer.sparsity_realized for layer in found) / len(found)

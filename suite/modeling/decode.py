@@ -19,7 +19,8 @@ from suite.modeling.modes import PredictorState
 if TYPE_CHECKING:
     from suite.modeling.scope import Tokens
 
-_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16, torch.float32)}
+# of the weights that there are kernels for, by device
+KERNEL_DTYPES: dict[str, tuple[str, ...]] = {"cpu": ("float32",), "cuda": ("bfloat16", "float16", "float32")}
 Listing = Callable[[Tensor], tuple[Tensor, Tensor, int | Tensor]]
 # A graph replays launches on a layer's workspace and transposed W_down: who captured one may replay it as long as the
 # model's own weights exist.
@@ -147,11 +148,10 @@ def why_not_numba(model: nn.Module, method: Method, mode: Mode, state: object) -
     if len(devices) > 1:
         return f"the model lies on {len(devices)} devices"
     device = devices.pop()
-    if device.type not in _DTYPES:
+    if device.type not in KERNEL_DTYPES:
         return f"there are kernels for cpu and cuda, the model is on {device}"
-    if not dtypes <= set(_DTYPES[device.type]):
-        known = ", ".join(dtype_name(dtype) for dtype in _DTYPES[device.type])
-        return f"its kernels on {device.type} are for {known}"
+    if not {dtype_name(dtype) for dtype in dtypes} <= set(KERNEL_DTYPES[device.type]):
+        return f"its kernels on {device.type} are for {', '.join(KERNEL_DTYPES[device.type])}"
     if reason := next(filter(None, (mlp.why_not_plain() for mlp in mlps)), ""):
         return f"its kernels compute from the weights alone, and {reason}"
     if any(mlp.has_bias() for mlp in mlps):

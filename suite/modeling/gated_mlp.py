@@ -72,7 +72,7 @@ class GatedMLP:
         return self._weight("gate_proj"), self._weight("up_proj"), down
 
     def _weight(self, name: str) -> Tensor:
-        """As an attribute: a parametrised weight is no parameter."""
+        """As an attribute: a parametrised weight is not a parameter."""
         weight: Tensor = self.module.get_submodule(name).weight  # type: ignore[assignment]
         return weight
 
@@ -193,7 +193,7 @@ def _layer_count(model: nn.Module) -> int:
     """Decoder layers the model says it has."""
     config = getattr(model, "config", None)
     if config is None:
-        raise InputError(f"model {type(model).__name__} is no Hugging Face model: it has no config")
+        raise InputError(f"model {type(model).__name__} is not a Hugging Face model: it has no config")
     return int(getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0))
 
 

@@ -49,7 +49,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
     Raises
     ------
     InputError
-        The file cannot be read, is empty, is no GGUF file, or is truncated.
+        The file cannot be read, is empty, is not a GGUF file, or is truncated.
     """
     try:
         size = path.stat().st_size
@@ -57,7 +57,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
             raise InputError(f"model file {path} is empty: download it again")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if data[:4] != b"GGUF":
-                raise InputError(f"model file {path} is no GGUF file: it does not begin with 'GGUF'")
+                raise InputError(f"model file {path} is not a GGUF file: it does not begin with 'GGUF'")
             try:
                 header = _Reader(data, path).header()
             except (struct.error, IndexError, UnicodeDecodeError, MemoryError, OverflowError, RecursionError) as error:

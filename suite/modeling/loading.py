@@ -46,7 +46,7 @@ def prepare_model(spec: str | ModelRef, progress: Progress | None = None) -> Mod
     Raises
     ------
     InputError
-        The model cannot be had; the message says what to do.
+        The model cannot be loaded; the message says what to do.
     """
     ref = resolve_model(spec) if isinstance(spec, str) else spec
     if ref.kind in ("embedded", "gguf") and ref.path is not None:
@@ -95,7 +95,7 @@ def load_model(
     Raises
     ------
     InputError
-        Unknown dtype, device that is not there, model that cannot be had or has no gated MLP.
+        Unknown dtype, device that is not there, model that cannot be loaded or has no gated MLP.
     """
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}{did_you_mean(dtype, DTYPES)}")

@@ -152,14 +152,14 @@ def _past_length(cache: Any, width: int) -> int | None:
 
 
 def _valid(mask: Any, past: int | None, width: int) -> Tensor | None:
-    """Which tokens of this pass are no padding, shape (batch, width), bool; None for all."""
+    """Which tokens of this pass are not padding, shape (batch, width), bool; None for all."""
     if isinstance(mask, Mapping):  # one mask for each kind of attention layer
         mask = next(iter(mask.values()))
     if mask is None or width == 1:
         return None
     if mask.ndim == 2:
         return mask[:, -width:].bool()
-    # (batch, 1, width, keys) as generate() makes it for a static cache: a token that is no padding sees itself
+    # (batch, 1, width, keys) as generate() makes it for a static cache: a token that is not padding sees itself
     start = past or 0
     seen = torch.diagonal(mask[:, 0, :, start : start + width], dim1=-2, dim2=-1)
     return seen if seen.dtype == torch.bool else seen == 0
@@ -181,7 +181,7 @@ def _positions(
 
 
 def _last_only(valid: Tensor | None, batch: int, width: int, device: torch.device) -> Tensor:
-    """The last token of each row that is no padding."""
+    """The last token of each row that is not padding."""
     if valid is None:
         valid = torch.ones(batch, width, dtype=torch.bool, device=device)
     after = valid.flip(-1).long().cumsum(-1).flip(-1)

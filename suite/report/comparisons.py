@@ -46,8 +46,7 @@ class Row:
     @property
     def is_unequal(self) -> bool:
         """Whether one of them is practical and they realise sparsities more than .01 apart: no fair comparison."""
-        practical = "practical" in (self.one.setting["mode"], self.other.setting["mode"])
-        return practical and are_unequal(self.one, self.other)
+        return are_unequal(self.one, self.other)
 
 
 def p_value(found: Interval) -> float | None:
@@ -122,7 +121,7 @@ def _compared_texts(quality: Quality, one: Average, other: Average, _tasks: Sequ
 
 
 def corrected(rows: Sequence[Row]) -> dict[tuple[int, str], float]:
-    """Holm-adjusted p-values of a family by (row, column); rows of unequal realised sparsity are no comparisons."""
+    """Holm-adjusted p-values of a family by (row, column); rows of unequal realised sparsity are not comparisons."""
     tests = [
         ((number, column), comparison.p_value)
         for number, row in enumerate(rows)

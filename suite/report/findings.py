@@ -44,7 +44,7 @@ def summary(material: Material) -> str:
         *_analysis_lines(material.results),
         *_quality_lines(quality),
         *_perplexity_lines(quality),
-        *_realized_lines(quality),
+        *_realised_lines(quality),
     ]
     lines += _speed_lines(material.speed)
     return "".join(f"* {line}\n" for line in lines) or "* No finished cell yet.\n"
@@ -155,17 +155,17 @@ def _perplexity_lines(quality: Quality) -> list[str]:
     return [_nested(f"{text_title(task)}, lowest first:", lines) for task, lines in by_task.items()]
 
 
-def _realized_lines(quality: Quality) -> list[str]:
+def _realised_lines(quality: Quality) -> list[str]:
     worst: tuple[float, Average] | None = None
     pairs = []
     for _, settings in quality.summary_blocks:
-        practical = [s for s in settings if s.setting["mode"] == "practical" and s.realized is not None]
+        practical = [s for s in settings if s.setting["mode"] == "practical" and s.realised is not None]
         for one in practical:
-            gap = abs((one.realized or 0.0) - float(one.setting["sparsity_target"]))
+            gap = abs((one.realised or 0.0) - float(one.setting["sparsity_target"]))
             if worst is None or gap > worst[0]:
                 worst = (gap, one)
         pairs += [
-            f"{a.label} {a.realized:.3f} and {b.label} {b.realized:.3f}"
+            f"{a.label} {a.realised:.3f} and {b.label} {b.realised:.3f}"
             for i, a in enumerate(practical)
             for b in practical[i + 1 :]
             if are_unequal(a, b)
@@ -175,7 +175,7 @@ def _realized_lines(quality: Quality) -> list[str]:
     one = worst[1]
     lines = [
         f"Practical methods miss their target sparsity by at most {worst[0]:.3f} ({one.label} at "
-        f"{one.setting['sparsity_target']:g} realises {one.realized:.3f})."
+        f"{one.setting['sparsity_target']:g} realises {one.realised:.3f})."
     ]
     if pairs:
         lines.append(f"Practical settings of unequal realised sparsity, not compared: {shortened(pairs)}.")
@@ -237,9 +237,7 @@ def _pairs(settings: Sequence[Average], ours: str, other: str) -> list[tuple[Ave
         (one, rival)
         for one in settings
         for rival in settings
-        if one.method == ours
-        and rival.method == other
-        and not ("practical" in (one.setting["mode"], rival.setting["mode"]) and are_unequal(one, rival))
+        if one.method == ours and rival.method == other and not are_unequal(one, rival)
     ]
 
 

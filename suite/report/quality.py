@@ -21,7 +21,7 @@ PERPLEXITIES = ("perplexity", "word_perplexity")
 FILTERS = ("none", "", "strict-match")  # preferred where a task reports one metric through several filters
 _PLACE = ("model", "dtype", "scope")  # settings here share their tasks
 _MEANS = ("sparsity_realized", "bytes_share")
-REALIZED_TOLERANCE = 0.01  # practical methods further apart than this are not compared
+REALISED_TOLERANCE = 0.01  # practical methods further apart than this are not compared
 Interval = tuple[float, float | None, float | None]
 Cell = Mapping[Any, Any]  # one row of accuracy.csv
 Blocks = list[tuple[dict[str, Any], list["Average"]]]
@@ -57,7 +57,7 @@ class Average:
 
     setting: dict[str, Any]
     label: str
-    realized: float | None
+    realised: float | None
     bytes_share: float | None
     cells: dict[str, Cell]
 
@@ -191,12 +191,12 @@ class Quality:
         found = []
         for key, cells in groups.items():
             ok = [cell for cell in cells if cell["status"] == "ok"]
-            realized, share = (pd.Series([c[name] for c in ok], dtype=float).mean() for name in _MEANS)
+            realised, share = (pd.Series([c[name] for c in ok], dtype=float).mean() for name in _MEANS)
             found.append(
                 Average(
                     setting=dict(zip(SETTING, key, strict=True)),
                     label=str(cells[0]["label"]),
-                    realized=number(realized),
+                    realised=number(realised),
                     bytes_share=number(share),
                     cells={str(cell["task"]): cell for cell in cells},
                 )
@@ -327,12 +327,16 @@ def columns_of(settings: Sequence[Average]) -> set[str]:
 
 def unequal(settings: Sequence[Average]) -> set[str]:
     """Labels of practical settings of one block that realise more than .01 away from another one of the block."""
-    sparse = [s for s in settings if s.setting["mode"] == "practical" and s.realized is not None]
+    sparse = [s for s in settings if s.setting["mode"] == "practical" and s.realised is not None]
     return {s.label for s in sparse for o in sparse if are_unequal(s, o)}
 
 
 def are_unequal(one: Average, other: Average) -> bool:
-    """Whether two settings realise sparsities more than .01 apart."""
-    if one.realized is None or other.realized is None:
+    """Whether two settings are not compared: one is practical, and they realise sparsities more than .01 apart."""
+    if (
+        one.realised is None
+        or other.realised is None
+        or "practical" not in (one.setting["mode"], other.setting["mode"])
+    ):
         return False
-    return abs(one.realized - other.realized) > REALIZED_TOLERANCE + 1e-9
+    return abs(one.realised - other.realised) > REALISED_TOLERANCE + 1e-9

@@ -35,7 +35,7 @@ def rebuild_problems(folder: str | Path) -> list[str]:
 
 
 def _strangers(folder: Path, names: set[str]) -> list[str]:
-    """Tables and figures in a run folder that are no part of its report."""
+    """Tables and figures in a run folder that are not part of its report."""
     drawn = {str(Path(n).with_suffix(s)) for n in names if n.startswith("figures/") for s in (".png", ".svg")}
     found = [path.relative_to(folder).as_posix() for path in [*folder.glob("tables/*"), *folder.glob("figures/*")]]
     return [f"{name}: is not part of the report" for name in sorted(found) if name not in names | drawn]

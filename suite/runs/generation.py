@@ -213,5 +213,5 @@ def _timed(loaded: LoadedModel, ids: Any, request: Request, name: str, attached:
     new = out[0, ids.shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
     text = text[: min((at for stop in request.stop if (at := text.find(stop)) >= 0), default=len(text))]
-    realised = math.nan if attached is None else attached.realized
+    realised = math.nan if attached is None else attached.realised
     return Generated(name, text, len(new), clock.tokens_per_s, None if math.isnan(realised) else realised)

@@ -49,6 +49,11 @@ class Group:
     requests: Mapping[str, FitRequest] = field(default_factory=dict)
     is_alone: bool = True
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether its cells are timed: while they are, nothing else may run on their machine."""
+        return any(isinstance(cell, TimedCell) for cell in self.cells)
+
 
 @dataclass(frozen=True)
 class Done:

@@ -186,7 +186,7 @@ def _remove_stale(folder: Path, mine: frozenset[str], files: Mapping[str, bytes]
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         stale = name in mine and name not in files and (name.startswith("logs/") or "/" not in name)
-        if stale and path.suffix in (".txt", ".csv"):
+        if stale and path.suffix in (".txt", ".csv", ".gz"):
             path.unlink()
     remove_parts(folder)
 

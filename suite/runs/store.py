@@ -39,7 +39,7 @@ def canonical(value: Any) -> str:
     Raises
     ------
     ValueError
-        NaN or infinity, which are no numbers to store.
+        NaN or infinity, which are not numbers to store.
     TypeError
         A value that JSON does not have.
     """

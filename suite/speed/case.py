@@ -46,12 +46,12 @@ class Kernel(Enum):
     DENSE = auto()  # torch's own products: a method without a ranking
     THRESHOLD = auto()  # the first projection densely, then the neurons whose magnitude reaches a threshold
     PREDICTOR = auto()  # a predictor, then the neurons that it names
-    ALONE = auto()  # a given set
+    GIVEN = auto()  # the neurons of a given set alone
 
     @property
     def mode(self) -> str:
         """Mode of its rows."""
-        return {Kernel.DENSE: "none", Kernel.ALONE: "ideal"}.get(self, "practical")
+        return {Kernel.DENSE: "none", Kernel.GIVEN: "ideal"}.get(self, "practical")
 
 
 @cache
@@ -64,7 +64,7 @@ def kernel_of(method: str) -> Kernel:
         Unknown method, or one whose practical mode no kernel could run.
     """
     if method == GIVEN:
-        return Kernel.ALONE
+        return Kernel.GIVEN
     if ":" not in method and method not in METHODS:
         raise InputError(f"unknown speed method {method!r}{did_you_mean(method, [*METHODS, GIVEN])}")
     cls = method_class(method)

@@ -22,6 +22,7 @@ from suite.decoding.shapes import SHAPES, build_model, has_weights, model_name, 
 from suite.decoding.sparse import SparseMethod
 from suite.decoding.step import DecodeModel, Mlp
 from suite.devices import DTYPE_BYTES
+from suite.modeling.decode import KERNEL_DTYPES
 from suite.speed.case import Check, Kernel, Progress, Row, SpeedCase, States, needed_bytes, phase_row
 from suite.speed.clock import ReadBandwidth, Rounds, cpu_bandwidth, cuda_bandwidth, event_times, wall_times
 from suite.speed.decode_check import check, check_dense
@@ -253,6 +254,9 @@ class DecodeRig(Rig):
     @staticmethod
     def why_not(case: SpeedCase) -> str:
         """As `Rig`."""
+        known = KERNEL_DTYPES[case.device]
+        if case.kernel is not Kernel.DENSE and case.dtype not in known:
+            return f"dtype {case.dtype}: the kernels on {case.device} take {', '.join(known)}"
         return why_no_kernel(case)
 
     @staticmethod

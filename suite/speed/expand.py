@@ -124,7 +124,7 @@ def _layer_cases(block: _Block) -> Iterator[SpeedCase]:
 
 def _exists(level: str, kernel: Kernel, variant: str, clock: str) -> bool:
     """Whether a combination means something."""
-    if level == "op" and kernel not in (Kernel.DENSE, Kernel.ALONE):
+    if level == "op" and kernel not in (Kernel.DENSE, Kernel.GIVEN):
         return False
     if variant == "compile":  # torch.compile competes for the fastest dense row alone
         return kernel is Kernel.DENSE and clock == "graph"

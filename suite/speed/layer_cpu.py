@@ -20,6 +20,7 @@ from torch.nn import functional
 from kernels_numba import cpu as kernels
 from kernels_numba.reference import Reference, combine, error_bound, relative_error, wrongly_selected
 from suite.methods.base import select_threshold
+from suite.modeling.decode import KERNEL_DTYPES
 from suite.speed.case import Check, Kernel, Row, SpeedCase, needed_bytes
 from suite.speed.clock import ReadBandwidth, Rounds, cpu_bandwidth, last_level_cache_bytes, wall_times
 from suite.speed.layer import Draw, LayerData, LayerRig, why_no_kernel
@@ -222,8 +223,8 @@ class CpuRig(LayerRig):
     @staticmethod
     def why_not(case: SpeedCase) -> str:
         """As `Rig`."""
-        if case.dtype != "float32":
-            return f"dtype {case.dtype}: the CPU kernels are float32 only"
+        if case.dtype not in KERNEL_DTYPES["cpu"]:
+            return f"dtype {case.dtype}: the CPU kernels are {', '.join(KERNEL_DTYPES['cpu'])} only"
         if case.batch_size != 1:
             return f"batch size {case.batch_size}: the CPU cases are batch 1 only"
         if case.threads > numba.config.NUMBA_NUM_THREADS:

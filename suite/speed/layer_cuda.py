@@ -19,7 +19,8 @@ from kernels_numba.gpu.host.down_proj import DownProjection
 from kernels_numba.gpu.host.jit import compile_together
 from kernels_numba.reference import UNIT_ROUNDOFF, wrongly_selected
 from suite.decoding.graphs import captured
-from suite.devices import DTYPES, torch_dtype
+from suite.devices import torch_dtype
+from suite.modeling.decode import KERNEL_DTYPES
 from suite.speed.case import Check, Kernel, Row, SpeedCase, needed_bytes
 from suite.speed.clock import ReadBandwidth, Rounds, clock_rate, cuda_bandwidth, event_times
 from suite.speed.expand import default_threads
@@ -72,7 +73,7 @@ class Bound:
 
 def bind(case: SpeedCase, data: LayerData) -> Bound:
     """Bind a case to a layer's weights; the sparsity is set for the layer's own input."""
-    kinds = {Kernel.DENSE: _bind_dense, Kernel.ALONE: _bind_given}
+    kinds = {Kernel.DENSE: _bind_dense, Kernel.GIVEN: _bind_given}
     bound = kinds.get(case.kernel, _bind_choosing)(case, data)
     if bound.layer is not None and case.variant in _VARIANTS:
         bound.layer.change_plan(**_VARIANTS[case.variant])
@@ -259,8 +260,8 @@ class CudaRig(LayerRig):
         """As `Rig`."""
         if not 1 <= case.batch_size <= _MOST_TOKENS:
             return f"batch size {case.batch_size}: the CUDA kernels take 1 to {_MOST_TOKENS} tokens"
-        if case.dtype not in DTYPES:
-            return f"dtype {case.dtype}: the CUDA kernels take {', '.join(DTYPES)}"
+        if case.dtype not in KERNEL_DTYPES["cuda"]:
+            return f"dtype {case.dtype}: the CUDA kernels take {', '.join(KERNEL_DTYPES['cuda'])}"
         return why_no_kernel(case)
 
     def batches(self) -> Iterator[Sequence[SpeedCase]]:

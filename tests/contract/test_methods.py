@@ -114,7 +114,7 @@ def test_sparsity_zero_is_dense_bit_for_bit(name, architecture, dtype, ids):
     dense = logits(model, ids)
     with attach(model, get_method(name)) as attached:
         assert torch.equal(logits(model, ids), dense)
-    assert attached.realized == 0
+    assert attached.realised == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -160,7 +160,7 @@ def test_threshold_keeps_scores_not_below_it(name, ids):
         state = State(method.name, 0.5, torch.full((2,), threshold))
         with attach(model, method, state) as attached:
             logits(model, ids)
-        assert attached.realized == share
+        assert attached.realised == share
         assert attached.sparsity()[0].threshold == threshold
 
 
@@ -181,7 +181,7 @@ def test_predictor_keeps_logits_not_below_its_threshold(name, dtype, kind, ids):
         with attach(model, method, state) as attached:
             sparse = logits(model, ids)
         assert torch.equal(sparse, dense) == (threshold == -torch.inf)
-        shares.append(attached.realized)
+        shares.append(attached.realised)
         assert attached.sparsity()[0].threshold == threshold
     assert shares[0] == 0 < shares[1] < shares[2] < shares[3] == 1
     assert torch.equal(logits(model, ids), dense)
@@ -285,7 +285,7 @@ def test_names_that_are_no_method():
         ("m-countdwn", "did you mean 'm-countdown'"),
         ("no.such.module:Class", "cannot be loaded"),
         ("tests.contract.third_party:Nothing", "cannot be loaded"),
-        ("tests.contract.third_party:NoMethod", "no subclass"),
+        ("tests.contract.third_party:NoMethod", "not a subclass"),
     ):
         with pytest.raises(InputError, match=match):
             get_method(name)

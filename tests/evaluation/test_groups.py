@@ -130,11 +130,11 @@ def test_a_task_with_two_numbers_of_examples_is_two_cells_and_no_one_result(tiny
 @pytest.mark.parametrize(
     ("members", "settings", "message"),
     [
-        (["own_a", "own_c"], {}, "group odd: member 'own_c' is no task, group or tag"),
+        (["own_a", "own_c"], {}, "group odd: member 'own_c' is not a task, group or tag"),
         ([{"task": "own_a", "doc_to_text": "x"}], {}, "group odd: gives task own_a another doc_to_text"),
         (["own_a"], {"output_type": "generate_until"}, "group odd: gives task own_a another output_type"),
         (["odd"], {}, r"group odd: contains itself \(odd > odd\)"),
-        ([5], {}, "group odd: member 5 is no name"),
+        ([5], {}, "group odd: member 5 is not the name"),
         (
             ["own_a"],
             {"aggregate_metric_list": [{"metric": "acc", "aggregation": "max"}]},
@@ -154,5 +154,5 @@ def test_a_broken_group_fails_alone_in_a_matrix(folder):
     world = LocalWorld(build_config(config, "test"))
     world.weights = lambda spec: "weights"
     odd, own_a = expand(world.config, world)
-    assert "group odd: member 'own_c' is no task" in odd.problem
+    assert "group odd: member 'own_c' is not a task" in odd.problem
     assert own_a.problem == ""

@@ -1,4 +1,4 @@
-"""Metrics that are no means, directions and chance: equal to lm-eval's own model and evaluator on the same tasks."""
+"""Metrics that are not means, directions and chance: equal to lm-eval's own model and evaluator on the same tasks."""
 
 import json
 from itertools import count

@@ -77,7 +77,7 @@ def theirs(monkeypatch):
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
 
     def run(loaded, folder, name, batch_size):
-        # BOS is no target here, where lm-eval scores it in the first window of a document
+        # BOS is not a target here, where lm-eval scores it in the first window of a document
         rolling = SHAPES[name].config.get("output_type") == "loglikelihood_rolling"
         bos = {"add_bos_token": False} if rolling else {}
         lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size, **bos)

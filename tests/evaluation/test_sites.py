@@ -62,6 +62,6 @@ def test_a_method_that_ranks_by_the_prompt_gets_it_though_contexts_are_shared(ti
         with attach(tiny.model, Griffin(sparsity=0.6), scope="scored") as attached:
             scores = Scorer(tiny.model, **options).score(requests, attached, "scored")
         found.append([score.loglikelihood for score in scores])
-        assert attached.realized == pytest.approx(52 / 88)
+        assert attached.realised == pytest.approx(52 / 88)
     assert found[1] == pytest.approx(found[0], abs=1e-3)
     assert found[2] == found[1]

@@ -168,7 +168,7 @@ def test_a_score_of_a_factor_sees_the_input_of_its_own_layer(tmp_path, text):
     torch.testing.assert_close(ours, by_hand, rtol=0, atol=1e-4)
     with attach(model.model, method, made) as attached:
         model.model(ids)
-    assert 0.3 < attached.realized < 0.7
+    assert 0.3 < attached.realised < 0.7
 
 
 def test_the_full_rank_is_the_projection():

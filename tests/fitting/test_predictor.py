@@ -155,7 +155,7 @@ def test_sparsity_zero_keeps_everything(tmp_path, text, ids):
         dense = model.model(ids).logits
         with attach(model.model, get_method("d-countdown"), made) as attached:
             assert torch.equal(model.model(ids).logits, dense)
-    assert attached.realized == 0
+    assert attached.realised == 0
 
 
 def test_methods_and_sparsities_that_share_a_pass_come_out_as_alone(tmp_path, text):
@@ -322,7 +322,7 @@ def test_public_fit_makes_what_the_method_needs(tmp_path, text, ids):
     assert made.sha256 == fit_predictors(model, wanted("dejavu"), text, QUICK)[0].sha256
     with torch.inference_mode(), attach(model.model, method, made) as attached:
         model.model(ids)
-    assert 0.4 < attached.realized < 0.95
+    assert 0.4 < attached.realised < 0.95
     assert fit(model, get_method("cats", sparsity=0.7), text).method == "cats"
     with pytest.raises(InputError, match="no threshold to fit"):
         fit(model, get_method("random", sparsity=0.7), text)

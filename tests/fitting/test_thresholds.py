@@ -115,7 +115,7 @@ def test_sparsity_zero_keeps_everything(tmp_path, text, estimator, ids):
         dense = model.model(ids).logits
         with attach(model.model, method, made) as attached:
             assert torch.equal(model.model(ids).logits, dense)
-    assert attached.realized == 0
+    assert attached.realised == 0
 
 
 def test_a_method_of_the_users_own_is_fitted(tmp_path, text):

@@ -9,7 +9,7 @@ OWN = "tests.modeling.site_methods:"
 
 
 @pytest.mark.parametrize(
-    ("method", "realized", "share"),
+    ("method", "realised", "share"),
     [
         ("dense", 0.0, 1.0),
         ("cats", 0.9, 0.4),
@@ -21,8 +21,8 @@ OWN = "tests.modeling.site_methods:"
         ("tests.methods.test_cost:Both", 0.75, 0.75),
     ],
 )
-def test_share_of_the_dense_layer(method, realized, share):
-    assert read_share(method_class(method), realized) == pytest.approx(share)
+def test_share_of_the_dense_layer(method, realised, share):
+    assert read_share(method_class(method), realised) == pytest.approx(share)
 
 
 def test_sites_of_different_sparsity():

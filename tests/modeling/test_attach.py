@@ -199,9 +199,9 @@ def test_finished_rows_are_not_counted(llama):
 
 def test_reset_and_realised_before_any_token(llama, ids):
     with attach(llama, HALF) as attached:
-        assert attached.realized != attached.realized  # NaN: nothing seen
+        assert attached.realised != attached.realised  # NaN: nothing seen
         logits(llama, ids)
-        assert attached.realized == 0.5
+        assert attached.realised == 0.5
         attached.reset()
         assert counted(attached) == [0, 0]
 

@@ -280,7 +280,7 @@ def gguf(*, keys=(("tokenizer.ggml.tokens", ["a"]),), tensor=(4, 4), data=64, ve
     ("content", "match"),
     [
         (b"", "is empty"),
-        (b"PK\x03\x04 no gguf at all", "is no GGUF file"),
+        (b"PK\x03\x04 no gguf at all", "is not a GGUF file"),
         (b"GGUF", "truncated or damaged"),
         (gguf(version=9), "truncated or damaged"),
         (gguf()[:60], "truncated or damaged"),

@@ -130,7 +130,7 @@ def test_practical_drops_what_is_below_the_threshold_of_its_site_and_layer(dtype
         assert row.threshold == pytest.approx(float(thresholds[place[row.site, row.layer]]))
         assert row.sparsity_realized == pytest.approx(1 - kept[row.site, row.layer] / (24 * WIDTH[row.site]))
         assert 0 < row.sparsity_realized < 1
-    assert attached.realized == pytest.approx(sum(row.sparsity_realized for row in attached.sparsity()) / 4)
+    assert attached.realised == pytest.approx(sum(row.sparsity_realized for row in attached.sparsity()) / 4)
     with pytest.raises(InputError, match="2 thresholds, the model 2 layers of 2 sites"):
         attach(model, method, State("teal", 0.5, torch.zeros(2))).__enter__()
 
@@ -177,7 +177,7 @@ def test_norms_are_made_once_a_layer_and_attach(llama, ids, monkeypatch):
         logits(llama, ids)
         logits(llama, ids)
     assert len(calls) == len(set(calls)) == 6
-    assert attached.realized == 0.5
+    assert attached.realised == 0.5
 
 
 def test_numba_says_that_it_skips_neurons_and_auto_is_masked(llama, ids):
@@ -219,12 +219,12 @@ def test_prompt_of_the_same_pass(llama, ids):
         ours = logits(llama, ids)
     for row, prompt in enumerate((5, 8)):
         torch.testing.assert_close(ours[row], griffin_by_hand(llama, ids[row], prompt), rtol=0, atol=1e-4)
-    assert attached.realized == 0.5
+    assert attached.realised == 0.5
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_prompt_of_the_prefill_serves_the_decode_steps(architecture, ids):
-    """With left padding, which is no token of the prompt; a second prefill begins anew."""
+    """With left padding, which is not a token of the prompt; a second prefill begins anew."""
     model = tiny_model(architecture)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0

@@ -103,8 +103,8 @@ def _loss(method: str, mode: str, sparsity: float) -> float:
     return COST[method] * math.exp(9 * (sparsity - 0.9)) * (1.25 if mode == "practical" else 1.0)
 
 
-def _bytes(method: str, realized: float) -> float:
-    return (3 - 2 * realized) / 3 if method in ("cats", "m-countdown") else 1 - realized
+def _bytes(method: str, realised: float) -> float:
+    return (3 - 2 * realised) / 3 if method in ("cats", "m-countdown") else 1 - realised
 
 
 class _Draws:
@@ -128,7 +128,7 @@ def embedded_run(folder: Path, seed: int = 0) -> Path:
     dense: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
     for method, mode, sparsity in settings():
         layers = _layers(method, mode, sparsity, draws.rng)
-        realized = float(np.mean(layers)) if method != "dense" else 0.0
+        realised = float(np.mean(layers)) if method != "dense" else 0.0
         for task, metric, values, weights, docs in _task_samples(draws, method, mode, sparsity):
             row = accuracy_row(method, task, metric, 0.0, mode=mode, sparsity=sparsity, run_id="synthetic")
             cell = str(row["cell_id"])
@@ -138,8 +138,8 @@ def embedded_run(folder: Path, seed: int = 0) -> Path:
             row |= {
                 "value": statistic(values, weights, metric),
                 "stderr": standard_error(values, weights, metric, groups),
-                "sparsity_realized": realized,
-                "bytes_share": 1.0 if method == "dense" else _bytes(method, realized),
+                "sparsity_realized": realised,
+                "bytes_share": 1.0 if method == "dense" else _bytes(method, realised),
                 "estimator": "calibrated" if mode == "practical" else "",
                 "calibration": "pydoc" if mode == "practical" else "",
                 "chance": {
@@ -335,13 +335,13 @@ def hand_run(
     wanted = metric
     accuracy, samples = [], []
     dense = next(tasks for (method, *_), tasks in answers.items() if method == "dense")
-    for (method, mode, target, realized, *scope), tasks in answers.items():
+    for (method, mode, target, realised, *scope), tasks in answers.items():
         for task, values in tasks.items():
             metric = wanted or ("perplexity" if "perplexity" in task else "acc")
             row = accuracy_row(method, task, metric, statistic(values, None, metric), mode=mode, sparsity=target)
             if scope:
                 row |= {"scope": scope[0], "cell_id": f"{row['cell_id']}-{scope[0]}", "sparse_share": 0.25}
-            row |= {"sparsity_realized": realized, "stderr": standard_error(values, None, metric)}
+            row |= {"sparsity_realized": realised, "stderr": standard_error(values, None, metric)}
             row |= {"chance": chance if metric != "perplexity" else "", "n_samples": len(values)}
             if method != "dense":
                 delta = paired_delta(values, None, dense[task], None, metric)

@@ -1,14 +1,11 @@
 """Figures and tables as objects: none without a caption, each name once, data with the columns that are named."""
 
-import ast
 import re
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
-import suite.report
 from suite.registry import METHODS
 from suite.report.figures import FIGURES
 from suite.report.methods import is_dense, is_floor, method_order
@@ -77,12 +74,3 @@ def test_a_method_that_a_file_names_is_not_imported():
         assert not is_floor(name)
         assert method_order(name)[0] == len(METHODS)
     assert "antigravity" not in sys.modules
-
-
-def test_no_module_decides_by_a_methods_name():
-    """Outside the labels and the definitions of the paper's claims."""
-    named = {*METHODS, "given"}
-    for path in sorted(Path(suite.report.__file__).parent.rglob("*.py")):
-        if path.name not in ("style.py", "claims.py"):
-            texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
-            assert not named & {text for text in texts if isinstance(text, str)}, path

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from suite.errors import InputError
 from suite.report import style
 from suite.report.figures import FIGURES
-from suite.report.page import write_report
+from suite.report.page import report_of, write_report
 from suite.report.rebuild import rebuild_problems
 from suite.report.results import load_results
 from suite.runs.view.manifest import file_hashes
@@ -100,9 +100,7 @@ def test_sparsity_per_layer_is_weighted_by_tokens(tmp_path):
         {"cell_id": cell, "layer": 0, "sparsity_target": 0.8, "sparsity_realized": value, "n_tokens": n}
         for cell, value, n in (("a", 0.9, 100), ("b", 0.7, 300))
     ]
-    run = write_run(tmp_path, rows, sparsity=layers, manifest=manifest())
-    write_report(run)
-    data = pd.read_csv(run / "figures" / "sparsity_per_layer.csv")
+    data = figure("sparsity_per_layer").frame(material(write_run(tmp_path, rows, sparsity=layers, manifest=manifest())))
     assert data["sparsity_realized"].tolist() == [pytest.approx(0.75)]
 
 
@@ -230,5 +228,4 @@ def test_labels_are_pushed_apart_and_keep_their_order(places, gap):
 def test_out_of_domain_fits_are_said_unless_the_manifest_knows_better(copy, in_domain, warned):
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"in_domain": in_domain}))
-    write_report(copy)
-    assert ("fitted out of domain" in (copy / "REPORT.md").read_text()) is warned
+    assert ("fitted out of domain" in report_of(material(copy)).texts["REPORT.md"]) is warned

@@ -72,7 +72,7 @@ def test_no_dense_row_no_speed_up(tmp_path):
 
 
 def test_the_headline_is_held_against_the_fastest_dense_of_the_graph_clock(tmp_path):
-    """Launch by launch dense is slower; a probe is no result."""
+    """Launch by launch dense is slower; a probe is not a result."""
     rows = [
         speed_row("dense", 0.0, 200.0, clock="event"),
         speed_row("dense", 0.0, 90.0, variant="compile", clock="graph"),

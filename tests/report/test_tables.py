@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from suite.report.quality import above_chance
+from suite.report.quality import above_chance, are_unequal
 from suite.report.tables import TABLES
 from suite.report.text import MISSING
-from tests.report.parts import material, table_text
+from tests.report.parts import material, quality, table_text
 from tests.report.synthetic import accuracy_row, hand_run, hits, manifest, write_run
 
 DENSE = ("dense", "none", 0.0, 0.0)
@@ -66,6 +66,16 @@ def test_practical_methods_of_unequal_realised_sparsity_are_marked_and_not_compa
     answers[("cats", "practical", 0.8, 0.79)] = answers.pop(("cats", "practical", 0.8, 0.78))
     table = table_text(hand_run(tmp_path / "equal", answers), "accuracy")
     assert row(table, "m-countdown")[1:3] == ["0.800", "**80.0**"]
+
+
+@pytest.mark.parametrize(("modes", "unequal"), [(("ideal",) * 2, False), (("practical", "ideal"), True)])
+def test_ideal_settings_are_compared_whatever_they_realise(tmp_path, modes, unequal):
+    """They keep exactly k neurons: of few neurons, k is not the target."""
+    answers = {DENSE: {"task": hits(90)}, ("cats", modes[0], 0.8, 0.75): {"task": hits(20)}}
+    answers[("m-countdown", modes[1], 0.8, 0.8)] = {"task": hits(80)}
+    found = quality(hand_run(tmp_path, answers))
+    one, other = (s for s in found.settings(found.summary) if not s.is_dense)
+    assert are_unequal(one, other) is unequal
 
 
 def test_failed_and_missing_cells_are_no_numbers(tmp_path):

@@ -110,7 +110,7 @@ def test_tasks_with_a_scope_of_their_own_run_once():
     [
         ([{**SPARSE, "methods": ["catz"]}], "unknown method 'catz'; did you mean 'cats'"),
         ([{**SPARSE, "methods": ["nowhere:Class"]}], "cannot be loaded"),
-        ([{**SPARSE, "methods": ["json:dumps"]}], "no subclass"),
+        ([{**SPARSE, "methods": ["json:dumps"]}], "not a subclass"),
         (
             [{**SPARSE, "methods": [{"name": "random", "params": {"sed": 1}}]}],
             "no parameter 'sed'; did you mean 'seed'",

@@ -135,7 +135,7 @@ def test_the_work_of_one_kind_is_in_the_keys_of_its_cells_alone():
     assert set(code.WORK) < work
     for kind in ("accuracy", "analysis", "speed"):
         found = code.reached((code.WORKER,), code.CLOSED.get(kind, ()), code.others(kind))
-        assert found & set(code.WORK) == {module for module, kinds in code.WORK.items() if kind in kinds}
+        assert found & set(code.WORK) == {module for module, own in code.WORK.items() if own == kind}
         assert {module for module in found if module.startswith("suite.runs.")} <= work | {"suite.runs.work"}
         for module in found & work:
             assert graph.find_modules_directly_imported_by(module) - set(code.others(kind)) <= found

@@ -89,3 +89,12 @@ def test_a_run_without_rounds_compares_as_untested(whole, folder):
     lines = compare(whole, folder)
     assert "  timings of B: 0 faster, 0 slower, 0 no difference, 2 untested" in lines
     assert sum(line.endswith(" -> 7.25, untested") for line in lines) == 2
+
+
+def test_rounds_of_an_earlier_writing_are_removed(tmp_path):
+    made = make(tmp_path)
+    assert (made / "timings.csv.gz").exists()
+    run(TIMING, FakeWorld(), FakeWorker(), Options(tmp_path, rerun="all"))
+    seal(made)
+    assert not (made / "timings.csv.gz").exists()
+    assert verify_files(made) == []

@@ -63,7 +63,7 @@ def test_the_contract_of_a_method_decides_its_kernel():
         "cats": Kernel.THRESHOLD,
         "dejavu": Kernel.PREDICTOR,
         "s-countdown": Kernel.PREDICTOR,
-        GIVEN: Kernel.ALONE,
+        GIVEN: Kernel.GIVEN,
         third: Kernel.THRESHOLD,
     }
 

@@ -157,11 +157,11 @@ def test_out_of_memory_marks_its_context_and_the_others_go_on(tiny, monkeypatch)
 def test_too_big_a_model_is_estimated_not_loaded(tiny, monkeypatch):
     monkeypatch.setattr(decode, "free_bytes", lambda device: 30 << 30)
     monkeypatch.setattr(decode, "build_model", lambda *_: pytest.fail("it was built"))
-    made = make_cases(["phi-4"], ["dense", "m-countdown"], [0.9], level="decode", dtypes=["bfloat16"])
+    made = make_cases(["phi-4"], ["dense", "m-countdown"], [0.9], level="decode")
     rows = run_group(made)
     assert {row["status"] for row in rows} == {"skipped"}
     assert rows[0]["reason"] == (
-        "phi-4 in bfloat16 needs about 36 GiB with its copies, 30 are free; embedded, tiny would fit"
+        "phi-4 in float32 needs about 70 GiB with its copies, 30 are free; embedded, tiny would fit"
     )
 
 
@@ -215,6 +215,13 @@ def test_a_score_that_no_kernel_computes_is_skipped(tiny):
     (row,) = run_group(cases(("tests.contract.third_party:PowerOfUp",)))
     assert (row["status"], row["check"]) == ("skipped", "skipped")
     assert "do not compute the score" in row["reason"]
+
+
+def test_a_type_that_the_kernels_do_not_take_is_skipped_for_sparse_methods_alone(tiny):
+    made = [replace(case, dtype="float16") for case in cases(("dense", "cats"), variants=("eager",))]
+    rows = run_group(made)
+    assert [row["status"] for row in rows] == ["ok", "skipped"]
+    assert rows[1]["reason"] == "dtype float16: the kernels on cpu take float32"
 
 
 def test_on_a_gpu_steps_and_parts_are_graphs(tiny, monkeypatch):

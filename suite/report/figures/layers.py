@@ -6,10 +6,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from suite.methods.base import NEURONS
-from suite.report.figures.panels import CHANCE, groups
+from suite.report.figures.panels import CHANCE, finish, groups
 from suite.report.material import Material
 from suite.report.objects import ReportFigure
-from suite.report.style import WIDTH, label_ends, look, new_figure
+from suite.report.style import WIDTH, look, new_figure
 
 COLUMNS = ["model", "mode", "method", "label", "sparsity_target", "layer", "sparsity_realized"]
 
@@ -54,12 +54,8 @@ def draw_sparsity_per_layer(data: pd.DataFrame) -> Figure:
             ends.append((float(last["layer"]), float(last["sparsity_realized"]), f"{label}, {target:g}", style.color))
         for target in sorted(set(group["sparsity_target"])):
             axes.axhline(target, zorder=1, **CHANCE)
-        axes.margins(x=0.01)
-        axes.set_xlim(axes.get_xlim())
-        axes.set_ylim(axes.get_ylim())
-        label_ends(axes, ends, 2.4)
+        finish(axes, ends, "layer", margin=0.01, height=2.4)
         axes.set_title(f"{model}, {mode}")
-        axes.set_xlabel("layer")
         axes.set_ylabel("realised sparsity (dotted: target)")
     return figure
 

@@ -76,9 +76,11 @@ def rows_of_two(n_rows: int) -> tuple[Figure, Any]:
     return figure, figure.subplots(n_rows, 2, squeeze=False)
 
 
-def finish(axes: Axes, ends: list[tuple[float, float, str, str]], name: str, height: float = 2.2) -> None:
+def finish(
+    axes: Axes, ends: list[tuple[float, float, str, str]], name: str, *, margin: float = 0.03, height: float = 2.2
+) -> None:
     """Fix the limits of a panel that is drawn, name its x axis, and its lines at their ends."""
-    axes.margins(x=0.03)
+    axes.margins(x=margin)
     axes.set_xlim(axes.get_xlim())
     axes.set_ylim(axes.get_ylim())
     axes.set_xlabel(name)

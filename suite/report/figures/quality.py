@@ -28,7 +28,7 @@ _DODGE = 0.0035  # sideways distance between methods of equal sparsity, so that 
 
 def _point(one: Average) -> dict[str, Any]:
     point = {c: one.setting[c] for c in ("model", "dtype", "scope", "mode", "method", "sparsity_target")}
-    return point | {"label": one.label, "sparsity_realized": one.realized, "bytes_share": one.bytes_share}
+    return point | {"label": one.label, "sparsity_realized": one.realised, "bytes_share": one.bytes_share}
 
 
 def quality_averages(material: Material) -> pd.DataFrame:

@@ -40,7 +40,7 @@ def _accuracies(quality: Quality, block: dict[str, Any], settings: Sequence[Aver
         }
         average = cells.bold(percent(quality.average(one, tasks)), one.label == best_average)
         columns = _columns(tasks, average, beside, value)
-        rows.append([cells.name(one, block), cells.realized(one, marked), *columns])
+        rows.append([cells.name(one, block), cells.realised(one, marked), *columns])
     metrics = {task: f"{task} ({(quality.metric_of(task) or ('', ''))[0]})" for task in best}
     header = ["method", "realised", *_columns(tasks, "average", beside, metrics)]
     return Block(header, rows, cells.block_title(block), cells.block_notes(settings, marked))

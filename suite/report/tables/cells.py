@@ -46,7 +46,7 @@ def best_of(
     ordered = sorted(known, key=lambda pair: -pair[1] if higher else pair[1])
     best = ordered[0][0]
     for other, _ in ordered[1:]:
-        if are_unequal(best, other) and "practical" in (best.setting["mode"], other.setting["mode"]):
+        if are_unequal(best, other):
             return None
         found = compare(best, other)
         if found is None or found[1] is None or found[2] is None:
@@ -63,11 +63,11 @@ def block_title(block: dict[str, Any]) -> str:
     return f"{block['model']}, sparsity {block['sparsity_target']:g}, {block['mode']}{scope}{dtype}"
 
 
-def realized(one: Average, marked: set[str]) -> str:
+def realised(one: Average, marked: set[str]) -> str:
     """Realised sparsity of a setting, with a mark where its label is one of ``marked``."""
-    if one.is_dense or one.realized is None:
+    if one.is_dense or one.realised is None:
         return "0" if one.is_dense else MISSING
-    return f"{one.realized:.3f}" + (f" {UNEQUAL}" if one.label in marked else "")
+    return f"{one.realised:.3f}" + (f" {UNEQUAL}" if one.label in marked else "")
 
 
 def name(one: Average, block: dict[str, Any]) -> str:
@@ -80,7 +80,7 @@ def block_notes(settings: Sequence[Average], marked: set[str]) -> list[str]:
     """What is to be said below a block: rows of unequal sparsity, and failed cells with their reason."""
     notes = []
     if marked:
-        parts = [f"{s.label} {s.realized:.3f}" for s in settings if s.label in marked and s.realized is not None]
+        parts = [f"{s.label} {s.realised:.3f}" for s in settings if s.label in marked and s.realised is not None]
         notes.append(
             f"{UNEQUAL} unequal: realised sparsities differ by more than .01 ({', '.join(parts)}); "
             "these rows are not compared."

@@ -110,7 +110,7 @@ def _lines(
         shown = [percent(v) if average else MISSING if v is None else fixed(v, 1) for v in values]
         last = [percent(quality.average(each, columns))] if average else []
         source = str(each.setting["calibration"])
-        yield [*name, text_name(source, bool(in_domain.get(source))), fixed(each.realized, 3), *shown, *last]
+        yield [*name, text_name(source, bool(in_domain.get(source))), fixed(each.realised, 3), *shown, *last]
     found: list[Interval | None] = [
         quality.difference(one.cells[c], other.cells[c]) if c in one.cells and c in other.cells else None
         for c in columns

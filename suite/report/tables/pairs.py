@@ -49,7 +49,7 @@ def _columns(rows: Sequence[Row]) -> list[str]:
 def _printed(row: Row, columns: Sequence[str], star: Callable[[str], str]) -> list[str]:
     one, other = row.one, row.other
     labels = "" if (one.label, other.label) == (one.method, other.method) else f" {one.label} / {other.label}"
-    realized = f"{fixed(one.realized, 3)} / {fixed(other.realized, 3)}" + (
+    realised = f"{fixed(one.realised, 3)} / {fixed(other.realised, 3)}" + (
         f" {cells.UNEQUAL}" if row.is_unequal else ""
     )
     texts = []
@@ -63,7 +63,7 @@ def _printed(row: Row, columns: Sequence[str], star: Callable[[str], str]) -> li
             low, high = (None if end is None else math.expm1(end) for end in ends[1:])
             ends = (math.expm1(ends[0]), low, high)
         texts.append(signed(ends) + star(column))
-    return [f"{one.setting['mode']} {one.setting['sparsity_target']:g}{labels}", realized, *texts]
+    return [f"{one.setting['mode']} {one.setting['sparsity_target']:g}{labels}", realised, *texts]
 
 
 def _star(adjusted: dict[tuple[int, str], float], row: int, column: str) -> str:

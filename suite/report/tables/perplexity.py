@@ -35,7 +35,7 @@ def _block(quality: Quality, block: dict[str, Any], settings: Sequence[Average])
     for one in settings:
         texts = {c: cells.shown(one.cells.get(c), _text_format(c.partition(" ")[2])) for c in columns}
         values = [cells.bold(text, one.label == best[c]) for c, text in texts.items()]
-        rows.append([cells.name(one, block), cells.realized(one, marked), *values])
+        rows.append([cells.name(one, block), cells.realised(one, marked), *values])
     header = ["method", "realised", *(text_title(c) for c in columns)]
     return Block(header, rows, cells.block_title(block), cells.block_notes(settings, marked))
 

@@ -37,7 +37,7 @@ def compare(first: Path, second: Path) -> list[str]:
     Raises
     ------
     InputError
-        One of them is no run folder.
+        One of them is not a run folder.
     """
     a, b = Run.read(first), Run.read(second)
     lines = [f"A  {first}", f"B  {second}"]

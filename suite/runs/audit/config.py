@@ -25,7 +25,7 @@ def config_of(folder: Path, overrides: Mapping[str, Any], *, allow_code: bool = 
     Raises
     ------
     InputError
-        A placeholder is left, a folder that is no placeholder, or Python that is not allowed.
+        A placeholder is left, a folder that is not a placeholder, or Python that is not allowed.
     """
     data = dict(read_manifest(folder)["config"])
     build_config(data, str(folder))  # the types of all that is looked at below

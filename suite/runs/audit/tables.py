@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from suite import schema
 from suite.errors import InputError
 from suite.evaluation.results import WEIGHT
+from suite.runs.cells.accuracy import base_of
 from suite.runs.view.manifest import key_fields
-from suite.runs.view.read import Row, read_rows, rows_of, timings_of
+from suite.runs.view.read import Row, read_rows, rows_of, timings_of, value_of
 from suite.speed.case import time_columns
 from suite.statistics import resampling_group, standard_error, statistic
 
@@ -27,7 +28,7 @@ def table_problems(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     Raises
     ------
     InputError
-        A file that is no readable table.
+        A file that is not a readable table.
     """
     rows = read_rows(folder, "accuracy.csv")
     problems = list(_accuracy_problems(rows, read_samples(folder), _layers(folder), manifest))
@@ -81,18 +82,22 @@ def read_samples(folder: Path) -> SampleFile:
         A file or a row that is not of this suite.
     """
     found = SampleFile({}, {}, {})
-    for line, row in enumerate(rows_of(folder, "samples.csv.gz"), 2):
-        try:
-            key = row["cell_id"], row["metric"]
-            if row.get("n_choices"):
-                chance = int(row["n_gold"]) / int(row["n_choices"])
-                found.chances.setdefault(key[0], {})[row["doc_id"]] = chance
-            if row.get("item"):
-                found.items.setdefault(key, []).append(row["item"])
-            else:
-                found.values.setdefault(key, {})[row["doc_id"]] = float(row["value"])
-        except (ArithmeticError, KeyError, ValueError) as error:
-            raise InputError(f"{folder / 'samples.csv.gz'} line {line}: {error}; it is not of this suite") from error
+    names = ("value", "n_choices", "n_gold")
+    numbers = [schema.SAMPLES.column(name) for name in names]
+    for line, row in enumerate(rows_of(folder, schema.SAMPLES.file), 2):
+        place = f"{folder / schema.SAMPLES.file} line {line}"
+        value, n_choices, n_gold = (value_of(row, c, place) if c.name in row else None for c in numbers)
+        key = row["cell_id"], row["metric"]
+        if n_choices is not None:
+            if not n_choices or n_gold is None:
+                raise InputError(f"{place}: {n_gold} of {n_choices} choices are right; it is not of this suite")
+            found.chances.setdefault(key[0], {})[row["doc_id"]] = n_gold / n_choices
+        if row.get("item"):
+            found.items.setdefault(key, []).append(row["item"])
+        elif value is None:
+            raise InputError(f"{place}: it has neither value nor item; it is not of this suite")
+        else:
+            found.values.setdefault(key, {})[row["doc_id"]] = value
     return found
 
 
@@ -104,10 +109,9 @@ def _layers(folder: Path) -> dict[str, list[Row]]:
 
 
 def _number(row: Row, column: str, place: str) -> float | None:
-    try:
-        return float(row[column]) if row[column] else None
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{place}, column {column}: {error}; it is no table of this suite") from error
+    """Number of a column of accuracy.csv, or of the same column elsewhere."""
+    found: float | None = value_of(row, schema.ACCURACY.column(column), place)
+    return found
 
 
 def _differs(place: str, row: Row, column: str, expected: float | None, why: str) -> list[str]:
@@ -202,10 +206,7 @@ def _accuracy_problems(
 
 
 def _base(manifest: Mapping[str, Any], cell_id: str) -> str:
-    """What cells that are compared with the same dense cell have in common."""
-    fields = key_fields(manifest, cell_id)
-    names = ("weights", "dtype", "device", "seed", "batch_size", "task")
-    return repr([sorted(fields[n].items()) if n == "task" else fields[n] for n in names])
+    return base_of(key_fields(manifest, cell_id))
 
 
 def _dense_cells(manifest: Mapping[str, Any]) -> dict[str, str]:

@@ -55,7 +55,7 @@ class AccuracyCell(Cell):
     @property
     def base(self) -> tuple[object, ...]:
         """Cells of one base are compared with the same dense cell."""
-        return (*self.load_group, self.seed, self.batch_size, canonical(self.key_fields["task"]))
+        return (*self.load_group, base_of(self.key_fields))
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -82,6 +82,11 @@ class AccuracyCell(Cell):
             "batch_size": self.batch_size,
             "seed": self.decided_seed,
         }
+
+
+def base_of(key_fields: Mapping[str, Any]) -> str:
+    """What cells that are compared with the same dense cell have in common, of all that decides their numbers."""
+    return canonical([key_fields[name] for name in ("weights", "dtype", "device", "seed", "batch_size", "task")])
 
 
 def expand(config: MatrixConfig, world: World) -> list[AccuracyCell]:

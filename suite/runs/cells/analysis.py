@@ -42,7 +42,7 @@ def expand_analysis(config: MatrixConfig, world: World) -> list[AnalysisCell]:
     Raises
     ------
     InputError
-        The text is no text of decode_perplexity.
+        The text is not one of decode_perplexity.
     """
     if config.analysis is None:
         return []

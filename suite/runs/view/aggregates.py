@@ -86,7 +86,7 @@ def _interval(
     found: Sequence[tuple[AccuracyCell, AccuracyCell, Row]],
     samples: Mapping[str, Samples],
 ) -> Row:
-    """Interval of the difference to dense: documents are resampled within each task; none where values are no means."""
+    """Interval of the difference to dense: documents are resampled within each task; none where values are not means."""
     if any(row.get("aggregation") for _, _, row in found):
         return {}
     tasks = [_units(weighting.metric, chain, samples[cell.id], samples[dense.id]) for cell, dense, _ in found]

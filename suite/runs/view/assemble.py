@@ -23,23 +23,18 @@ from suite.runs.view.scrub import Scrubber
 from suite.statistics import paired_delta, paired_delta_of_resampled, resampling_group
 
 Row = dict[str, Any]
-_ANALYSES = (schema.CIF_CAF, schema.ACTIVATIONS)
 _OF_THE_KEY = ("device_name", "driver_version")  # measured rows have them too, the driver of a CPU as ""
 _NOT_RUN = {"status": "missing", "reason": "not run yet: run the same command again"}
 
 
-def csv_bytes(table: schema.Table, rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """CSV file with a header."""
+def table_bytes(table: schema.Table, rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """File of a table, with a header; compressed without a time, so that equal content gives equal files."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(table.names)
     writer.writerows([column.text(row.get(column.name)) for column in table.columns] for row in rows)
-    return text.getvalue().encode()
-
-
-def gzip_bytes(data: bytes) -> bytes:
-    """Compressed without a time, so that equal content gives equal files."""
-    return gzip.compress(data, 6, mtime=0)
+    data = text.getvalue().encode()
+    return gzip.compress(data, 6, mtime=0) if table.file.endswith(".gz") else data
 
 
 class Assembly:
@@ -68,29 +63,19 @@ class Assembly:
 
     def files(self) -> dict[str, bytes]:
         """Content of the CSVs and the logs of failed cells; those of the analysis only where the matrix has one."""
-        analysed = _ANALYSES if self._analysis else ()
-        files = {table.file: csv_bytes(table, self._analysis_rows(table)) for table in analysed}
-        phases, predictors = self._parts_of_rows("phases"), self._predictor_rows()
-        checks, timings = self._parts_of_rows("decode_check"), self._parts_of_rows("timings")
         accuracy = {cell.id: self._rows_of(cell) for cell in self._accuracy}
-        groups = self._group_rows(accuracy)
-        return (
-            self._logs()
-            | files
-            | ({"groups.csv": csv_bytes(schema.GROUPS, groups)} if groups else {})
-            | ({"predictor.csv": csv_bytes(schema.PREDICTOR, predictors)} if predictors else {})
-            | ({"timings.csv.gz": gzip_bytes(csv_bytes(schema.TIMINGS, timings))} if timings else {})
-            | ({"phases.csv": csv_bytes(schema.PHASES, phases)} if phases else {})
-            | ({"decode_check.csv": csv_bytes(schema.DECODE_CHECK, checks)} if checks else {})
-            | {
-                "accuracy.csv": csv_bytes(
-                    schema.ACCURACY, schema.ACCURACY.sorted(chain.from_iterable(accuracy.values()))
-                ),
-                "samples.csv.gz": gzip_bytes(csv_bytes(schema.SAMPLES, self._sample_rows())),
-                "sparsity.csv": csv_bytes(schema.SPARSITY, self._sparsity_rows()),
-                "speed.csv": csv_bytes(schema.SPEED, schema.SPEED.sorted(self._speed_rows())),
-            }
-        )
+        tables: list[tuple[schema.Table, Iterable[Row]]] = [
+            (schema.ACCURACY, schema.ACCURACY.sorted(chain.from_iterable(accuracy.values()))),
+            (schema.SAMPLES, self._sample_rows()),
+            (schema.SPARSITY, self._sparsity_rows()),
+            (schema.SPEED, schema.SPEED.sorted(self._speed_rows())),
+        ]
+        if self._analysis:
+            tables += [(table, self._analysis_rows(table)) for table in (schema.CIF_CAF, schema.ACTIVATIONS)]
+        of_some_runs = [(schema.GROUPS, self._group_rows(accuracy)), (schema.PREDICTOR, self._predictor_rows())]
+        of_some_runs += [(t, self._parts_of_rows(t.name)) for t in (schema.PHASES, schema.TIMINGS, schema.DECODE_CHECK)]
+        tables += [(table, rows) for table, rows in of_some_runs if rows]
+        return self._logs() | {table.file: table_bytes(table, rows) for table, rows in tables}
 
     def _logs(self) -> dict[str, bytes]:
         logs = {}
@@ -261,7 +246,7 @@ class Assembly:
 def _measured(label: str, fields: Row, row: Row) -> Row:
     """What a timing adds to the fields of its cell: all but the device, whose driver the key alone knows on a CPU.
 
-    None on either side is no answer: a GPU row has no threads, and a predictor's rank may be known only once it is made.
+    None on either side is not an answer: a GPU row has no threads, and a predictor's rank may be known only once it is made.
 
     Raises
     ------

@@ -24,11 +24,12 @@ from suite.runs.cells.matrix import Matrix
 from suite.runs.machine import git_state
 from suite.runs.store import Record, sha256_of, write_atomically
 from suite.runs.view.scrub import Scrubber
-from suite.schema import SCHEMA_VERSION
+from suite.schema import SCHEMA_VERSION, TABLES
 
 # What runs and reports write; whatever else lies in a run folder is the user's: never removed, and a problem to verify.
 _OWN = re.compile(
-    r"REPORT\.md|[a-z_]+\.csv|(samples|timings)\.csv\.gz|logs/[0-9a-f]{16}\.txt|tables/\w+\.md|figures/\w+\.(csv|png|svg)",
+    rf"REPORT\.md|{'|'.join(re.escape(table.file) for table in TABLES)}|logs/[0-9a-f]{{16}}\.txt|tables/\w+\.md|"
+    r"figures/\w+\.(csv|png|svg)",
     re.ASCII,
 )
 

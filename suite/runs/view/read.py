@@ -56,7 +56,21 @@ def rows_of(folder: Path, name: str) -> Iterator[Row]:
                     )
                 yield row
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is no readable CSV: {error}; run the matrix again to rewrite it") from error
+        raise InputError(f"{path} is not a readable CSV: {error}; run the matrix again to rewrite it") from error
+
+
+def value_of(row: Row, column: schema.Column, place: str) -> Any:
+    """Value of a cell, None where it is empty.
+
+    Raises
+    ------
+    InputError
+        It is not there, or not of its column's kind.
+    """
+    try:
+        return column.parse(row[column.name])
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{place}, column {column.name}: {error}; it is not of this suite") from error
 
 
 def timings_of(folder: Path) -> dict[str, list[float]]:
@@ -68,11 +82,10 @@ def timings_of(folder: Path) -> dict[str, list[float]]:
         A file or a row that is not of this suite.
     """
     found: dict[str, list[float]] = {}
+    latency = schema.TIMINGS.column("latency_us")
     for line, row in enumerate(rows_of(folder, schema.TIMINGS.file), 2):
-        try:
-            found.setdefault(row["cell_id"], []).append(float(row["latency_us"]))
-        except (KeyError, ValueError) as error:
-            raise InputError(f"{folder / schema.TIMINGS.file} line {line}: {error}; it is not of this suite") from error
+        value = value_of(row, latency, f"{folder / schema.TIMINGS.file} line {line}")
+        found.setdefault(row["cell_id"], []).append(value)
     return found
 
 

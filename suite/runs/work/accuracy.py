@@ -90,11 +90,11 @@ def _layer(layer: LayerSparsity) -> dict[str, Any]:
     threshold: float | str | None = layer.threshold
     if isinstance(threshold, float) and math.isinf(threshold):
         threshold = str(threshold)
-    realized = None if math.isnan(layer.sparsity_realized) else layer.sparsity_realized
+    realised = None if math.isnan(layer.sparsity_realized) else layer.sparsity_realized
     return {
         "layer": layer.layer,
         "site": layer.site,
         "threshold": threshold,
-        "sparsity_realized": realized,
+        "sparsity_realized": realised,
         "n_tokens": layer.n_tokens,
     }
