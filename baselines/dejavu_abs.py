@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from suite.methods.base import Activations, Method, Quantity
+from suite.methods.base import THIS_SUITE, Activations, Method, Quantity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,7 @@ class DejaVuAbs(Method):
     """Score ``abs(g)``."""
 
     name: ClassVar[str] = "dejavu-abs"
-    source: ClassVar[str] = "this suite"
+    source: ClassVar[str] = THIS_SUITE
     needs_predictor: ClassVar[bool] = True
     predicted: ClassVar[tuple[Quantity, ...]] = ("gate",)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from suite.methods.base import Activations, Method
+from suite.methods.base import THIS_SUITE, Activations, Method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ class Static(Method):
     """
 
     name: ClassVar[str] = "static"
-    source: ClassVar[str] = "this suite"
+    source: ClassVar[str] = THIS_SUITE
     fixed_set: ClassVar[bool] = True
 
     def score(self, activations: Activations) -> Tensor:

@@ -38,7 +38,7 @@ def show_names(kind: str | None, results: Path | None) -> None:
 
 def _names(kind: str, results: Path | None) -> list[str]:
     if kind == "methods":
-        return [f"{name:14}{', '.join(_modes(name))}" for name in METHODS]
+        return [f"{name:16}{', '.join(_modes(name)):40}{method_class(name).source}" for name in METHODS]
     if kind == "tasks":
         from suite.evaluation.tasks import known_tasks
 

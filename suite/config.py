@@ -124,7 +124,7 @@ class PredictorConfig(Section):
         training = {name: getattr(self, name) for name in names}
         found = []
         for predictor in self.predictors:
-            inputs = self.predictor_inputs if predictor == "gated" else ["mlp"]
+            inputs: list[PredictorInput] = self.predictor_inputs if predictor == "gated" else ["mlp"]
             for rank, read in product(self.ranks if predictor != "ternary" else [None], inputs):
                 found.append(PredictorOptions(predictor=predictor, rank=rank, predictor_input=read, **training))
         return found

@@ -100,10 +100,11 @@ def test_ls_names_every_kind(capsys, tmp_path):
     for name in ("m-countdown", "pack_grammar", "decode_perplexity", "microsoft/phi-4", "paper"):
         assert name in out
     assert main(["ls", "methods"]) == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert lines["dense"] == "none"
-    assert lines["cats"] == "ideal, practical"
-    assert lines["d-countdown"] == "ideal, practical (needs predictor)"
+    lines = {line.split()[0]: re.split(r"\s{2,}", line)[1:] for line in capsys.readouterr().out.splitlines()}
+    assert lines["dense"][0] == "none"
+    assert lines["cats"] == ["ideal, practical", "Lee et al. 2024, arXiv 2404.08763"]
+    assert lines["md-countdown"] == ["ideal, practical", "this suite"]
+    assert lines["d-countdown"][0] == "ideal, practical (needs predictor)"
 
 
 def test_benchmark_prints_its_table_with_times_checks_and_reasons(tmp_path, worker, capsys):

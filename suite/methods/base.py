@@ -22,6 +22,7 @@ Side = Literal["rows", "columns"]
 SiteName = Literal["mlp.input", "mlp.neurons"]
 SITES: tuple[SiteName, ...] = get_args(SiteName)
 NEURONS: SiteName = "mlp.neurons"
+THIS_SUITE = "this suite"  # source of methods that are published nowhere else
 PredictorInput = Literal["mlp", "block"]
 Quantity = Literal["input", "gate", "act", "up", "product", "block"]
 
@@ -225,7 +226,7 @@ class Method(ABC):
         low-rank approximations of gate and up: what a gated predictor is made of. Empty: it has none.
     fixed_set : True if its scores are the same for all tokens that follow a prompt, or for all tokens, so that its set is
         known before any of them is computed: its practical mode then keeps exactly k too, and needs no threshold.
-    source : where it was published, or that it is this suite's own; empty for somebody else's.
+    source : where it was published, or `THIS_SUITE`; empty for a method of a user's own.
     """
 
     sparsity: float = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from suite.methods.base import Activations, Calibrated, Method, Projection, Quantity
+from suite.methods.base import THIS_SUITE, Activations, Calibrated, Method, Projection, Quantity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ class MCountdownCw(Method):
     """
 
     name: ClassVar[str] = "m-countdown-cw"
-    source: ClassVar[str] = "this suite"
+    source: ClassVar[str] = THIS_SUITE
     first_projection: ClassVar[Projection | None] = "up"
     moments: ClassVar[tuple[Quantity, ...]] = ("act",)
 

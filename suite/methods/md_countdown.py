@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from suite.errors import InputError
-from suite.methods.base import Activations, Method, PredictorInput, Projection
+from suite.methods.base import THIS_SUITE, Activations, Method, PredictorInput, Projection
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ class MdCountdown(Method):
     fit_rounds: int = 1
 
     name: ClassVar[str] = "md-countdown"
-    source: ClassVar[str] = "this suite"
+    source: ClassVar[str] = THIS_SUITE
     first_projection: ClassVar[Projection | None] = "up"
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from suite.methods.base import Activations, Method, Mode
+from suite.methods.base import THIS_SUITE, Activations, Method, Mode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ class Random(Method):
     seed: int = 0
 
     name: ClassVar[str] = "random"
-    source: ClassVar[str] = "this suite"
+    source: ClassVar[str] = THIS_SUITE
     modes: ClassVar[tuple[Mode, ...]] = ("ideal",)
 
     def score(self, activations: Activations) -> Tensor:

@@ -237,8 +237,8 @@ def _view(layer: int, path: str, module: nn.Module) -> GatedMLP | None:
     return GatedMLP(layer, path, module, int(d_model), int(d_ff), activation, fused)
 
 
-def activation(name: Activation) -> Callable[[Tensor], Tensor]:
-    """Activation function of a name."""
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """Activation function of a name: silu or gelu_tanh."""
     return silu if name == "silu" else partial(gelu, approximate="tanh")
 
 

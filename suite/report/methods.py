@@ -5,10 +5,12 @@ Asked of the registry's methods alone: a report is made of files, and a name in 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 import pandas as pd
 
+from suite.methods.base import THIS_SUITE
 from suite.registry import METHODS, method_class
 
 
@@ -41,3 +43,11 @@ def method_order(method: str) -> tuple[int, str]:
     """Sort key: the registry's order (ceiling, floor, baselines, COUNTDOWN), then others by name."""
     names = list(METHODS)
     return (names.index(method) if method in names else len(names), method)
+
+
+def sources(methods: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Published methods, each with where, and this suite's own, in the order of tables; those of a user's own in neither."""
+    known = [name for name in sorted(set(methods), key=method_order) if name in METHODS and not is_dense(name)]
+    of = {name: method_class(name).source for name in known}
+    published = [f"{name} ({source})" for name, source in of.items() if source != THIS_SUITE]
+    return published, [name for name, source in of.items() if source == THIS_SUITE]

@@ -20,6 +20,7 @@ from suite.report.claims import NOT_SETTLED, UNTESTED, make_claims
 from suite.report.figures import FIGURES
 from suite.report.findings import duels_table, summary
 from suite.report.material import Material
+from suite.report.methods import sources
 from suite.report.results import load_results
 from suite.report.tables import TABLES
 from suite.report.task_names import bare
@@ -118,6 +119,7 @@ def _page(material: Material, claims: pd.DataFrame, tables: Mapping[str, str], s
         "and worse: the paired 95 % interval excludes 0, not corrected for the number of comparisons; differences in "
         f"points, of perplexities as they are.\n\n{duels_table(material.quality)}"
     )
+    parts.append(_sources_text(material))
     parts.append(f"## Claims of the abstract\n\n{_claims_text(claims)}")
     figures = "\n".join(figure.markdown() for figure in FIGURES if figure.name in shown)
     parts.append("## Figures\n\n" + (figures or "None yet.\n"))
@@ -169,6 +171,14 @@ def _warnings(material: Material) -> Iterator[str]:
         yield "There is no manifest.json in this folder: nothing is known about where its numbers come from."
     if not accuracy.empty and material.results.samples.empty:
         yield "There are no samples in this folder: no interval between methods can be made, and nothing is in bold."
+
+
+def _sources_text(material: Material) -> str:
+    """Which of the run's methods are published; the claims are about the paper's."""
+    published, own = sources([*material.quality.every["method"], *material.speed["method"]])
+    lines = [f"Published: {'; '.join(published)}.\n"] if published else []
+    lines += [f"This suite's own, in no paper that is known to it: {', '.join(own)}.\n"] if own else []
+    return "### Where the methods come from\n\n" + "\n".join(lines) if lines else ""
 
 
 def _claims_text(claims: pd.DataFrame) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from suite.registry import METHODS
 from suite.report.figures import FIGURES
-from suite.report.methods import is_dense, is_floor, method_order
+from suite.report.methods import is_dense, is_floor, method_order, sources
 from suite.report.objects import Block, Content, ReportFigure, ReportTable
 from suite.report.tables import TABLES
 from tests.report.parts import material
@@ -74,3 +74,11 @@ def test_a_method_that_a_file_names_is_not_imported():
         assert not is_floor(name)
         assert method_order(name)[0] == len(METHODS)
     assert "antigravity" not in sys.modules
+
+
+def test_published_methods_and_the_suites_own_are_told_apart():
+    published, own = sources(
+        ["m-countdown-cw", "griffin", "dense", "cats", "m-countdown-cw", "random", "antigravity:Mine"]
+    )
+    assert published == ["griffin (Dong et al. 2024, arXiv 2404.01365)", "cats (Lee et al. 2024, arXiv 2404.08763)"]
+    assert own == ["random", "m-countdown-cw"]

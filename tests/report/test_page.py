@@ -36,7 +36,8 @@ def hashes(folder):
 
 def test_every_part_is_there(reported):
     page = (reported / "REPORT.md").read_text()
-    for heading in ("In short", "Claims of the abstract", "Figures", "Tables", "Failed and skipped", "Provenance"):
+    headings = ("In short", "Where the methods come from", "Claims of the abstract", "Figures", "Tables")
+    for heading in (*headings, "Failed and skipped", "Provenance"):
         assert f"## {heading}" in page
     assert "smoke-level instrument" in page
     assert "out of domain" in page
