@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from suite.decoding.families import Family, family_of
+from suite.decoding.families import Family, at, at_or_none, family_of
 from suite.decoding.parts import CHUNK, Heads, Parts
 from suite.errors import InputError
 from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
@@ -47,25 +47,28 @@ def fuse(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
 class _Attention:
     """Attention of one layer, with its own weights and cache."""
 
-    def __init__(self, own: Any, family: Family, config: Any, rotary: tuple[Tensor, Tensor], length: int) -> None:
-        self.weight, self.bias = fuse([own.get_submodule(name) for name in family.qkv])
-        self.out: Tensor = own.o_proj.weight
-        self._out_bias: Tensor | None = own.o_proj.bias
-        n_kv = int(config.num_key_value_heads)
+    def __init__(
+        self, own: Any, family: Family, n_kv: int, eps: float, rotary: tuple[Tensor, Tensor], length: int
+    ) -> None:
+        self.weight, self.bias = fuse([at(own, name) for name in family.qkv])
+        out = at(own, family.out)
+        self.out: Tensor = out.weight
+        self._out_bias: Tensor | None = out.bias
+        head_dim = int(at(own, family.head_dim))
         queries, keys = family.head_norms or ("", "")
         self.heads = Heads(
-            n_heads=len(self.weight) // own.head_dim - 2 * n_kv,
+            n_heads=len(self.weight) // head_dim - 2 * n_kv,
             n_kv=n_kv,
-            head_dim=own.head_dim,
+            head_dim=head_dim,
             cos=rotary[0],
             sin=rotary[1],
-            cache=torch.zeros((2, n_kv, length, own.head_dim), dtype=self.weight.dtype, device=self.weight.device),
-            scale=float(own.scaling),
-            cap=getattr(own, "attn_logit_softcapping", None),
-            window=getattr(own, "sliding_window", None),
+            cache=torch.zeros((2, n_kv, length, head_dim), dtype=self.weight.dtype, device=self.weight.device),
+            scale=float(at(own, family.scale)),
+            cap=at_or_none(own, family.score_cap),
+            window=at_or_none(own, family.window),
             norms=None if not queries else (_weight(own, queries), _weight(own, keys)),
             offset=family.norm_offset,
-            eps=float(config.rms_norm_eps),
+            eps=eps,
         )
 
     def __call__(self, x: Tensor, position: Tensor, parts: Parts) -> Tensor:
@@ -79,20 +82,16 @@ class _Attention:
         self.heads.cache[1, :, n_tokens - n_kept : n_tokens] = values[0]
 
 
-def _first_names(mlp: GatedMLP) -> tuple[str, ...]:
-    """Modules whose outputs, laid end to end, are gate and up."""
-    return ("gate_up_proj",) if mlp.fused else ("gate_proj", "up_proj")
-
-
-def _weight(module: nn.Module, name: str) -> Tensor:
-    return module.get_submodule(name).get_parameter("weight")
+def _weight(root: nn.Module, path: str) -> Tensor:
+    weight: Tensor = at(root, path).get_parameter("weight")
+    return weight
 
 
 class _Norms:
     """Weights of the norms of one layer; None where the architecture has no such norm."""
 
     def __init__(self, block: nn.Module, family: Family) -> None:
-        self.before_attention = _weight(block, "input_layernorm")
+        self.before_attention = _weight(block, family.before_attention)
         self.before_mlp = _weight(block, family.before_mlp)
         self.after_attention = _weight(block, family.after_attention) if family.after_attention else None
         self.after_mlp = _weight(block, family.after_mlp) if family.after_mlp else None
@@ -118,27 +117,27 @@ class DecodeModel:
     """
 
     def __init__(self, model: nn.Module, length: int, parts: Parts | None = None) -> None:
-        self._family = family_of(model)
+        self._family = family = family_of(model)
         self.model, self.length = model, CHUNK * math.ceil(length / CHUNK)
-        inner: Any = model.get_submodule("model")
-        self._inner = inner
         self.mlps: list[GatedMLP] = find_gated_mlps(model)
         weight = self.mlps[0].weights()[2]
         self.device, self.dtype = weight.device, weight.dtype
-        config: Any = model.config
-        context = int(config.max_position_embeddings)
+        context = int(at(model, family.context))
         if length > context:
             raise InputError(f"{length} tokens: over the context of {context} of {type(model).__name__}; use fewer")
-        self.blocks: list[Any] = list(inner.layers)
-        self._norm_eps = float(config.rms_norm_eps)
-        self._cap = getattr(config, "final_logit_softcapping", None)
+        self._embed: nn.Module = at(model, family.embedding)
+        self._norm_eps, n_kv = float(at(model, family.eps)), int(at(model, family.n_kv))
+        self._cap = at_or_none(model, family.logit_cap)
+        self.blocks: list[nn.Module] = list(at(model, family.layers))
         self.attentions = [
-            _Attention(block.self_attn, self._family, config, self._rotary(block), self.length) for block in self.blocks
+            _Attention(own, family, n_kv, self._norm_eps, self._rotary(own), self.length)
+            for own in (at(block, family.attention) for block in self.blocks)
         ]
-        self._norms = [_Norms(block, self._family) for block in self.blocks]
-        self._gate_up = [fuse([mlp.module.get_submodule(name) for name in _first_names(mlp)]) for mlp in self.mlps]
-        self._down = [fuse([mlp.module.get_submodule("down_proj")]) for mlp in self.mlps]
-        self.head: Tensor = model.get_submodule("lm_head").get_parameter("weight")
+        self._norms = [_Norms(block, family) for block in self.blocks]
+        self._last_norm = _weight(model, family.last_norm)
+        self._gate_up = [fuse([mlp.module.get_submodule(name) for name in mlp.names.first]) for mlp in self.mlps]
+        self._down = [fuse([mlp.module.get_submodule(mlp.names.down)]) for mlp in self.mlps]
+        self.head = _weight(model, family.head)
         self.parts = self._parts() if parts is None else parts
         self.token = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -156,13 +155,14 @@ class DecodeModel:
             parts.measure([*kinds, [self.head]])
         return parts
 
-    def _rotary(self, block: Any) -> tuple[Tensor, Tensor]:
+    def _rotary(self, attention: Any) -> tuple[Tensor, Tensor]:
         """Cosine and sine of every position, (length, rotary_dim)."""
-        rotary, kind = self._inner.rotary_emb, getattr(block.self_attn, "layer_type", None)
+        family = self._family
+        rotary, kind = at(self.model, family.rotary), at_or_none(attention, family.rotation)
         if kind not in self._rotations:
             positions = torch.arange(self.length, device=self.device)[None]
             like = torch.zeros(1, 1, 1, dtype=self.dtype, device=self.device)
-            takes_kind = "layer_type" in inspect.signature(rotary.forward).parameters
+            takes_kind = family.rotation in inspect.signature(rotary.forward).parameters
             with torch.no_grad():
                 cos, sin = rotary(like, positions, kind) if takes_kind else rotary(like, positions)
             self._rotations[kind] = cos[0].to(self.dtype), sin[0].to(self.dtype)
@@ -208,9 +208,9 @@ class DecodeModel:
     @torch.no_grad()
     def hidden(self, mlp: Mlp) -> Tensor:
         """Normed hidden state of the next token, shape (1, d_model); writes its keys and values."""
-        hidden = self._inner.embed_tokens(self.token)
+        hidden = self._embed(self.token)
         x = self.parts.norm(hidden, self._norms[0].before_attention)
-        following = [norms.before_attention for norms in self._norms[1:]] + [self._inner.norm.weight]
+        following = [norms.before_attention for norms in self._norms[1:]] + [self._last_norm]
         for layer, (norms, after) in enumerate(zip(self._norms, following, strict=True)):
             y = self.attentions[layer](x, self.position, self.parts)
             hidden, x = self.parts.add_norm(hidden, y, norms.after_attention, norms.before_mlp)

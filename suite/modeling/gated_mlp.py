@@ -22,6 +22,24 @@ _IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
 
 
 @dataclass(frozen=True)
+class MlpNames:
+    """Modules of a gated MLP by name.
+
+    Parameters
+    ----------
+    first : gate and up; or the one matrix whose output is both, gate first
+    act, down : activation, and the projection back
+    """
+
+    first: tuple[str, ...]
+    act: str
+    down: str = "down_proj"
+
+
+_NAMES = (MlpNames(("gate_up_proj",), "activation_fn"), MlpNames(("gate_proj", "up_proj"), "act_fn"))
+
+
+@dataclass(frozen=True)
 class GatedMLP:
     """One gated MLP ``y = W_down (act(W_gate x) * W_up x)`` of a model.
 
@@ -38,8 +56,7 @@ class GatedMLP:
         The MLP itself.
     d_model, d_ff : int
     activation : {"silu", "gelu_tanh"}
-    fused : bool
-        True if gate and up are one matrix ``gate_up_proj``, gate first (Phi-3, Phi-4).
+    names : MlpNames
     """
 
     layer: int
@@ -48,30 +65,32 @@ class GatedMLP:
     d_model: int
     d_ff: int
     activation: Activation
-    fused: bool
+    names: MlpNames
+
+    @property
+    def fused(self) -> bool:
+        """True if gate and up are one matrix (Phi-3, Phi-4)."""
+        return len(self.names.first) == 1
 
     def gate_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``g`` and ``u`` of shape (..., d_ff) from x of shape (..., d_model); views of one tensor where fused."""
-        if self.fused:
-            gate, up = self.module.get_submodule("gate_up_proj")(x).chunk(2, dim=-1)
-            return gate, up
-        return self.module.get_submodule("gate_proj")(x), self.module.get_submodule("up_proj")(x)
+        found = [self.module.get_submodule(name)(x) for name in self.names.first]
+        gate, up = found[0].chunk(2, dim=-1) if self.fused else found
+        return gate, up
 
     def act(self, gate: Tensor) -> Tensor:
         """``a = act(g)``, shape (..., d_ff)."""
-        return self.module.get_submodule("activation_fn" if self.fused else "act_fn")(gate)
+        return self.module.get_submodule(self.names.act)(gate)
 
     def down(self, product: Tensor) -> Tensor:
         """``y = W_down v``, shape (..., d_model), from v of shape (..., d_ff)."""
-        return self.module.get_submodule("down_proj")(product)
+        return self.module.get_submodule(self.names.down)(product)
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """``W_gate``, ``W_up`` (d_ff, d_model) and ``W_down`` (d_model, d_ff): the parameters, or views where fused."""
-        down = self._weight("down_proj")
-        if self.fused:
-            gate, up = self._weight("gate_up_proj").chunk(2, dim=0)
-            return gate, up, down
-        return self._weight("gate_proj"), self._weight("up_proj"), down
+        found = [self._weight(name) for name in self.names.first]
+        gate, up = found[0].chunk(2, dim=0) if self.fused else found
+        return gate, up, self._weight(self.names.down)
 
     def _weight(self, name: str) -> Tensor:
         """As an attribute: a parametrised weight is not a parameter."""
@@ -91,14 +110,10 @@ class GatedMLP:
             return f"{self.module_name} is a {type(self.module).__name__}, not an MLP of transformers"
         if "forward" in self.module.__dict__:
             return f"the forward pass of {self.module_name} is replaced"
-        act = "activation_fn" if self.fused else "act_fn"
         for name, part in self.module.named_children():
             place = f"{self.module_name}.{name}"
-            if name != act and name.endswith("_proj"):
-                found = _why_not_linear(part, place)
-            else:
-                found = _patched(part, place)
-            if found:
+            linear = name in (*self.names.first, self.names.down)
+            if found := _why_not_linear(part, place) if linear else _patched(part, place):
                 return found
         return ""
 
@@ -144,7 +159,7 @@ class GatedMLP:
         Rows of gate and up, and columns of down, are neurons: shape (d_ff,); the others (d_model,).
         """
         index = ("gate", "up", "down").index(matrix)
-        name = "down_proj" if matrix == "down" else "gate_up_proj" if self.fused else f"{matrix}_proj"
+        name = self.names.down if matrix == "down" else self.names.first[0 if self.fused else index]
         weight = self.weights()[index].detach()
         if not _why_not_linear(self.module.get_submodule(name), ""):
             return weight.float().square().sum(0 if of == "columns" else 1)
@@ -192,7 +207,8 @@ def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
             found[mlp.layer] = mlp
     n_layers = _layer_count(model)
     if not found:
-        raise InputError(f"model {name} has no gated MLP (gate_proj, up_proj, down_proj or gate_up_proj, down_proj)")
+        known = " or ".join(", ".join((*names.first, names.act, names.down)) for names in _NAMES)
+        raise InputError(f"model {name} has no gated MLP ({known})")
     if sorted(found) != list(range(n_layers)):
         raise InputError(f"model {name} has gated MLPs in {len(found)} of {n_layers} layers; all must have one")
     mlps = [found[layer] for layer in range(n_layers)]
@@ -226,15 +242,12 @@ def _layer_count(model: nn.Module) -> int:
 def _view(layer: int, path: str, module: nn.Module) -> GatedMLP | None:
     """View of a module that has the projections of a gated MLP, else None."""
     children = dict(module.named_children())
-    down = children.get("down_proj")
-    split = {"gate_proj", "up_proj", "act_fn"} <= children.keys()
-    fused = {"gate_up_proj", "activation_fn"} <= children.keys()
-    weight = getattr(down, "weight", None)
-    if not (split or fused) or not isinstance(weight, Tensor):
+    names = next((names for names in _NAMES if {*names.first, names.act, names.down} <= children.keys()), None)
+    weight = getattr(children[names.down], "weight", None) if names else None
+    if names is None or not isinstance(weight, Tensor):
         return None
     d_model, d_ff = weight.shape
-    activation = _activation(path, children["activation_fn" if fused else "act_fn"])
-    return GatedMLP(layer, path, module, int(d_model), int(d_ff), activation, fused)
+    return GatedMLP(layer, path, module, int(d_model), int(d_ff), _activation(path, children[names.act]), names)
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
