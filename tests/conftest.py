@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from suite.fitting.artifacts import Fit, PredictorFit
-from suite.methods.base import Activations, Calibrated, Factor, Site
+from suite.methods.base import NEURONS, Activations, Calibrated, Factor, Site
 from suite.registry import method_class
 
 
@@ -18,6 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 D_MODEL, D_FF, VOCABULARY, PAD, END = 32, 48, 64, 0, 1
+WIDTH = {"mlp.input": D_MODEL, "mlp.neurons": D_FF}  # of each site
 _SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": D_MODEL,
@@ -67,7 +68,8 @@ def ids():
     return torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
-def activations(n_tokens=5, d_ff=D_FF, dtype=torch.float32, layer=0, seed=0):
+def activations(n_tokens=5, d_ff=D_FF, dtype=torch.float32, layer=0, seed=0, site=NEURONS):
+    """All that a score may ask for at a site, at random."""
     generator = torch.Generator().manual_seed(seed)
     gate, up = (torch.randn(n_tokens, d_ff, generator=generator).to(dtype) for _ in range(2))
     norms = torch.rand(d_ff, generator=generator) + 0.5
@@ -75,14 +77,19 @@ def activations(n_tokens=5, d_ff=D_FF, dtype=torch.float32, layer=0, seed=0):
     prompt = torch.rand(1, d_ff, generator=generator)
     keys = torch.arange(n_tokens)
     act = torch.nn.functional.silu(gate)
+    known = calibrated(d_ff, dtype, generator)
+    columns = torch.rand(D_MODEL, generator=generator) + 0.5
+    values = {"input": x, "block": torch.randn(n_tokens, D_MODEL, generator=generator).to(dtype)}
+    if site == NEURONS:
+        values |= {"gate": gate, "act": act, "up": up, "product": act * up}
     return Activations(
-        site=Site("mlp.neurons", layer, d_ff),
-        values={"input": x, "gate": gate, "act": act, "up": up, "product": act * up},
+        site=Site(site, layer, d_ff if site == NEURONS else WIDTH[site]),
+        values=values,
         documents=keys * 7,
         positions=keys,
-        norms=lambda matrix, of: norms,
+        norms=lambda matrix, of: norms if (of == "columns") == (matrix == "down") else columns,
         act_fn=torch.nn.functional.silu,
-        calibrated=calibrated(d_ff, dtype, generator),
+        calibrated=known,
         prompts=lambda: prompt.expand(n_tokens, -1),
     )
 
@@ -98,7 +105,8 @@ def calibrated(d_ff, dtype, generator):
         )
         for name in ("gate", "up")
     }
-    return Calibrated(moments=moments, factors=factors)
+    moments |= {name: torch.rand(D_MODEL, generator=generator) + 0.1 for name in ("input", "block")}
+    return Calibrated(moments=moments | {"gate": moments["act"]}, factors=factors)
 
 
 def random_fit(method, dtype=torch.float32, thresholds=None):
@@ -114,8 +122,9 @@ def random_fit(method, dtype=torch.float32, thresholds=None):
         method=method.name,
         sparsity=method.sparsity,
         estimator="calibrated",
-        thresholds=torch.full((2,), -torch.inf) if thresholds is None else thresholds,
+        thresholds=torch.full((2 * len(method.sites),), -torch.inf) if thresholds is None else thresholds,
         key="cd" * 32,
+        meta={"chosen": {name: values[0] for name, values in method.candidates.items()}},
         extras=extras,
     )
 
@@ -131,7 +140,7 @@ def predictor_fit(name="d-countdown", sparsity=0.5, *, kind="low-rank", threshol
         u = tuple(torch.randint(-1, 2, (d_ff, D_MODEL), generator=generator, dtype=torch.int8) for _ in range(2))
         matrices = {"v": (), "u": u, "scale": torch.tensor([0.5, 2.0]), "rank": None}
     elif kind == "gated":
-        fields = {"predicted": ("gate",) if name == "dejavu-abs" else ("act", "up"), "activation": "silu", **fields}
+        fields = {"predicted": method_class(name).predicted or ("act", "up"), "activation": "silu", **fields}
         n = len(fields["predicted"])
         v = tuple(torch.randn(D_MODEL, n * rank, generator=generator) / 3 for _ in range(2))
         u = tuple(torch.randn(n, d_ff, rank, generator=generator) / 3 for _ in range(2))
@@ -143,7 +152,7 @@ def predictor_fit(name="d-countdown", sparsity=0.5, *, kind="low-rank", threshol
     described = {"estimator": "calibrated", "key": "ef" * 32, "meta": {"model": "tiny", "model_fingerprint": "f"}}
     return PredictorFit(
         **{
-            "method": name,
+            "method": method_class(name).name,
             "sparsity": sparsity,
             "predictor": kind,
             "thresholds": torch.full((2,), float(threshold)),

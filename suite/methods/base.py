@@ -20,11 +20,11 @@ Projection = Literal["gate", "up"]
 Matrix = Literal["gate", "up", "down"]
 Side = Literal["rows", "columns"]
 SiteName = Literal["mlp.input", "mlp.neurons"]
-SITES: tuple[SiteName, ...] = get_args(SiteName)
 NEURONS: SiteName = "mlp.neurons"
 THIS_SUITE = "this suite"  # source of methods that are published nowhere else
 PredictorInput = Literal["mlp", "block"]
 Quantity = Literal["input", "gate", "act", "up", "product", "block"]
+SITES: Mapping[SiteName, Quantity] = {"mlp.input": "input", NEURONS: "product"}  # the vector that is masked there
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ class Activations:
     @property
     def x(self) -> Tensor:
         """The vector whose entries are set to zero, shape (n_tokens, site.width), the model's dtype."""
-        return self.product if self.site.name == NEURONS else self.input
+        vector: Tensor = getattr(self, SITES[self.site.name])
+        return vector
 
     @cached_property
     def input(self) -> Tensor:
@@ -314,6 +315,11 @@ class Method(ABC):
     def parameters(self) -> dict[str, Any]:
         """Fields by name: what identifies this method in a cell's key."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def width_of(quantity: str, d_model: int, d_ff: int) -> int:
+    """Entries of a quantity of one token."""
+    return d_model if quantity in ("input", "block") else d_ff
 
 
 def kept_count(width: int, sparsity: float) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from suite.devices import DTYPE_BYTES
-from suite.methods.base import NEURONS
+from suite.methods.base import NEURONS, width_of
 
 if TYPE_CHECKING:
     from suite.methods.base import Method, SiteName
@@ -44,7 +44,7 @@ def calibrated_bytes(method: Method, d_model: int, d_ff: int, dtype: str) -> int
     ----------
     dtype : type of the layer's weights, which a factor's two matrices have; its residual and moments are fp32
     """
-    moments = sum(d_model if name == "input" else d_ff for name in method.moments)
+    moments = sum(width_of(name, d_model, d_ff) for name in method.moments)
     factors = sum(DTYPE_BYTES[dtype] * low_rank_weights(rank, d_model, d_ff) for rank in method.factors.values())
     return int(factors) + DTYPE_BYTES["float32"] * (moments + len(method.factors) * d_ff)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, one_hot, silu
 
 from suite.errors import InputError
-from suite.methods.base import NEURONS, Activations, Matrix, Side, Site, SiteName
+from suite.methods.base import NEURONS, SITES, Activations, Matrix, Side, Site, SiteName, width_of
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -119,7 +119,7 @@ class GatedMLP:
 
     def site(self, name: SiteName) -> Site:
         """A site of this layer."""
-        return Site(name, self.layer, self.d_ff if name == NEURONS else self.d_model)
+        return Site(name, self.layer, width_of(SITES[name], self.d_model, self.d_ff))
 
     def activations(
         self,

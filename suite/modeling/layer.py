@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from suite.errors import InputError
-from suite.methods.base import NEURONS, Activations, Calibrated, Method, PredictorInput, Site, SiteName
+from suite.methods.base import NEURONS, SITES, Activations, Calibrated, Method, PredictorInput, Quantity, Site, SiteName
 from suite.modeling.decode import DecodeKernels
 from suite.modeling.gated_mlp import GatedMLP
 from suite.modeling.modes import PredictorState, Select, nan_tokens
@@ -110,22 +110,25 @@ class SparseLayer:
         if run.kernels is not None and not x.requires_grad:
             run.decoded.append(self)
             return run.kernels.run(self.mlp.layer, x)
-        if run.tokens is not None and "mlp.input" in self.counters:
-            # of a copy: the norm's output may be somebody else's too
-            x = self._sparsify(self.counters["mlp.input"], x.clone(), {"input": x}, run.tokens)
-        gate, up = self.mlp.gate_up(x)
+        values: dict[Quantity, Tensor] = {"input": x} if self.block is None else {"input": x, "block": self.block}
+        values["input"] = self._sparse("mlp.input", values)
+        gate, up = self.mlp.gate_up(values["input"])
         act = self.mlp.act(gate)
-        product = act * up
+        values |= {"gate": gate, "act": act, "up": up, "product": act * up}
         if run.prompt is not None:
-            self._add_prompt(product, run.prompt)
-        if run.tokens is not None and NEURONS in self.counters:
-            values = {"input": x, "gate": gate, "act": act, "up": up, "product": product}
-            if self.block is not None:
-                values["block"] = self.block
-            product = self._sparsify(self.counters[NEURONS], product, values, run.tokens)
-        return self.mlp.down(product)
+            self._add_prompt(values["product"], run.prompt)
+        return self.mlp.down(self._sparse(NEURONS, values))
 
-    def _sparsify(self, counter: Counter, vector: Tensor, values: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
+    def _sparse(self, name: SiteName, values: Mapping[Quantity, Tensor]) -> Tensor:
+        """The vector of a site, (batch, width, site.width), as it is if the method leaves it alone in this pass."""
+        vector, tokens, counter = values[SITES[name]], self._run.tokens, self.counters.get(name)
+        if tokens is None or counter is None:
+            return vector
+        if name != NEURONS:  # the norm's output may be somebody else's too; v is this pass's own
+            vector = vector.clone()
+        return self._sparsify(counter, vector, values, tokens)
+
+    def _sparsify(self, counter: Counter, vector: Tensor, values: Mapping[Quantity, Tensor], tokens: Tokens) -> Tensor:
         """A vector (batch, width, site.width) with the entries that are dropped set to 0, in place where it can be."""
         site = counter.site
         n_seen = vector.numel() // site.width

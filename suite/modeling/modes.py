@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from suite.devices import dtype_name
 from suite.errors import CellError, InputError
 from suite.methods.base import (
-    NEURONS,
     Activations,
     Calibrated,
     Method,
@@ -23,6 +22,7 @@ from suite.methods.base import (
     kept_count,
     select_threshold,
     select_top_k,
+    width_of,
 )
 from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
 from suite.registry import did_you_mean
@@ -178,7 +178,7 @@ def _check_calibrated(mlp: GatedMLP, method: Method, layer: Calibrated) -> None:
         if not held:
             raise InputError(f"fit of {method.name} holds no {what} in layer {mlp.layer}: fit anew")
     for name, vector in layer.moments.items():
-        width = mlp.d_ff if name not in ("input", "block") else mlp.d_model
+        width = width_of(name, mlp.d_model, mlp.d_ff)
         if vector.shape != (width,):
             raise InputError(f"fit of {method.name} has {len(vector)} moments of {name!r}, not {width}: fit anew")
     for name, factor in layer.factors.items():
@@ -225,11 +225,8 @@ def nan_tokens(score: Tensor, activations: Activations) -> Tensor:
 
     NaN from activations that are not finite is kept, so that it reaches the output; any other is the method's fault.
     """
-    # amax hands NaN on in a third of the time of isnan().any(); where gate is not finite, act is not either
-    at_neurons = activations.site.name == NEURONS
-    total = (activations.act if at_neurons else activations.input).sum(-1, dtype=torch.float32)
-    if at_neurons:
-        total = total + activations.up.sum(-1, dtype=torch.float32)
+    # amax hands NaN on in a third of the time of isnan().any(); x is not finite where anything that it is made of is not
+    total = activations.x.sum(-1, dtype=torch.float32)
     return (score.amax(-1).isnan() & torch.isfinite(total)).sum()
 
 

@@ -164,9 +164,7 @@ def default_methods() -> list[str]:
     """Methods that every device times: dense, those with thresholds, and a given set."""
     methods = [(name, method_class(name)()) for name in METHODS]
     found = [
-        name
-        for name, one in methods
-        if "none" in one.modes or (one.first_projection is not None and not one.factors)
+        name for name, one in methods if "none" in one.modes or (one.first_projection is not None and not one.factors)
     ]
     return [*found, GIVEN]
 

@@ -2,19 +2,28 @@
 
 import dataclasses
 from contextlib import ExitStack, contextmanager
+from functools import cache
 
 import pytest
 import torch
 
 from suite.errors import InputError
-from suite.methods.base import Calibrated, Factor, Site, kept_count, select_top_k
+from suite.methods.base import NEURONS, Calibrated, Factor, Method, Site, kept_count, select_top_k
 from suite.modeling.attach import attach
 from suite.modeling.gated_mlp import find_gated_mlps
 from suite.registry import METHODS, get_method, method_class
-from tests.conftest import D_FF, PAD, activations, predictor_fit, random_fit, tiny_model
+from tests.conftest import D_FF, PAD, WIDTH, activations, predictor_fit, random_fit, tiny_model
+from tests.contract import third_party
+from tests.modeling import site_methods
 
 THIRD_PARTY = "tests.contract.third_party:PowerOfUp"
-ALL = [*METHODS, THIRD_PARTY]
+UNREGISTERED = [
+    f"{module.__name__}:{cls.__name__}"
+    for module in (third_party, site_methods)
+    for cls in vars(module).values()
+    if isinstance(cls, type) and issubclass(cls, Method) and cls not in (Method, *site_methods.WRONG)
+]
+ALL = [*METHODS, *UNREGISTERED]
 RANKING = [name for name in ALL if "ideal" in method_class(name).modes]
 FIXED = [name for name in ALL if method_class(name).fixed_set]
 WITH_THRESHOLD = [name for name in ALL if get_method(name).needs_threshold]
@@ -47,6 +56,20 @@ def ideal(model, method, mask=None):
         yield attached
 
 
+def at_sites(method, **options):
+    """What the method scores, of each of its sites."""
+    return [activations(site=site, **options) for site in method.sites]
+
+
+def realised_by(method):
+    """Share that the ideal mode drops, by layer and site, in whole entries."""
+    return {
+        (layer, site): 1 - kept_count(WIDTH[site], method.sparsity_at(Site(site, layer, WIDTH[site]))) / WIDTH[site]
+        for layer in range(2)
+        for site in method.sites
+    }
+
+
 def n_sparse(method, n_rows, width=12):
     return n_rows * (width - PROMPT * method.needs_prompt)
 
@@ -54,6 +77,12 @@ def n_sparse(method, n_rows, width=12):
 def logits(model, ids, **kwargs):
     with torch.inference_mode():
         return model(input_ids=ids, **kwargs).logits
+
+
+@pytest.fixture(scope="module")
+def dense(ids):
+    """Logits of a tiny model that nothing is attached to, by architecture and type."""
+    return cache(lambda architecture, dtype=torch.float32: logits(tiny_model(architecture, dtype), ids))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -67,97 +96,122 @@ def test_is_a_frozen_dataclass_under_its_name(name):
     assert method.parameters()["sparsity"] == 0
 
 
-@pytest.mark.parametrize("sparsity", [-0.1, 1, 1.5, float("nan"), "0.5", True, None])
 @pytest.mark.parametrize("name", ALL)
-def test_refuses_sparsity_outside_its_range(name, sparsity):
-    with pytest.raises(InputError, match="sparsity"):
-        get_method(name, sparsity=sparsity)
+def test_refuses_sparsity_outside_its_range(name):
+    for sparsity in (-0.1, 1, 1.5, float("nan"), "0.5", True, None):
+        with pytest.raises(InputError, match="sparsity"):
+            get_method(name, sparsity=sparsity)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_its_share_of_a_site_is_a_sparsity_and_none_where_that_is_zero(name):
+    for sparsity in (0.0,) if name not in RANKING else (0.0, 0.05, 0.5, 0.999):
+        method = get_method(name, sparsity=sparsity)
+        for site in method.sites:
+            for layer in range(2):
+                share = method.sparsity_at(Site(site, layer, WIDTH[site]))
+                assert 0 <= share < 1
+                assert share == 0 or sparsity > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ALL)
-def test_scores_every_neuron_of_every_token(name, dtype):
-    inputs = activations(dtype=dtype)
-    score = get_method(name).score(inputs)
-    assert score.shape == inputs.up.shape
-    assert score.is_floating_point()
-    assert torch.equal(score, get_method(name).score(activations(dtype=dtype)))  # deterministic, no state
+def test_scores_every_entry_of_every_token(name, dtype):
+    method = get_method(name)
+    again = at_sites(method, dtype=dtype)
+    for inputs, same in zip(at_sites(method, dtype=dtype), again, strict=True):
+        score = method.score(inputs)
+        assert score.shape == (5, WIDTH[inputs.site.name])
+        assert score.is_floating_point()
+        assert torch.equal(score, get_method(name).score(same))  # deterministic, no state
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_score_of_a_token_does_not_depend_on_the_others(name):
-    inputs = activations(n_tokens=6)
-    chosen = torch.tensor([4, 1])
-    keys = {field: getattr(inputs, field)[chosen] for field in ("documents", "positions")}
-    alone = dataclasses.replace(inputs, rows=chosen, prompts=lambda: inputs.prompt[chosen], **keys)
-    method = get_method(name)
+    method, chosen = get_method(name), torch.tensor([4, 1])
     # of a factor products of 32 and of 4 terms, which a batch may sum in another order
     rounding = (32 + 4) * torch.finfo(torch.float32).eps * bool(method.factors)
-    torch.testing.assert_close(method.score(alone), method.score(inputs)[chosen], rtol=rounding, atol=rounding)
+    for inputs in at_sites(method, n_tokens=6):
+        keys = {field: getattr(inputs, field)[chosen] for field in ("documents", "positions")}
+        prompts = inputs.prompt[chosen]
+        alone = dataclasses.replace(inputs, rows=chosen, prompts=lambda prompts=prompts: prompts, **keys)
+        torch.testing.assert_close(method.score(alone), method.score(inputs)[chosen], rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sparsity", [0.0, 0.29, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("name", RANKING)
-def test_keeps_exactly_k_of_each_token(name, sparsity, dtype):
-    k = kept_count(1000, sparsity)
-    score = get_method(name, sparsity=sparsity).score(activations(d_ff=1000, dtype=dtype))  # bf16 ties are many
-    assert (select_top_k(score, k).sum(-1) == k).all()
+def test_keeps_exactly_k_of_each_token(name, dtype):
+    for inputs in at_sites(get_method(name), d_ff=1000, dtype=dtype):  # bf16 ties are many
+        for sparsity in (0.0, 0.29, 0.5, 0.9, 0.999):
+            method = get_method(name, sparsity=sparsity)
+            k = kept_count(inputs.site.width, method.sparsity_at(inputs.site))
+            assert (select_top_k(method.score(inputs), k).sum(-1) == k).all()
 
 
-@pytest.mark.parametrize("name", [name for name in RANKING if name != "random"])
+def reads(method, inputs, **others):
+    """Whether other values of some fields change the score: noise reads the keys of a token, a fixed set no activation."""
+    return not torch.equal(method.score(inputs), method.score(dataclasses.replace(inputs, **others)))
+
+
+@pytest.mark.parametrize("name", RANKING)
 def test_keeps_exactly_k_where_all_scores_tie(name):
-    inputs = activations()
-    ones = torch.ones(D_FF)
-    low = Factor(torch.ones(32, 1), torch.ones(D_FF, 1), ones)
-    tied = dataclasses.replace(
-        inputs,
-        values={name: torch.ones_like(value) for name, value in inputs.values.items()},
-        norms=lambda matrix, of: ones,
-        calibrated=Calibrated(dict.fromkeys(("act", "up"), ones), dict.fromkeys(("gate", "up"), low)),
-        prompts=lambda: ones.expand(5, -1),
-    )
-    keep = select_top_k(get_method(name).score(tied), 7)
-    assert keep[:, :7].all()
-    assert not keep[:, 7:].any()
+    method = get_method(name)
+    for inputs in at_sites(method):
+        if reads(method, inputs, documents=inputs.documents + 1):
+            continue
+        known, ones = inputs.calibrated, torch.ones(D_FF)
+        low = Factor(torch.ones(32, 1), torch.ones(D_FF, 1), ones)
+        moments = {quantity: torch.ones_like(value) for quantity, value in known.moments.items()}
+        tied = dataclasses.replace(
+            inputs,
+            values={quantity: torch.ones_like(value) for quantity, value in inputs.values.items()},
+            norms=lambda matrix, of, norms=inputs.norms: torch.ones_like(norms(matrix, of)),
+            calibrated=Calibrated(moments, dict.fromkeys(known.factors, low)),
+            prompts=lambda ones=ones: ones.expand(5, -1),
+        )
+        keep = select_top_k(method.score(tied), 7)
+        assert keep[:, :7].all()
+        assert not keep[:, 7:].any()
 
 
-@pytest.mark.parametrize("name", [name for name in RANKING if name not in ("random", *FIXED)])
+@pytest.mark.parametrize("name", RANKING)
 def test_nan_activation_is_kept_and_reaches_the_output(name):
-    inputs = activations()
-    for part in ("gate", "act", "up", "product"):
-        inputs.values[part][2, 5] = torch.nan
-    keep = select_top_k(get_method(name).score(inputs), 1)
-    assert keep[2].nonzero().flatten().tolist() == [5]
-    assert (keep.sum(-1) == 1).all()
+    method = get_method(name)
+    for inputs in at_sites(method):
+        if not reads(method, inputs, values=activations(site=inputs.site.name, seed=1).values):
+            continue
+        assert not method.fixed_set
+        for part in ("gate", "act", "up", "product") if inputs.site.name == NEURONS else ("input",):
+            inputs.values[part][2, 5] = torch.nan
+        keep = select_top_k(method.score(inputs), 1)
+        assert keep[2].nonzero().flatten().tolist() == [5]
+        assert (keep.sum(-1) == 1).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "phi3"])
+# a score sees of the model its type and its activation function alone: not every pair
+@pytest.mark.parametrize(("architecture", "dtype"), zip(("llama", "gemma2", "phi3"), DTYPES, strict=True))
 @pytest.mark.parametrize("name", ALL)
-def test_sparsity_zero_is_dense_bit_for_bit(name, architecture, dtype, ids):
+def test_sparsity_zero_is_dense_bit_for_bit(name, architecture, dtype, ids, dense):
     model = tiny_model(architecture, dtype)
-    dense = logits(model, ids)
     with ideal(model, get_method(name)) as attached:
-        assert torch.equal(logits(model, ids), dense)
+        assert torch.equal(logits(model, ids), dense(architecture, dtype))
     assert attached.realised == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", RANKING)
-def test_realises_its_sparsity_exactly_and_restores_the_model(name, dtype, ids):
-    model = tiny_model("qwen2", dtype)
-    dense = logits(model, ids)
+def test_realises_its_sparsity_exactly_and_restores_the_model(name, dtype, ids, dense):
+    model, before = tiny_model("qwen2", dtype), dense("qwen2", dtype)
     method = get_method(name, sparsity=0.7)
     with ideal(model, method) as attached:
         sparse = logits(model, ids)
         again = logits(model, ids)
-    assert not torch.equal(sparse, dense)
+    assert not torch.equal(sparse, before)
     assert torch.equal(sparse, again)
-    expected = 1 - kept_count(D_FF, 0.7) / D_FF
-    assert [layer.sparsity_realized for layer in attached.sparsity()] == pytest.approx([expected] * 2, abs=1e-12)
-    assert [layer.n_tokens for layer in attached.sparsity()] == [2 * n_sparse(method, 2)] * 2
-    assert torch.equal(logits(model, ids), dense)
+    realised = {(row.layer, row.site): row.sparsity_realized for row in attached.sparsity()}
+    assert realised == pytest.approx(realised_by(method), abs=1e-12)
+    assert {row.n_tokens for row in attached.sparsity()} == {2 * n_sparse(method, 2)}
+    assert torch.equal(logits(model, ids), before)
 
 
 @pytest.mark.parametrize("name", RANKING)
@@ -176,30 +230,32 @@ def test_padding_is_neither_counted_nor_felt(name, ids):
             out = logits(model, padded, attention_mask=mask, position_ids=positions)
         kept = out[:, 4:] if side == "left" else out[:, :-4]
         torch.testing.assert_close(kept, alone, rtol=0, atol=1e-4)
-        assert [layer.n_tokens for layer in attached.sparsity()] == [n_sparse(method, 1)] * 2
+        assert [row.n_tokens for row in attached.sparsity()] == [n_sparse(method, 1)] * len(realised_by(method))
 
 
 @pytest.mark.parametrize("name", WITH_THRESHOLD)
 def test_threshold_keeps_scores_not_below_it(name, ids):
     model = tiny_model("llama")
     method = get_method(name, sparsity=0.5)
-    for threshold, share in ((-torch.inf, 0.0), (torch.inf, 1.0)):
-        state = random_fit(method, thresholds=torch.full((2,), threshold))
+    order = [(layer, site) for site in method.sites for layer in range(2)]
+    for infinite in ([], order, order[1:2]):  # none, all, and one alone
+        thresholds = {place: torch.inf if place in infinite else -torch.inf for place in order}
+        state = random_fit(method, thresholds=torch.tensor(list(thresholds.values())))
         with attach(model, method, state) as attached:
             logits(model, ids)
-        assert attached.realised == share
-        assert attached.sparsity()[0].threshold == threshold
+        assert {(row.layer, row.site): row.threshold for row in attached.sparsity()} == thresholds
+        assert {(row.layer, row.site) for row in attached.sparsity() if row.sparsity_realized == 1} == set(infinite)
+        assert attached.realised == len(infinite) / len(order)
 
 
 @pytest.mark.parametrize("kind", ["low-rank", "ternary", "gated"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", WITH_PREDICTOR)
-def test_predictor_keeps_logits_not_below_its_threshold(name, dtype, kind, ids):
+def test_predictor_keeps_logits_not_below_its_threshold(name, dtype, kind, ids, dense):
     if kind == "gated" and not method_class(name).predicted:
         pytest.skip("its score is not made of projections")
     model = tiny_model("llama", dtype)
-    method = get_method(name, sparsity=0.5)
-    dense = logits(model, ids)
+    method, before = get_method(name, sparsity=0.5), dense("llama", dtype)
     shares = []
     low, high = (1.0, 3.0) if kind == "gated" else (-1.0, 1.0)
     for threshold in (-torch.inf, low, high, torch.inf, torch.nan):
@@ -210,11 +266,11 @@ def test_predictor_keeps_logits_not_below_its_threshold(name, dtype, kind, ids):
             continue
         with attach(model, method, state) as attached:
             sparse = logits(model, ids)
-        assert torch.equal(sparse, dense) == (threshold == -torch.inf)
+        assert torch.equal(sparse, before) == (threshold == -torch.inf)
         shares.append(attached.realised)
         assert attached.sparsity()[0].threshold == threshold
     assert shares[0] == 0 < shares[1] < shares[2] < shares[3] == 1
-    assert torch.equal(logits(model, ids), dense)
+    assert torch.equal(logits(model, ids), before)
 
 
 @pytest.mark.parametrize("kind", ["low-rank", "ternary"])
@@ -254,7 +310,7 @@ def test_predictor_drops_what_its_logits_say(kind, architecture, ids):
 def test_predictor_and_thresholds_do_not_stand_in_for_each_other(name):
     model = tiny_model("llama")
     with pytest.raises(InputError, match="needs a trained predictor"):
-        attach(model, get_method(name, sparsity=0.5), State(name, 0.5, torch.zeros(2))).__enter__()
+        attach(model, get_method(name, sparsity=0.5), State(method_class(name).name, 0.5, torch.zeros(2))).__enter__()
     with pytest.raises(InputError, match="needs a fit of its thresholds"):
         attach(model, get_method("cats", sparsity=0.5), predictor_fit("cats")).__enter__()
     for state, match in (
@@ -276,38 +332,9 @@ def test_modes_that_it_has_not_are_refused(name):
         match = "predictor" if method.needs_predictor else "needs a fit"
         with pytest.raises(InputError, match=match), attach(tiny_model("llama"), method, mode="practical"):
             pass
-
-
-def test_random_noise_does_not_depend_on_the_batch(ids):
-    model, method = tiny_model("llama"), get_method("random", sparsity=0.5, seed=3)
-    whole = torch.arange(12)
-
-    def run(rows, documents):
-        index = torch.arange(len(rows)).repeat_interleave(12)
-        columns = whole.repeat(len(rows))
-        keys = torch.tensor(documents).repeat_interleave(12)
-        with attach(model, method) as attached, attached.positions(index, columns, keys, columns):
-            return logits(model, ids[rows])
-
-    together, alone = run([0, 1], [10, 11]), run([1], [11])
-    torch.testing.assert_close(together[1], alone[0], rtol=0, atol=1e-4)
-    assert not torch.allclose(run([1], [12])[0], alone[0], atol=1e-2)
-
-
-def test_random_noise_is_uniform_and_differs_by_every_key():
-    inputs = activations(n_tokens=40, d_ff=1000)
-    score = get_method("random", seed=1).score(inputs)
-    # mean of 40000 uniforms: standard error 1 / sqrt(12 * 40000); 5 of them
-    assert abs(score.mean() - 0.5) < 5 / (12 * 40000) ** 0.5
-    others = [
-        get_method("random", seed=2).score(inputs),
-        get_method("random", seed=1).score(dataclasses.replace(inputs, site=Site("mlp.neurons", 1, 1000))),
-        get_method("random", seed=1).score(dataclasses.replace(inputs, documents=inputs.documents + 1)),
-        get_method("random", seed=1).score(dataclasses.replace(inputs, positions=inputs.positions + 1)),
-    ]
-    for other in others:
-        correlation = torch.corrcoef(torch.stack([score.flatten(), other.flatten()]))[0, 1]
-        assert abs(correlation) < 5 / 40000**0.5
+    if method.needs_calibration:
+        with pytest.raises(InputError, match="needs a fit"), attach(tiny_model("llama"), method, mode="ideal"):
+            pass
 
 
 def test_names_that_are_no_method():
@@ -325,18 +352,24 @@ def test_names_that_are_no_method():
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_a_fixed_set_is_the_same_in_both_modes_and_takes_no_fit(name, ids):
+def test_a_fixed_set_is_the_same_in_both_modes_and_takes_no_threshold(name, ids):
     model, method = tiny_model("llama"), get_method(name, sparsity=0.5)
+    state = random_fit(method) if method.needs_calibration else None
     rows, columns = (torch.ones(2, 8) > 0).nonzero(as_tuple=True)
     found = []
-    for mode in ("ideal", "practical"):
-        with attach(model, method, mode=mode) as attached, attached.positions(rows, columns + 4, rows, columns + 4):
+    for mode in method.modes:
+        with (
+            attach(model, method, state, mode=mode) as attached,
+            attached.positions(rows, columns + PROMPT, rows, columns + PROMPT),
+        ):
             found.append(logits(model, ids))
-            assert [layer.threshold for layer in attached.sparsity()] == [None, None]
-            assert attached.realised == 0.5
-    assert torch.equal(*found)
-    with pytest.raises(InputError, match="a fit was given"):
-        attach(model, method, State(name, 0.5, torch.zeros(2)), mode="practical").__enter__()
+            assert {row.threshold for row in attached.sparsity()} == {None}
+            realised = {(row.layer, row.site): row.sparsity_realized for row in attached.sparsity()}
+            assert realised == pytest.approx(realised_by(method), abs=1e-12)
+    assert torch.equal(found[0], found[-1])
+    if state is None:
+        with pytest.raises(InputError, match="a fit was given"):
+            attach(model, method, State(method.name, 0.5, torch.zeros(2)), mode=method.modes[-1]).__enter__()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,5 +19,16 @@ class PowerOfUp(Method):
         return activations.up.abs() ** self.power
 
 
+@dataclass(frozen=True, kw_only=True)
+class SquareOfGate(Method):
+    """A score that a trained predictor tells beforehand."""
+
+    name: ClassVar[str] = "square-of-gate"
+    needs_predictor: ClassVar[bool] = True
+
+    def score(self, activations):
+        return activations.gate.float().square()
+
+
 class NoMethod:
     """Lacks the contract."""

@@ -27,7 +27,8 @@ class Allocated(Teal):
     name: ClassVar[str] = "allocated"
 
     def sparsity_at(self, site):
-        return {"mlp.input": self.sparsity / 2, "mlp.neurons": self.sparsity}[site.name] - site.layer * self.slope
+        share = {"mlp.input": self.sparsity / 2, "mlp.neurons": self.sparsity}[site.name]
+        return max(0.0, share - site.layer * self.slope)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,3 +154,6 @@ class Undeclared(Method):
 
     def score(self, activations):
         return activations.act.abs() * activations.moments("up")
+
+
+WRONG = (SaysAnother, Peeking, Undeclared)  # what breaks the contract

@@ -10,10 +10,8 @@ import torch
 from suite.errors import InputError
 from suite.modeling.attach import attach
 from suite.modeling.gated_mlp import find_gated_mlps
-from tests.conftest import D_FF, D_MODEL, activations, tiny_model
+from tests.conftest import D_FF, D_MODEL, WIDTH, activations, tiny_model
 from tests.modeling.site_methods import Allocated, Chess, Griffin, Peeking, Static, Teal, TealInput, Undeclared, Wina
-
-WIDTH = {"mlp.input": D_MODEL, "mlp.neurons": D_FF}
 
 
 @dataclasses.dataclass
