@@ -158,4 +158,4 @@ def decode_state(name, kind="low-rank"):
     if name in ("cats", "m-countdown"):
         thresholds = torch.tensor([0.3, 0.1])
         return Fit(method=name, sparsity=0.5, estimator="calibrated", thresholds=thresholds, key="ab" * 32)
-    return predictor_fit(name, kind=kind, threshold=0.3)
+    return predictor_fit(name, kind=kind, threshold=1.5 if kind == "gated" else 0.3)  # logits of gated ones are roots

@@ -9,7 +9,13 @@ from suite.modeling.attach import attach
 from suite.registry import get_method
 from tests.conftest import CONFIGS, END, PAD, decode_state, tiny_model
 
-METHODS = [("cats", ""), ("m-countdown", ""), ("d-countdown", "low-rank"), ("d-countdown", "ternary")]
+METHODS = [
+    ("cats", ""),
+    ("m-countdown", ""),
+    ("d-countdown", "low-rank"),
+    ("d-countdown", "ternary"),
+    ("d-countdown", "gated"),
+]
 LENGTH = 6
 
 
