@@ -253,9 +253,11 @@ def benchmark(
     rerun: str,
 ) -> int:
     """Time layers as a small matrix of their own and print the rows."""
+    from suite.speed.bench import default_methods
+
     block: dict[str, Any] = {
         "shapes": shapes or ["llama-3.1-8b"],
-        "methods": methods or ["dense", "cats", "m-countdown", "given"],
+        "methods": methods or default_methods(),
         "sparsities": sparsities or [0.7, 0.8, 0.9],
     }
     if threads:
