@@ -171,4 +171,4 @@ def decode_state(name, kind="low-rank"):
         fields = {"thresholds": torch.tensor([0.3, 0.1]), "estimator": "calibrated", "key": "ab" * 32}
         extras = {f"moments.{one}": 4 * torch.rand(2, D_FF, generator=generator) for one in method.moments}
         return Fit(method=method.name, sparsity=0.5, extras=extras, **fields)
-    return predictor_fit(name, kind=kind, threshold=0.3)
+    return predictor_fit(name, kind=kind, threshold=1.5 if kind == "gated" else 0.3)  # logits of gated ones are roots

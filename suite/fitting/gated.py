@@ -7,7 +7,7 @@ from torch import Tensor
 
 from suite.errors import InputError
 from suite.fitting.moments import low_rank
-from suite.methods.base import Method, Quantity
+from suite.methods.base import Method
 from suite.modeling.gated_mlp import GatedMLP
 
 _CHUNK = 2048  # tokens whose activations are there together
@@ -45,15 +45,10 @@ def fit_layer(mlp: GatedMLP, method: Method, x: Tensor, seen: Tensor, rank: int)
     missed : float
         Share of the mean square of the predicted quantities that the approximations miss, mean over the quantities.
     """
-    gram = sum((part.float().T @ part.float() for part in seen.split(_CHUNK)), torch.zeros(()).to(x.device)) / len(x)
-    cross = None
-    if seen is not x:
-        pairs = zip(x.split(_CHUNK), seen.split(_CHUNK), strict=True)
-        cross = sum((own.float().T @ read.float() for own, read in pairs), torch.zeros(()).to(x.device)) / len(x)
-    factors = [
-        low_rank(mlp.weights()[1 if name == "up" else 0], gram, rank, None if cross is None else cross)
-        for name in method.predicted
-    ]
+    gram = _second_moments(seen, seen)
+    cross = None if seen is x else _second_moments(x, seen)
+    projections = [mlp.weights()[1 if name == "up" else 0] for name in method.predicted]
+    factors = [low_rank(weight, gram, rank, cross) for weight in projections]
     residual = torch.zeros(len(factors), mlp.d_ff, dtype=torch.float64, device=x.device)
     total = torch.zeros_like(residual)
     with torch.inference_mode():
@@ -61,7 +56,7 @@ def fit_layer(mlp: GatedMLP, method: Method, x: Tensor, seen: Tensor, rank: int)
             made = mlp.activations(own)
             for j, (name, factor) in enumerate(zip(method.predicted, factors, strict=True)):
                 guess = factor.apply(read)
-                right = _quantity(made, name)
+                right = getattr(made, name).float()
                 residual[j] += (right - (mlp.act(guess) if name == "act" else guess)).double().square().sum(0)
                 total[j] += right.double().square().sum(0)
     missed = float((residual.sum(1) / total.sum(1).clamp(min=1e-300)).mean())
@@ -74,6 +69,9 @@ def fit_layer(mlp: GatedMLP, method: Method, x: Tensor, seen: Tensor, rank: int)
     return {"v": v.cpu(), "u": u.cpu().contiguous(), "residual": mean.cpu()}, missed
 
 
-def _quantity(made: object, name: Quantity) -> Tensor:
-    value: Tensor = getattr(made, name)
-    return value.float()
+def _second_moments(x: Tensor, y: Tensor) -> Tensor:
+    """``E x y^T`` over tokens, (d_model, d_model), fp32, of x and y (n_tokens, d_model)."""
+    total = torch.zeros(x.shape[1], y.shape[1], device=x.device)
+    for own, other in zip(x.split(_CHUNK), y.split(_CHUNK), strict=True):
+        total += own.float().T @ other.float()
+    return total / len(x)

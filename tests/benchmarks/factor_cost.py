@@ -13,8 +13,8 @@ from suite.speed.bench import run_group
 from suite.speed.expand import make_cases
 
 PAIRS = {
-    "m-countdown": "tests.modeling.site_methods:UpByAct",
-    "cats": "tests.modeling.site_methods:Chess",
+    "m-countdown": "m-countdown-cw",
+    "cats": "chess",
 }
 
 

@@ -8,7 +8,7 @@ from suite.decoding.step import DecodeModel
 from tests.decoding.test_step import build
 
 
-@pytest.mark.parametrize(("name", "quantity"), [("UpByAct", "act"), ("Chess", "up")])
+@pytest.mark.parametrize(("name", "quantity"), [("m-countdown-cw", "act"), ("chess", "up")])
 def test_moments_are_mean_squares_over_dense_steps(name, quantity):
     decode = DecodeModel(build("llama"), 64)
     decode.prefill(torch.arange(3, 19)[None])
@@ -22,7 +22,7 @@ def test_moments_are_mean_squares_over_dense_steps(name, quantity):
 
     for _ in range(12):
         decode.step(dense)
-    method = SparseMethod(decode, f"tests.modeling.site_methods:{name}")
+    method = SparseMethod(decode, name)
     for sparsity in (0.5, 0.9):  # one fit serves all sparsities
         method.calibrate(sparsity, start)
         for layer, known in enumerate(method.calibrated):

@@ -18,7 +18,7 @@ from suite.speed.decode_check import check, check_dense
 from tests.conftest import CONFIGS, decode_state, tiny_model
 
 METHODS = [("cats", ""), ("m-countdown", ""), ("d-countdown", "low-rank"), ("d-countdown", "ternary")]
-SCALED = [f"tests.modeling.site_methods:{name}" for name in ("UpByAct", "Chess")]  # a factor a neuron
+SCALED = ["m-countdown-cw", "chess"]  # a factor a neuron
 METHODS += [(name, "") for name in SCALED]
 
 

@@ -11,7 +11,7 @@ pytest.importorskip("numba.cuda", reason="needs numba-cuda or numba's own CUDA t
 GROUPS = [
     ["llama:m-countdown:2"],
     ["gemma2:cats:1", "phi3:d-countdown:1"],
-    ["llama:tests.modeling.site_methods:UpByAct:2", "gemma2:tests.modeling.site_methods:Chess:1"],
+    ["llama:m-countdown-cw:2", "gemma2:chess:1"],
 ]
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from suite.methods.base import Method, SiteName
+from suite.methods.m_countdown_cw import MCountdownCw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,22 +70,7 @@ class Chess(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpByAct(Method):
-    """``abs(u)`` times the root mean square of a over calibration tokens."""
-
-    name: ClassVar[str] = "up-by-act"
-    first_projection: ClassVar = "up"
-    moments: ClassVar = ("act",)
-
-    def neuron_scale(self, calibrated):
-        return calibrated.moments["act"].sqrt()
-
-    def score(self, activations):
-        return activations.up.abs() * activations.moments("act").sqrt()
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaysAnother(UpByAct):
+class SaysAnother(MCountdownCw):
     """Its factor is not the one of its score."""
 
     name: ClassVar[str] = "says-another"

@@ -9,8 +9,8 @@ from suite.modeling.attach import attach
 from suite.registry import get_method
 from tests.conftest import CONFIGS, END, PAD, decode_state, tiny_model
 
-METHODS = [("cats", ""), ("m-countdown", ""), ("d-countdown", "low-rank"), ("d-countdown", "ternary")]
-METHODS += [(f"tests.modeling.site_methods:{name}", "") for name in ("UpByAct", "Chess")]  # a factor a neuron
+METHODS = [("cats", ""), ("m-countdown", ""), ("chess", ""), ("m-countdown-cw", "")]
+METHODS += [("d-countdown", kind) for kind in ("low-rank", "ternary", "gated")]
 LENGTH = 6
 
 

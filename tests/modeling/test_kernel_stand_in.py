@@ -114,8 +114,8 @@ def test_an_mlp_of_another_class_is_masked():
     [
         ("cats", ""),
         ("m-countdown", ""),
-        ("tests.modeling.site_methods:UpByAct", ""),
-        ("tests.modeling.site_methods:Chess", ""),
+        ("m-countdown-cw", ""),
+        ("chess", ""),
         ("d-countdown", "low-rank"),
     ],
 )

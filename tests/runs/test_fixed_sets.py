@@ -83,3 +83,25 @@ def test_bad_input_is_one_line_and_exit_2(world, tmp_path, capsys, method, predi
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1
     assert match in said[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "predictor", "match"),
+    [
+        (
+            {"name": "md-countdown", "params": {"rank": 17}},
+            {},
+            "rank 17 of its factor of 'gate' must be 1 to d_model=16",
+        ),
+        (
+            "d-countdown",
+            {"predictors": ["gated"], "ranks": [17]},
+            "rank 17 of a predictor is above the model's d_model 16",
+        ),
+        ("dejavu", {"predictors": ["gated"], "ranks": [3]}, "dejavu has no gated predictor"),
+    ],
+)
+def test_what_shows_in_the_fit_alone_is_one_line_and_exit_2_too(world, tmp_path, capsys, method, predictor, match):
+    block = {"methods": ["dense", method], "modes": ["practical"], "sparsities": [0.5], "tasks": ["arc_easy"]}
+    assert run(tmp_path, config(world, predictor=predictor, accuracy=[block])) == 2
+    assert match in capsys.readouterr().err.strip().splitlines()[-1]

@@ -18,7 +18,7 @@ from tests.conftest import D_FF, D_MODEL, decode_state
 from tests.decoding.test_step import build
 from tests.speed import cuda_stand_in
 
-SCALED = tuple(f"tests.modeling.site_methods:{name}" for name in ("UpByAct", "Chess"))  # a factor a neuron
+SCALED = ("m-countdown-cw", "chess")  # a factor a neuron
 METHODS = ("dense", "cats", "m-countdown", "d-countdown", *SCALED)
 
 

@@ -61,8 +61,7 @@ def rig(monkeypatch):
         yield compiled
 
 
-METHODS = ["dense", "cats", "m-countdown", "d-countdown", "s-countdown", "given"]
-METHODS += [f"tests.modeling.site_methods:{name}" for name in ("UpByAct", "Chess")]  # a factor a neuron
+METHODS = ["dense", "cats", "m-countdown", "chess", "m-countdown-cw", "d-countdown", "s-countdown", "given"]
 
 
 def timed(methods=tuple(METHODS), **more):
