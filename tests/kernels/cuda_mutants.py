@@ -55,7 +55,10 @@ MUTANTS = {
     "dot-without-last-warp": ("reduce", "if i * width + part < warps:", "if i * width + part < warps - 1:", "given-wide", 8),
     "columns-without-last-warp": ("reduce", "for w in range(warps):", "for w in range(warps - 1):", "given-wide", 8),
     "logit-without-last-warp": ("predictor", "for w in range(row_warps):", "for w in range(row_warps - 1):", "d-wide", 5),
-    "threshold-drops-nan": ("threshold", "not (abs(value) < threshold)", "abs(value) >= threshold", "nan", 5),
+    "threshold-drops-nan": (
+        "threshold", "not (score(shared, abs(value), turn, row) < threshold)",
+        "(score(shared, abs(value), turn, row) >= threshold)", "nan", 5,
+    ),
 }  # fmt: skip
 
 
