@@ -2,7 +2,7 @@
 
 import pytest
 
-from suite.methods.cost import low_rank_share, read_share, share_of_sites, ternary_share
+from suite.methods.cost import calibrated_bytes, low_rank_share, read_share, share_of_sites, ternary_share
 from suite.registry import method_class
 
 OWN = "tests.modeling.site_methods:"
@@ -37,6 +37,12 @@ def test_a_given_set_and_predictors():
     assert read_share(None, 0.9) == pytest.approx(0.1)
     assert low_rank_share(512, 4096, 14336) == pytest.approx(512 * (1 / 4096 + 1 / 14336) / 3)
     assert ternary_share("bfloat16") == pytest.approx(2 * ternary_share("float32")) == pytest.approx(2 / 8 / 6)
+
+
+@pytest.mark.parametrize(("quantity", "width"), [("input", 32), ("block", 32), ("act", 48)])
+def test_bytes_of_moments_of_what_is_as_wide_as_the_model_or_the_layer(quantity, width):
+    cls = type("Asks", (method_class("cats"),), {"moments": (quantity,)})
+    assert calibrated_bytes(cls(), 32, 48, "bfloat16") == 4 * width
 
 
 class Both(method_class("cats")):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from suite.errors import InputError
+from suite.registry import METHODS
+from suite.speed.bench import default_methods
 from suite.speed.case import DISTURBED, GIVEN, Kernel, Result, kernel_of, microseconds
 from suite.speed.expand import make_cases
 
@@ -80,3 +82,9 @@ def test_the_contract_of_a_method_decides_its_kernel():
 def test_what_no_kernel_runs_is_refused(name, message):
     with pytest.raises(InputError, match=message):
         kernel_of(name)
+
+
+def test_a_registered_method_that_no_kernel_runs_is_not_timed_by_default(monkeypatch):
+    before = default_methods()
+    monkeypatch.setitem(METHODS, "teal", "tests.modeling.site_methods:Teal")
+    assert default_methods() == before
