@@ -67,9 +67,11 @@ def test_biases_of_all_projections():
     assert follow(model, DecodeModel(model, 32), prompt(6)) < 1e-4
 
 
-def test_caps_that_tell():
+def test_caps_that_tell(monkeypatch):
     model = build("gemma2", attn_implementation="eager", attn_logit_softcapping=0.5, final_logit_softcapping=2.0)
     assert follow(model, DecodeModel(model, 32), prompt(6)) < 1e-4
+    monkeypatch.setitem(FAMILIES, "gemma2", replace(FAMILIES["gemma2"], score_cap="no.such"))
+    assert follow(model, DecodeModel(model, 32), prompt(6)) > 1e-2
 
 
 def test_an_mlp_of_ones_own_is_used():
