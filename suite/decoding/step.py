@@ -128,12 +128,12 @@ class DecodeModel:
         self._embed: nn.Module = at(model, family.embedding)
         self._norm_eps, n_kv = float(at(model, family.eps)), int(at(model, family.n_kv))
         self._cap = at_or_none(model, family.logit_cap)
-        self.blocks: list[nn.Module] = list(at(model, family.layers))
+        blocks: list[nn.Module] = list(at(model, family.layers))
         self.attentions = [
             _Attention(own, family, n_kv, self._norm_eps, self._rotary(own), self.length)
-            for own in (at(block, family.attention) for block in self.blocks)
+            for own in (at(block, family.attention) for block in blocks)
         ]
-        self._norms = [_Norms(block, family) for block in self.blocks]
+        self._norms = [_Norms(block, family) for block in blocks]
         self._last_norm = _weight(model, family.last_norm)
         self._gate_up = [fuse([mlp.module.get_submodule(name) for name in mlp.names.first]) for mlp in self.mlps]
         self._down = [fuse([mlp.module.get_submodule(mlp.names.down)]) for mlp in self.mlps]
