@@ -66,6 +66,7 @@ class Family:
     norm_offset: float = 0.0
 
 
+_OF_CONFIG = "config.sliding_window"  # the same in every layer, and no attribute of the attention
 _HEAD_NORMS = ("q_norm", "k_norm")
 _GEMMA = Family(
     after_attention="post_attention_layernorm",
@@ -75,12 +76,12 @@ _GEMMA = Family(
 )
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
-    "mistral": Family(),
+    "mistral": Family(window=_OF_CONFIG),
     "qwen2": Family(),
     "qwen3": Family(head_norms=_HEAD_NORMS),
     "gemma2": _GEMMA,
     "gemma3_text": replace(_GEMMA, head_norms=_HEAD_NORMS),
-    "phi3": Family(qkv=("qkv_proj",)),
+    "phi3": Family(qkv=("qkv_proj",), window=_OF_CONFIG),
 }
 
 

@@ -47,7 +47,7 @@ def follow(model, decode, ids, n_steps=4):
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_step_equals_the_model(architecture):
     """Cache of two chunks; a prompt longer than a chunk, then a shorter one over its leftovers."""
-    changes = {"sliding_window": 64} if architecture in ("gemma2", "gemma3") else {}
+    changes = {"sliding_window": 64} if architecture in ("gemma2", "gemma3", "mistral", "phi3") else {}
     model = build(architecture, attn_implementation="eager", **changes)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     decode = DecodeModel(model, 300)
