@@ -86,6 +86,14 @@ def test_a_difference_has_an_interval_where_values_are_means(folder):
     assert rows["dense", "acc"]["delta_dense"] == ""
 
 
+def test_the_report_has_a_table_of_them(folder):
+    text = (folder / "tables" / "groups.md").read_text()
+    (row,) = [line for line in text.splitlines() if "| random |" in line and "| acc |" in line]
+    assert row.startswith("| both | tiny-llama | random | ideal | 0.99 scored |")
+    assert "[" in row
+    assert "tables/groups.md" in (folder / "REPORT.md").read_text()
+
+
 @pytest.mark.parametrize("by_size", [True, False])
 def test_the_interval_is_that_of_documents_resampled_within_each_task(by_size):
     draw = np.random.default_rng(0)

@@ -1,12 +1,24 @@
-"""Tables of the report, a file a theme; in the order of REPORT.md."""
+"""Tables of the report, one file per theme; in the order of REPORT.md."""
 
 from __future__ import annotations
 
 from suite.report.objects import ReportTable
-from suite.report.tables import accuracy, chance, decode_check, fits, pairs, perplexity, predictors, scope, speed
+from suite.report.tables import (
+    accuracy,
+    chance,
+    decode_check,
+    fits,
+    groups,
+    pairs,
+    perplexity,
+    predictors,
+    scope,
+    speed,
+)
 
 TABLES: tuple[ReportTable, ...] = (
     *accuracy.TABLES,
+    *groups.TABLES,
     *pairs.TABLES,
     *chance.TABLES,
     *scope.TABLES,
