@@ -109,10 +109,10 @@ def calibrated(d_ff, dtype, generator):
     return Calibrated(moments=moments | {"gate": moments["act"]}, factors=factors)
 
 
-def random_fit(method, dtype=torch.float32, thresholds=None):
+def random_fit(method, dtype=torch.float32, thresholds=None, d_ff=D_FF):
     """A fit for the tiny models that holds what a method asks for, at random."""
     generator = torch.Generator().manual_seed(8)
-    layers = [calibrated(D_FF, dtype, generator) for _ in range(2)]
+    layers = [calibrated(d_ff, dtype, generator) for _ in range(2)]
     extras = {f"moments.{name}": torch.stack([one.moments[name] for one in layers]) for name in method.moments}
     for name in method.factors:
         for part in ("v", "u", "residual"):
