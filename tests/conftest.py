@@ -94,13 +94,13 @@ def activations(n_tokens=5, d_ff=D_FF, dtype=torch.float32, layer=0, seed=0, sit
     )
 
 
-def calibrated(d_ff, dtype, generator):
+def calibrated(d_ff, dtype, generator, rank=4):
     """All that a fit can know of a layer, at random."""
     moments = {name: torch.rand(d_ff, generator=generator) + 0.1 for name in ("act", "up", "product")}
     factors = {
         name: Factor(
-            (torch.randn(D_MODEL, 4, generator=generator) / D_MODEL**0.5).to(dtype),
-            (torch.randn(d_ff, 4, generator=generator) / 2).to(dtype),
+            (torch.randn(D_MODEL, rank, generator=generator) / D_MODEL**0.5).to(dtype),
+            (torch.randn(d_ff, rank, generator=generator) / rank**0.5).to(dtype),
             torch.rand(d_ff, generator=generator),
         )
         for name in ("gate", "up")
@@ -112,7 +112,8 @@ def calibrated(d_ff, dtype, generator):
 def random_fit(method, dtype=torch.float32, thresholds=None, d_ff=D_FF):
     """A fit for the tiny models that holds what a method asks for, at random."""
     generator = torch.Generator().manual_seed(8)
-    layers = [calibrated(d_ff, dtype, generator) for _ in range(2)]
+    rank = max(method.factors.values(), default=4)
+    layers = [calibrated(d_ff, dtype, generator, rank) for _ in range(2)]
     extras = {f"moments.{name}": torch.stack([one.moments[name] for one in layers]) for name in method.moments}
     for name in method.factors:
         for part in ("v", "u", "residual"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -42,13 +42,18 @@ def calibrate(
     """
     _check_ranks(method, mlps[0].d_model, sum(map(len, windows)))
     found = _moments(loaded, method, mlps, windows)
+    _refuse_not_finite(found)  # before their eigenvectors are asked for
     if method.factors:
         found |= _factors(loaded, method, mlps, windows, found.pop("gram"), found.pop("cross", None))
+    _refuse_not_finite(found)
+    return found
+
+
+def _refuse_not_finite(found: Mapping[str, Tensor]) -> None:
     for name, stacked in found.items():
         for layer, values in enumerate(stacked):
             if not bool(values.isfinite().all()):
                 raise CellError(f"{name} of layer {layer} is NaN or infinite on the calibration text")
-    return found
 
 
 def _check_ranks(method: Method, d_model: int, n_tokens: int) -> None:

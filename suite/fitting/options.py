@@ -106,6 +106,11 @@ class PredictorOptions:
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise InputError(f"rank {self.rank!r} of a predictor: must be a whole number from 1 to d_model")
 
+    @property
+    def is_closed_form(self) -> bool:
+        """Whether it stands in for projections that a method names in `predicted`; nothing of it is trained."""
+        return self.predictor == "gated"
+
     def rank_for(self, d_model: int) -> int | None:
         """Rank on a model; None for ternary.
 

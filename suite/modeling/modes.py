@@ -135,6 +135,14 @@ def checked_thresholds(model: nn.Module, method: Method, state: ThresholdState) 
 
 
 def _refuse_other(method: Method, state: ThresholdState) -> None:
+    """Refuse a fit of another method, sparsity or value of a parameter; those that the fit has chosen are its own."""
+    meta = getattr(state, "meta", {})
+    wanted = {
+        name: value for name, value in method.parameters().items() if name not in ("sparsity", *meta.get("chosen", ()))
+    }
+    for name, value in meta.get("parameters", {}).items():
+        if name in wanted and wanted[name] != value:
+            raise InputError(f"fit of {state.method} has {name} {value!r}, the method {wanted[name]!r}: fit anew")
     if (state.method, state.sparsity) != (method.name, method.sparsity):
         raise InputError(
             f"fit is of {state.method} at sparsity {state.sparsity}, not of {method.name} at {method.sparsity}: fit anew"
@@ -187,6 +195,16 @@ def _check_calibrated(mlp: GatedMLP, method: Method, layer: Calibrated) -> None:
             raise InputError(
                 f"fit of {method.name} has a factor of {name!r} for layers of (d_model, d_ff) = {found}, the model's are "
                 f"({mlp.d_model}, {mlp.d_ff}): fit anew"
+            )
+        if factor.residual.shape != (mlp.d_ff,):
+            raise InputError(
+                f"fit of {method.name} has {len(factor.residual)} residuals of {name!r}, not {mlp.d_ff}: fit anew"
+            )
+    for projection, rank in method.factors.items():
+        low = layer.factors[projection]
+        if (low.v.shape[1], low.u.shape[1]) != (rank, rank):
+            raise InputError(
+                f"fit of {method.name} has a factor of {projection!r} of rank {low.v.shape[1]}, not {rank}: fit anew"
             )
 
 

@@ -51,8 +51,20 @@ def requests_of(
             yield FitRequest(*common, estimator, source, text.max_tokens, seed)
         return
     sources = block.fit_sources or predictor.sources or [text.source]
-    for options, zero_or_calibrated, source in product(predictor.options(), predictor.estimators, sources):
-        yield FitRequest(*common, zero_or_calibrated, source, predictor.max_tokens, seed, options)
+    suited = [
+        (options, kind)
+        for options, kind in product(predictor.options(), predictor.estimators)
+        # one in closed form needs to know what it stands in for, and has no logits whose threshold is 0
+        if not options.is_closed_form or (method_class(method.name).predicted and kind != "zero")
+    ]
+    if not suited:
+        kinds = ", ".join(dict.fromkeys(one.predictor for one in predictor.options()))
+        raise InputError(
+            f"method {method.name!r} has no practical mode with predictors {kinds} and estimators "
+            f"{', '.join(predictor.estimators)}: give another of either, or leave it out"
+        )
+    for (options, kind), source in product(suited, sources):
+        yield FitRequest(*common, kind, source, predictor.max_tokens, seed, options)
 
 
 def request_of_case(case: SpeedCase, config: MatrixConfig) -> FitRequest | None:

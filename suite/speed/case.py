@@ -14,8 +14,8 @@ from suite import schema
 from suite.devices import DTYPE_BYTES
 from suite.errors import InputError
 from suite.methods.base import NEURONS
-from suite.methods.cost import low_rank_weights, read_share
-from suite.registry import METHODS, did_you_mean, method_class
+from suite.methods.cost import calibrated_bytes, low_rank_weights, read_share
+from suite.registry import METHODS, did_you_mean, get_method, method_class
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -164,7 +164,10 @@ def needed_bytes(case: SpeedCase, realised: float) -> float:
         return weights * (1.0 - realised) * DTYPE_BYTES[case.dtype]
     elements = 3 * weights * read_share(None if case.method == GIVEN else method_class(case.method), realised)
     predictor = low_rank_weights(case.rank, case.d_model, case.d_ff) if case.rank else 0
-    return (elements + predictor) * DTYPE_BYTES[case.dtype]
+    needed = (elements + predictor) * DTYPE_BYTES[case.dtype]
+    if case.kernel is Kernel.THRESHOLD:
+        needed += calibrated_bytes(get_method(case.method), case.d_model, case.d_ff, case.dtype)
+    return needed
 
 
 def microseconds(seconds: Sequence[float]) -> list[float]:

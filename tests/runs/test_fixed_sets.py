@@ -98,7 +98,11 @@ def test_bad_input_is_one_line_and_exit_2(world, tmp_path, capsys, method, predi
             {"predictors": ["gated"], "ranks": [17]},
             "rank 17 of a predictor is above the model's d_model 16",
         ),
-        ("dejavu", {"predictors": ["gated"], "ranks": [3]}, "dejavu has no gated predictor"),
+        (
+            "dejavu",
+            {"predictors": ["gated"], "ranks": [3]},
+            "method 'dejavu' has no practical mode with predictors gated",
+        ),
     ],
 )
 def test_what_shows_in_the_fit_alone_is_one_line_and_exit_2_too(world, tmp_path, capsys, method, predictor, match):

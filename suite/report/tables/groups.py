@@ -10,6 +10,7 @@ from suite.report.objects import Block, Content, ReportTable
 from suite.report.results import number
 from suite.report.text import MISSING, fixed, signed
 
+_FIT = ("estimator", "predictor", "rank", "predictor_input", "exact_projection", "seed")
 _COLUMNS = ["group", "model", "method", "mode", "sparsity", "fit", "metric", "tasks", "documents"]
 _COLUMNS += ["value", "stderr", "chance", "minus dense"]
 
@@ -25,7 +26,7 @@ def groups(material: Material) -> Content | None:
 def _row(row: Mapping[Any, Any]) -> list[str]:
     setting = [str(row[name]) for name in ("group", "model", "method", "mode")]
     setting.append(MISSING if row["mode"] == "none" else f"{row['sparsity_target']:g} {row['scope']}")
-    setting.append(" ".join(str(row[name]) for name in ("estimator", "predictor", "rank", "seed") if row[name]))
+    setting.append(" ".join(str(row[name]) for name in _FIT if row[name]))
     n_tasks = fixed(row["n_tasks"], 0)
     if row["status"] != "ok":
         return [*setting, f"{row['status']}: {row['reason']}", n_tasks, *[MISSING] * 5]

@@ -62,7 +62,9 @@ class AccuracyCell(Cell):
         """What of its rows in accuracy.csv is known before it is measured, with the paths of this machine."""
         options = self.fit.options if self.fit else None
         method = get_method(self.method, sparsity=self.sparsity, **self.params)
+        # what is no choice stays empty, as in rows from before these columns
         factor = method.parameters() if method.factors else {}
+        reads = options.predictor_input if options and options.is_closed_form else None
         return {
             "cell_id": self.id,
             "model": self.model_name,
@@ -75,8 +77,8 @@ class AccuracyCell(Cell):
             "fit_id": self.fit_key[:ID_LENGTH] if self.fit_key else None,
             "predictor": options.predictor if options else None,
             "rank": options.rank if options else factor.get("rank"),
-            "predictor_input": options.predictor_input if options else factor.get("predictor_input"),
-            "exact_projection": method.exact_projection or None,
+            "predictor_input": reads or factor.get("predictor_input"),
+            "exact_projection": method.exact_projection if method.factors else None,
             "scope": self.scope,
             "task": self.task.name,
             "data_fingerprint": self.key_fields["task"]["data"],

@@ -35,7 +35,8 @@ class Accuracy:
         shared = {name: predictor[0][name] for name in ("rank", "predictor_share")} if predictor else {}
         if isinstance(state, Fit):
             shared["predictor_share"] = state.bytes_share
-        shared["exact_projection"] = settled(method, state).exact_projection or None
+        if method.factors:
+            shared["exact_projection"] = settled(method, state).exact_projection
         rows = [row | shared for row in _rows(result)]
         return Outcome(rows, [_layer(layer) for layer in layers], list(result.samples), predictor, result.choices)
 
