@@ -83,6 +83,13 @@ def test_a_predictor_in_closed_form_is_for_methods_and_estimators_that_it_suits(
         cells_of(["dejavu"], predictors=["gated"])
 
 
+def test_settings_that_no_column_tells_apart_are_refused():
+    one, two = ({"name": "md-countdown", "params": {"fit_rounds": n}} for n in (1, 2))
+    assert len(cells_of([one, "cats"])) == 2
+    with pytest.raises(InputError, match=r"md-countdown practical 0\.5 .* differ in fit_rounds alone"):
+        cells_of([one, two])
+
+
 def test_moments_that_are_not_finite_fail_before_their_eigenvectors():
     with pytest.raises(CellError, match="gram of layer 1 is NaN or infinite"):
         _refuse_not_finite({"gram": torch.stack([torch.eye(2), torch.full((2, 2), torch.inf)])})
