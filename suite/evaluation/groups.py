@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from suite.evaluation.tasks import is_task, known_tasks, lm_eval_tasks_dir, name
 if TYPE_CHECKING:
     from suite.evaluation.results import Metric, TaskResult
 
+Found = TypeVar("Found")
 _PATTERN = frozenset("*?[")
 # What a group may say of a member without changing the task that is run.
 _HARMLESS = frozenset({"task", "task_alias", "group", "group_alias", "aggregate_metric_list", "metadata", "tag"})
@@ -191,17 +192,11 @@ def aggregate(group: Group, results: Mapping[str, TaskResult]) -> TaskResult | N
     """Averages of a group over its tasks' results, as lm-eval makes them; None where the group averages nothing."""
     members = [results[name] for name in group.tasks]
     metrics = []
-    for one in group.weightings:
-        present = sorted({m.filter for member in members for m in member.metrics if m.name == one.metric})
-        for chain in present if one.filters is None else one.filters:
-            found = [
-                (metric, member.n_samples)
-                for member in members
-                for metric in member.metrics
-                if (metric.name, metric.filter) == (one.metric, chain)
-            ]
-            if found:
-                metrics.append(_averaged([m for m, _ in found], [n for _, n in found], by_size=one.by_size))
+    of_tasks = [
+        {(metric.name, metric.filter): (metric, member.n_samples) for metric in member.metrics} for member in members
+    ]
+    for one, _, found in averaged_metrics(group, of_tasks):
+        metrics.append(_averaged([m for m, _ in found], [n for _, n in found], by_size=one.by_size))
     if not metrics:
         return None
     shares = {member.sparse_share for member in members}
@@ -217,20 +212,29 @@ def aggregate(group: Group, results: Mapping[str, TaskResult]) -> TaskResult | N
     )
 
 
+def averaged_metrics(
+    group: Group, of_tasks: Sequence[Mapping[tuple[str, str], Found]]
+) -> Iterator[tuple[Weighting, str, list[Found]]]:
+    """What a group averages: the weighting, the filter, and what was found under (metric, filter) of each task that has it."""
+    for one in group.weightings:
+        present = sorted({chain for task in of_tasks for name, chain in task if name == one.metric})
+        for chain in present if one.filters is None else one.filters:
+            if found := [task[one.metric, chain] for task in of_tasks if (one.metric, chain) in task]:
+                yield one, chain, found
+
+
 def _averaged(metrics: Sequence[Metric], sizes: Sequence[int], *, by_size: bool) -> Metric:
     """One metric of several tasks."""
-    chances = [metric.chance for metric in metrics]
-    known = [chance for chance in chances if chance is not None]
-    errors = [metric.stderr for metric in metrics]
-    value, stderr = averaged([metric.value for metric in metrics], errors, sizes, by_size=by_size)
+    share = shares(sizes, by_size=by_size)
+    stderr = average_error([metric.stderr for metric in metrics], sizes, by_size=by_size)
     return replace(
         metrics[0],
-        value=value,
+        value=float(share @ np.asarray([metric.value for metric in metrics], dtype=np.float64)),
         stderr=stderr,
         aggregation="",
         resampled=None,
         reason="" if stderr is not None else "a task of the group has no standard error",
-        chance=averaged(known, known, sizes, by_size=by_size)[0] if len(known) == len(chances) else None,
+        chance=average([metric.chance for metric in metrics], sizes, by_size=by_size),
     )
 
 
@@ -240,19 +244,21 @@ def shares(sizes: Sequence[int], *, by_size: bool) -> np.ndarray:
     return weights / weights.sum()
 
 
-def averaged(
-    values: Sequence[float], errors: Sequence[float | None], sizes: Sequence[int], *, by_size: bool
-) -> tuple[float, float | None]:
-    """Average of several tasks' values, and its standard error as lm-eval's: pooled by size, or of the plain mean.
+def average(values: Sequence[float | None], sizes: Sequence[int], *, by_size: bool) -> float | None:
+    """Average of several tasks' values; None where a task has none."""
+    known = [value for value in values if value is not None]
+    if len(known) != len(values):
+        return None
+    return float(shares(sizes, by_size=by_size) @ np.asarray(known, dtype=np.float64))
 
-    None for the error where a task has none.
-    """
-    share = shares(sizes, by_size=by_size)
-    value = float(share @ np.asarray(values, dtype=np.float64))
-    if any(error is None for error in errors):
-        return value, None
-    squares = np.square(np.asarray(errors, dtype=np.float64))
+
+def average_error(errors: Sequence[float | None], sizes: Sequence[int], *, by_size: bool) -> float | None:
+    """Standard error of such an average as lm-eval's: pooled by size, or of the plain mean; None where a task has none."""
+    known = [error for error in errors if error is not None]
+    if len(known) != len(errors):
+        return None
+    squares = np.square(np.asarray(known, dtype=np.float64))
     if not by_size:
-        return value, float(np.sqrt(np.square(share) @ squares))
+        return float(np.sqrt(np.square(shares(sizes, by_size=False)) @ squares))
     n, weights = sum(sizes), np.asarray(sizes, dtype=np.float64)
-    return value, float(np.sqrt(((weights - 1) * weights * squares).sum() / ((n - len(sizes)) * n)))
+    return float(np.sqrt(((weights - 1) * weights * squares).sum() / ((n - len(sizes)) * n)))

@@ -176,18 +176,6 @@ def load16(context: Any, address: Any) -> Any:
     return kind(types.int64), codegen
 
 
-@intrinsic
-def load_f32x4(context: Any, address: Any) -> Any:
-    """Four fp32 of global memory that another block may have written."""
-    kind = types.UniTuple(types.float32, 4)
-
-    def codegen(ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-        words = _load16(builder, args[0], "global")
-        return pack(ctx, builder, kind, [builder.bitcast(w, F32) for w in words])
-
-    return kind(types.int64), codegen
-
-
 def make_rows_dot(
     dtype: str, n_rows: int, batch: int, chunks: int, row_stride: int, chunk_stride: int
 ) -> Callable[..., Any]:

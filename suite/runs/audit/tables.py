@@ -276,22 +276,17 @@ def _group_problems(groups: Sequence[Row], rows: Sequence[Row]) -> Iterator[str]
 
 
 def _average_problems(place: str, row: Row, found: Sequence[Row]) -> Iterator[str]:
-    from suite.evaluation.groups import averaged
+    from suite.evaluation.groups import average, average_error
 
     by_size = row["weight_by_size"] == "true"
     sizes = [int(_number(one, "n_samples", place) or 0) for one in found]
     if not found or not sum(sizes):
         yield f"{place}: {row['metric']} is of none of its cells"
         return
-    for column, error in (("value", "stderr"), ("chance", None), ("delta_dense", None)):
-        numbers = [number for one in found if (number := _number(one, column, place)) is not None]
-        errors = [_number(one, error, place) for one in found] if error else numbers
-        value, stderr = (None, None)
-        if len(numbers) == len(found):
-            value, stderr = averaged(numbers, errors, sizes, by_size=by_size)
-        yield from _differs(place, row, column, value, "its tasks give")
-        if error:
-            yield from _differs(place, row, error, stderr, "its tasks give")
+    for name in ("value", "stderr", "chance", "delta_dense"):
+        made = average_error if name == "stderr" else average
+        number = made([_number(one, name, place) for one in found], sizes, by_size=by_size)
+        yield from _differs(place, row, name, number, "its tasks give")
     yield from _differs(place, row, "n_samples", sum(sizes), "its tasks have")
 
 

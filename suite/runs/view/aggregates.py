@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from suite import schema
-from suite.evaluation.groups import Weighting, averaged, shares
+from suite.evaluation.groups import Weighting, average, average_error, averaged_metrics, shares
 from suite.evaluation.results import WEIGHT
 from suite.runs.cells.accuracy import AccuracyCell
 from suite.runs.cells.groups import GroupCells
@@ -37,17 +37,12 @@ def aggregate_rows(one: GroupCells, rows: Mapping[str, Sequence[Row]], samples: 
         n = sum(rows[cell.id][0]["status"] == state for cell in one.cells)
         yield common | {"status": state, "reason": f"{n} of {len(one.cells)} tasks"}
         return
-    for weighting in one.group.weightings:
-        present = sorted({r["filter"] for cell in one.cells for r in rows[cell.id] if r["metric"] == weighting.metric})
-        for chain in present if weighting.filters is None else weighting.filters:
-            found = [
-                (cell, dense, row)
-                for cell, dense in zip(one.cells, one.dense, strict=True)
-                for row in rows[cell.id]
-                if (row["metric"], row["filter"]) == (weighting.metric, chain)
-            ]
-            if found:
-                yield common | {"status": "ok"} | _average(weighting, chain, found, samples)
+    of_tasks = [
+        {(row["metric"], row["filter"]): (cell, dense, row) for row in rows[cell.id]}
+        for cell, dense in zip(one.cells, one.dense, strict=True)
+    ]
+    for weighting, chain, found in averaged_metrics(one.group, of_tasks):
+        yield common | {"status": "ok"} | _average(weighting, chain, found, samples)
 
 
 def _average(
@@ -58,24 +53,20 @@ def _average(
 ) -> Row:
     rows = [row for _, _, row in found]
     sizes = [row["n_samples"] for row in rows]
-    value, stderr = averaged([r["value"] for r in rows], [r["stderr"] for r in rows], sizes, by_size=weighting.by_size)
-    chances = [row["chance"] for row in rows if row["chance"] is not None]
+    stderr = average_error([one["stderr"] for one in rows], sizes, by_size=weighting.by_size)
     row = {
         "metric": weighting.metric,
         "filter": chain,
         "higher_is_better": rows[0]["higher_is_better"],
         "weight_by_size": weighting.by_size,
-        "value": value,
+        "value": average([one["value"] for one in rows], sizes, by_size=weighting.by_size),
         "stderr": stderr,
-        "chance": averaged(chances, chances, sizes, by_size=weighting.by_size)[0]
-        if len(chances) == len(rows)
-        else None,
+        "chance": average([one["chance"] for one in rows], sizes, by_size=weighting.by_size),
         "n_samples": sum(sizes),
         "reason": "" if stderr is not None else "a task of the group has no standard error",
     }
-    deltas = [one["delta_dense"] for one in rows if one.get("delta_dense") is not None]
-    if len(deltas) == len(rows):
-        row["delta_dense"] = averaged(deltas, deltas, sizes, by_size=weighting.by_size)[0]
+    row["delta_dense"] = average([one.get("delta_dense") for one in rows], sizes, by_size=weighting.by_size)
+    if row["delta_dense"] is not None:
         row |= _interval(weighting, chain, found, samples)
     return row
 
