@@ -1,5 +1,6 @@
 """Tiny random models of every supported architecture, made once a session."""
 
+import dataclasses
 import importlib.util
 from functools import cache
 
@@ -128,6 +129,20 @@ def random_fit(method, dtype=torch.float32, thresholds=None, d_ff=D_FF):
         meta={"chosen": {name: values[0] for name, values in method.candidates.items()}},
         extras=extras,
     )
+
+
+@dataclasses.dataclass
+class State:
+    """All that a threshold mode needs of a fit."""
+
+    method: str
+    sparsity: float
+    thresholds: torch.Tensor
+
+
+def logits(model, ids, **kwargs):
+    with torch.inference_mode():
+        return model(input_ids=ids, **kwargs).logits
 
 
 def has_embedded_model() -> bool:

@@ -12,7 +12,7 @@ from suite.methods.base import NEURONS, Calibrated, Factor, Method, Site, kept_c
 from suite.modeling.attach import attach
 from suite.modeling.gated_mlp import find_gated_mlps
 from suite.registry import METHODS, get_method, method_class
-from tests.conftest import D_FF, PAD, WIDTH, activations, predictor_fit, random_fit, tiny_model
+from tests.conftest import D_FF, PAD, WIDTH, State, activations, logits, predictor_fit, random_fit, tiny_model
 from tests.contract import third_party
 from tests.modeling import site_methods
 
@@ -34,13 +34,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 PROMPT = 4  # tokens before the first in scope, where a method ranks by them
-
-
-@dataclasses.dataclass
-class State:
-    method: str
-    sparsity: float
-    thresholds: torch.Tensor
 
 
 @contextmanager
@@ -72,11 +65,6 @@ def realised_by(method):
 
 def n_sparse(method, n_rows, width=12):
     return n_rows * (width - PROMPT * method.needs_prompt)
-
-
-def logits(model, ids, **kwargs):
-    with torch.inference_mode():
-        return model(input_ids=ids, **kwargs).logits
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Attach from outside: scopes, restore, refusals, generation."""
 
-import dataclasses
-
 import pytest
 import torch
 import transformers
@@ -11,21 +9,9 @@ from suite.methods.base import kept_count, select_top_k
 from suite.modeling.attach import attach
 from suite.modeling.gated_mlp import find_gated_mlps
 from suite.registry import get_method
-from tests.conftest import D_FF, END, PAD, tiny_model
+from tests.conftest import D_FF, END, PAD, State, logits, tiny_model
 
 HALF = get_method("d-countdown", sparsity=0.5)
-
-
-@dataclasses.dataclass
-class State:
-    method: str
-    sparsity: float
-    thresholds: torch.Tensor
-
-
-def logits(model, ids, **kwargs):
-    with torch.inference_mode():
-        return model(input_ids=ids, **kwargs).logits
 
 
 def counted(attached):

@@ -10,20 +10,8 @@ import torch
 from suite.errors import InputError
 from suite.modeling.attach import attach
 from suite.modeling.gated_mlp import find_gated_mlps
-from tests.conftest import D_FF, D_MODEL, WIDTH, activations, tiny_model
+from tests.conftest import D_FF, D_MODEL, WIDTH, State, activations, logits, tiny_model
 from tests.modeling.site_methods import Allocated, Chess, Griffin, Peeking, Static, Teal, TealInput, Undeclared, Wina
-
-
-@dataclasses.dataclass
-class State:
-    method: str
-    sparsity: float
-    thresholds: torch.Tensor
-
-
-def logits(model, ids, **kwargs):
-    with torch.inference_mode():
-        return model(input_ids=ids, **kwargs).logits
 
 
 def largest(score, k):
