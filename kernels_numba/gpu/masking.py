@@ -1,4 +1,4 @@
-"""Zeroes what a method drops, one block a token, in one launch: the masked backend on a GPU.
+"""Zeroes what a method drops, one warp a token, in one launch: the masked backend on a GPU.
 
 Exactly k entries a token stay, or all that are not below a threshold. ``torch.topk`` sorts what need not be sorted, finding ties
 takes ten more passes over memory, and a mask, its sums and the product with it ten more launches.
@@ -17,7 +17,8 @@ from numba import cuda, int32, types
 if TYPE_CHECKING:
     from torch import Tensor
 
-THREADS = 256  # one for each value of a digit
+_WARPS = 8  # tokens of a block
+_DIGIT = 256  # values of 8 bits, of which a lane counts 8
 _NAN = 0xFFFFFFFF  # key of a score that is NaN
 _INTEGERS = {1: types.int8, 2: types.int16, 4: types.int32}
 
@@ -38,6 +39,8 @@ class MaskPlan:
         Tokens lie at rows that are given; else one after another.
     some : bool
         A flag a token says whether it takes part.
+    warps : int
+        Tokens of a block.
     """
 
     score_bytes: int
@@ -45,12 +48,13 @@ class MaskPlan:
     not_finite: int = 0
     gathered: bool = False
     some: bool = False
+    warps: int = _WARPS
 
     @property
     def signature(self) -> Any:
-        """Scores, values, rows, flags; address of the two counts; first row, width, k, key of the threshold."""
+        """Scores, values, rows, flags; address of the two counts; first row, tokens, width, k, key of the threshold."""
         pointers = [_INTEGERS[self.score_bytes], _INTEGERS[self.value_bytes], types.int64, types.uint8]
-        return types.void(*map(types.CPointer, pointers), *[types.int64] * 5)
+        return types.void(*map(types.CPointer, pointers), *[types.int64] * 6)
 
 
 def make_key(score_bytes: int, dev: Any) -> Any:
@@ -69,115 +73,104 @@ def make_key(score_bytes: int, dev: Any) -> Any:
     return dev.device_function(key_of)
 
 
-def make_find(score_bytes: int, key_of: Any, dev: Any) -> Any:
-    """``find(...)``: the key of the kth score of a row, how many equal to it are kept, and how many there are."""
-    lost = 32 - 8 * score_bytes  # bits of a key that are 0 in narrow scores
+def make_find(plan: MaskPlan, key_of: Any, dev: Any) -> Any:
+    """``find(...)``: the key of the kth score of a warp's token, how many equal to it are kept, and how many there are."""
+    score_bytes, lost = plan.score_bytes, 32 - 8 * plan.score_bytes  # bits of a key that are 0 in narrow scores
+    ballot, match_any, lane_of, sync_warp = dev.ballot, dev.match_any, dev.lane_of, dev.sync_warp
 
-    def find(counts, chosen, scores, start, width, k, tid):
+    def find(counts, scores, start, width, k, lane, bins):
         prefix, room, equal = np.int64(0), np.int64(k), np.int64(0)
         for digit in range(score_bytes):
             shift = 24 - 8 * digit
-            counts[tid] = 0
-            cuda.syncthreads()
-            for i in range(tid, width, THREADS):
-                key = key_of(scores[start + i])
-                if digit == 0 or key >> (shift + 8) == prefix:
-                    cuda.atomic.add(counts, (key >> shift) & 255, 1)
-            cuda.syncthreads()
-            mine = counts[tid]
-            step = 1
-            while step < THREADS:  # counts of this digit value and all above it
-                more = counts[tid + step] if tid + step < THREADS else 0
-                cuda.syncthreads()
-                counts[tid] += more
-                cuda.syncthreads()
+            for value in range(lane, _DIGIT, 32):
+                counts[bins + value] = 0
+            sync_warp()
+            for begin in range(0, width, 32):
+                mine = np.int32(-1)
+                if begin + lane < width:
+                    key = key_of(scores[start + begin + lane])
+                    if digit == 0 or key >> (shift + 8) == prefix:
+                        mine = np.int32((key >> shift) & 255)
+                peers = match_any(mine)  # scores share few leading digits: one addition for all lanes with the same
+                if mine >= 0 and peers & ((1 << lane) - 1) == 0:
+                    cuda.atomic.add(counts, bins + mine, cuda.popc(peers))
+            sync_warp()
+            own = np.int32(0)
+            for value in range(8):
+                own += counts[bins + 8 * lane + value]
+            above, step = own, 1
+            while step < 32:  # counts of this lane's values and all higher ones
+                more = lane_of(above, lane + step)
+                if lane + step < 32:
+                    above += more
                 step *= 2
-            if counts[tid] >= room and counts[tid] - mine < room:
-                chosen[0] = tid
-                chosen[1] = counts[tid] - mine
-                chosen[2] = mine
-            cuda.syncthreads()
-            prefix = (prefix << 8) | chosen[0]
-            room -= chosen[1]
-            equal = np.int64(chosen[2])
+            above -= own
+            place, passed, there = np.int32(-1), np.int32(0), np.int32(0)
+            for value in range(7, -1, -1):
+                count = counts[bins + 8 * lane + value]
+                if above < room and above + count >= room:
+                    place, passed, there = np.int32(8 * lane + value), np.int32(above), np.int32(count)
+                above += count
+            finder = cuda.ffs(ballot(place >= 0)) - 1
+            prefix = (prefix << 8) | lane_of(place, finder)
+            room -= lane_of(passed, finder)
+            equal = np.int64(lane_of(there, finder))
+            sync_warp()
         return prefix << lost, room, equal
 
     return dev.device_function(find)
 
 
 def make_kernel(plan: MaskPlan, dev: Any) -> Any:
-    """Undecorated kernel: radix selection, 8 bits a pass, then zeros; ``dev`` as for all kernels (`gpu.README`)."""
+    """Undecorated kernel: radix selection, 8 bits a pass, then zeros; ``dev`` as for all kernels (README.md)."""
     key_of = make_key(plan.score_bytes, dev)
-    find = make_find(plan.score_bytes, key_of, dev)
-    not_finite, gathered, some = plan.not_finite, plan.gathered, plan.some
-    keep_low = np.int64(0xFFFFFFFF << (32 - 8 * plan.score_bytes))
-    add_i64 = dev.add_i64
+    find = make_find(plan, key_of, dev)
+    not_finite, gathered, some, warps = plan.not_finite, plan.gathered, plan.some, plan.warps
+    significant = np.int64(0xFFFFFFFF << (32 - 8 * plan.score_bytes))
+    add_i64, ballot, n_counts = dev.add_i64, dev.ballot, plan.warps * _DIGIT
 
-    def kernel(scores, values, rows, flags, counters, first, width, k, limit):
-        tid, token = cuda.threadIdx.x, np.int64(cuda.blockIdx.x)
-        counts = cuda.shared.array(THREADS, int32)
-        chosen = cuda.shared.array(3, int32)
+    def kernel(scores, values, rows, flags, counters, first, n_tokens, width, k, limit):
+        lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
+        counts = cuda.shared.array(n_counts, int32)
+        token = np.int64(cuda.blockIdx.x) * warps + warp
+        if token >= n_tokens:
+            return
         if some and flags[token] == 0:
             return
         start = token * width
-        row = rows[token] if gathered else first + token
-        to = row * width
+        to = (rows[token] if gathered else first + token) * width
         room, equal = np.int64(0), np.int64(0)
         if k > 0:
-            limit, room, equal = find(counts, chosen, scores, start, width, k, tid)
-        n_kept, n_nan, n_bad = 0, 0, 0
-        for i in range(tid, width, THREADS):
-            key = key_of(scores[start + i]) & keep_low if k > 0 else key_of(scores[start + i])
-            if not_finite != 0:
-                if key >= (_NAN & keep_low):
-                    n_nan = 1
-                if values[to + i] & not_finite == not_finite:
-                    n_bad = 1
-            if key < limit:
+            limit, room, equal = find(counts, scores, start, width, k, lane, warp * _DIGIT)
+        n_kept, n_equal, nan, infinite = 0, 0, False, False
+        for begin in range(0, width, 32):
+            i = begin + lane
+            inside = i < width
+            key = np.int64(0)
+            if inside:
+                key = key_of(scores[start + i])
+                if not_finite != 0:
+                    nan = nan or key == _NAN
+                    infinite = infinite or values[to + i] & not_finite == not_finite
+                if k > 0:
+                    key &= significant
+            keep = inside and key >= limit
+            if equal > room:  # of those equal to the kth the lowest indices are kept
+                votes = ballot(inside and key == limit)
+                if key == limit:
+                    keep = keep and n_equal + cuda.popc(votes & ((1 << lane) - 1)) < room
+                n_equal += cuda.popc(votes)
+            if inside and not keep:
                 values[to + i] = 0
-            else:
-                n_kept += 1
-        if (
-            equal > room
-        ):  # of those equal to the kth the lowest indices are kept: neighbours to one thread, then a prefix sum
-            per_thread = (width + THREADS - 1) // THREADS
-            begin = tid * per_thread
-            end = min(begin + per_thread, width)
-            mine = 0
-            for i in range(begin, end):
-                if key_of(scores[start + i]) & keep_low == limit:
-                    mine += 1
-            cuda.syncthreads()
-            counts[tid] = mine
-            cuda.syncthreads()
-            step = 1
-            while step < THREADS:
-                more = counts[tid - step] if tid >= step else 0
-                cuda.syncthreads()
-                counts[tid] += more
-                cuda.syncthreads()
-                step *= 2
-            room -= counts[tid] - mine
-            for i in range(begin, end):
-                if key_of(scores[start + i]) & keep_low == limit:
-                    if room <= 0:
-                        values[to + i] = 0
-                    room -= 1
+            if k == 0:
+                n_kept += cuda.popc(ballot(keep))
+        fault = False
         if not_finite != 0:
-            bad_score = cuda.syncthreads_or(n_nan)
-            bad_value = cuda.syncthreads_or(n_bad)
-            if tid == 0 and bad_score != 0 and bad_value == 0:
+            fault = ballot(nan) != 0 and ballot(infinite) == 0
+        if lane == 0:
+            add_i64(counters, k if k > 0 else n_kept)
+            if fault:
                 add_i64(counters + 8, 1)
-        total = np.int64(k)
-        if k == 0:  # one addition to global memory a token, not one a thread
-            if tid == 0:
-                chosen[0] = 0
-            cuda.syncthreads()
-            cuda.atomic.add(chosen, 0, n_kept)
-            cuda.syncthreads()
-            total = np.int64(chosen[0])
-        if tid == 0:
-            add_i64(counters, total)
 
     return kernel
 
@@ -211,8 +204,8 @@ def threshold_key(threshold: float) -> int:
 
 def _launch(score: Tensor, values: Tensor, plan: MaskPlan, rows: int, flags: int, counters: int, *numbers: int) -> None:
     if len(score):
-        launch = _compiled(plan)[len(score), THREADS, current_stream(score)]
-        launch(score.data_ptr(), values.data_ptr(), rows, flags, counters, numbers[0], score.shape[1], *numbers[1:])
+        launch = _compiled(plan)[-(-len(score) // plan.warps), 32 * plan.warps, current_stream(score)]
+        launch(score.data_ptr(), values.data_ptr(), rows, flags, counters, numbers[0], *score.shape, *numbers[1:])
 
 
 def _checked(score: Tensor, k: int) -> Tensor:

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 from numba import cuda
 
-from kernels_numba.gpu.masking import THREADS, MaskPlan, make_kernel, threshold_key
+from kernels_numba.gpu.masking import MaskPlan, make_kernel, threshold_key
 from kernels_numba.gpu.ptx import simulated_vectors, simulator
 
 INFINITE = 0x7F80  # of bf16
@@ -48,10 +48,10 @@ def check(
     keep = np.array([top_k(row, k) if k else ~(row < np.float32(threshold)) for row in exact]) | (flags == 0)[:, None]
     wanted = left.copy()
     wanted[rows] *= keep
-    kernel = cuda.jit(make_kernel(MaskPlan(n_bytes, 2, INFINITE, gathered, some), simulated_vectors))
+    kernel = cuda.jit(make_kernel(MaskPlan(n_bytes, 2, INFINITE, gathered, some, warps=1), simulated_vectors))
     with simulator.allowed(counts, shared_bytes=16):
         arguments = scores.ravel(), left.ravel(), rows, flags, counts.ctypes.data
-        kernel[n, THREADS](*arguments, 1, width, k, threshold_key(threshold))
+        kernel[n, 32](*arguments, 1, n, width, k, threshold_key(threshold))
     np.testing.assert_array_equal(left, wanted)
     alive = flags == 1
     assert counts[0] == keep[alive].sum()

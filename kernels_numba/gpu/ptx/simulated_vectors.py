@@ -27,7 +27,16 @@ from kernels_numba.gpu.ptx.simulated import (  # noqa: F401  kernels reach every
     store_f32,
     widen,
 )
-from kernels_numba.gpu.ptx.simulated_warp import all_lanes, device_function, lane_xor, thread_index  # noqa: F401
+from kernels_numba.gpu.ptx.simulated_warp import (  # noqa: F401
+    all_lanes,
+    ballot,
+    device_function,
+    lane_of,
+    lane_xor,
+    match_any,
+    sync_warp,
+    thread_index,
+)
 from kernels_numba.gpu.ptx.simulator import shared_memory, syncthreads, view  # noqa: F401
 
 
