@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
-from kernels_numba.gpu.mlp.plan import Kind, Plan, shared_limit
+from kernels_numba.gpu.mlp.plan import Kind, Plan, Quantity, shared_limit
 
 _REGISTERS = 65536  # of an SM
 _BLOCK_RESERVED = 1024  # shared memory the system keeps for every block
@@ -46,6 +46,7 @@ def tuned_plan(
     value_dtype: str = "float32",
     deterministic: bool = False,
     scaled: bool = False,
+    predicted: tuple[tuple[Quantity, int], ...] = (),
 ) -> Plan:
     """Plan of a layer on a device with ``n_blocks`` SMs.
 
@@ -61,7 +62,7 @@ def tuned_plan(
     plan = Plan(
         kind, d_model, d_ff, dtype=dtype, activation=activation, first=first, rank=rank, batch=batch,
         n_blocks=n_blocks, capability=capability, value_dtype=value_dtype, deterministic=deterministic,
-        scaled=scaled,
+        scaled=scaled, predicted=predicted,
     )  # fmt: skip
     if d_model <= 0 or d_model % 8 or d_ff <= 0 or d_ff % 8 or dtype not in ("bfloat16", "float16", "float32"):
         plan.check()
