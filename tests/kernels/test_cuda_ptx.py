@@ -27,6 +27,7 @@ PLANS = {
     "m-gelu-bf16-sm80": "('threshold', 3584, 14336, 'bfloat16', 'gelu_tanh', n_blocks=108, capability=(8, 0))",
     "cats-pair-bf16-sm86": "('threshold', 5120, 13824, 'bfloat16', 'silu', first='gate', batch=2, n_blocks=82, capability=(8, 6))",
     "d-bf16-sm90": "('predictor', 5120, 17920, 'bfloat16', 'silu', rank=512, n_blocks=132, capability=(9, 0))",
+    "gated-bf16-sm90": "('predictor', 4096, 14336, 'bfloat16', 'silu', rank=512, predicted=(('act', 256), ('up', 256)), **H100)",
     "d-batch8-fp32-sm90": "('predictor', 4096, 14336, 'float32', 'silu', rank=512, batch=8, n_blocks=132, capability=(9, 0))",
     "given-gelu-fp32-sm80": "('given', 3584, 14336, 'float32', 'gelu_tanh', n_blocks=108, capability=(8, 0))",
     "cats-batch8-fp16-sm86": "('threshold', 576, 1536, 'float16', 'silu', first='gate', batch=8, n_blocks=82, capability=(8, 6))",
