@@ -37,7 +37,8 @@ class GatedPredictorLayer(ChoosingLayer):
     def __init__(
         self, w_gate: Tensor, w_up: Tensor, w_down_t: Tensor, gated: Gated, *, activation: str, threshold: float
     ) -> None:
-        named: list[tuple[Quantity, LowRank | None]] = [("act" if gated.act else "gate", gated.gate), ("up", gated.up)]
+        gate: Quantity = "act" if gated.act else "gate"
+        named: tuple[tuple[Quantity, LowRank | None], ...] = ((gate, gated.gate), ("up", gated.up))
         parts = [(name, part) for name, part in named if part is not None]
         if not parts:
             raise ValueError("gated has neither gate nor up: give it at least one")
@@ -48,15 +49,15 @@ class GatedPredictorLayer(ChoosingLayer):
         super().__init__(w_down_t, activation, threshold, rank=sum(r for _, r in predicted), predicted=predicted)
         for name, weight in (("w_gate", w_gate), ("w_up", w_up)):
             check_weight(name, weight, (self.d_ff, self.d_model), w_down_t)
-        for (name, rank), (_, part) in zip(predicted, parts, strict=True):
+        for name, part in parts:
+            rank = part.v.shape[1]
             check_weight(f"v of {name}", part.v.contiguous(), (self.d_model, rank), w_down_t)
             check_weight(f"u of {name}", part.u, (self.d_ff, rank), w_down_t)
             check_factors(f"residual of {name}", part.residual, self.d_ff, self.device)
         widths = [padded for _, padded in self._plan(1).parts]
         v = torch.cat([part.v for _, part in parts], 1).T.contiguous()
-        u = torch.cat(
-            [pad(part.u, (0, width - part.u.shape[1])) for (_, part), width in zip(parts, widths, strict=True)], 1
-        )
+        padded = zip(parts, widths, strict=True)
+        u = torch.cat([pad(part.u, (0, width - part.u.shape[1])) for (_, part), width in padded], 1)
         residuals = torch.stack([part.residual for _, part in parts])
         self._weights, self._predictor = (w_gate, w_up), (v, u, residuals)
         tensors = {"dense": v, "u": u, "values": residuals, "a": w_gate, "b": w_up}

@@ -168,8 +168,7 @@ class Plan:
     # predictor --------------------------------------------------------------------------------------------------------
     @property
     def parts(self) -> tuple[tuple[int, int], ...]:
-        """Columns of U that a dot product takes, and the same with zeros added to a whole number of warps: one part, or
-        two of a gated predictor, side by side."""
+        """Columns of U of each dot product, and with zeros added to a whole number of warps; a gated predictor may have two."""
         warp = 32 * self.vector
         ranks = [rank for _, rank in self.predicted] or [self.rank]
         return tuple((rank, warp * math.ceil(rank / warp)) for rank in ranks)
@@ -364,7 +363,9 @@ class Plan:
         if (self.kind == "predictor") != (self.rank > 0):
             raise ValueError(f"rank={self.rank} of kind {self.kind}: a predictor, and nothing else, has a rank > 0")
         if self.predicted and (len(self.predicted) > 2 or sum(rank for _, rank in self.predicted) != self.rank):
-            raise ValueError(f"predicted={self.predicted}: one or two quantities, whose ranks add up to rank={self.rank}")
+            raise ValueError(
+                f"predicted={self.predicted}: one or two quantities, whose ranks add up to rank={self.rank}"
+            )
         if self.scaled and self.kind != "threshold":
             raise ValueError(f"scaled of kind {self.kind}: only a threshold on a projection takes a factor a neuron")
         if self.batch not in (1, 2, 4, 8):
