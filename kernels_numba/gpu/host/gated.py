@@ -47,8 +47,8 @@ class GatedPredictorLayer(ChoosingLayer):
                 raise ValueError(f"v of {name} must be a matrix (d_model, rank) with at least one column")
         predicted = tuple((name, int(part.v.shape[1])) for name, part in parts)
         super().__init__(w_down_t, activation, threshold, rank=sum(r for _, r in predicted), predicted=predicted)
-        for name, weight in (("w_gate", w_gate), ("w_up", w_up)):
-            check_weight(name, weight, (self.d_ff, self.d_model), w_down_t)
+        for matrix, weight in (("w_gate", w_gate), ("w_up", w_up)):
+            check_weight(matrix, weight, (self.d_ff, self.d_model), w_down_t)
         for name, part in parts:
             rank = part.v.shape[1]
             check_weight(f"v of {name}", part.v.contiguous(), (self.d_model, rank), w_down_t)
