@@ -109,7 +109,7 @@ class Problem:
         shapes = {"gate": (f, d), "up": (f, d), "down": (f, d), "v": (max(1, plan.rank), d), "x": (plan.batch, d)}
         for name, shape in (*shapes.items(), ("residual", (plan.batch, d)), ("u", (f, max(1, plan.rank_padded)))):
             values = rng.standard_normal(shape) * (1.0 if name in ("x", "residual") else shape[1] ** -0.5)
-            if name == "u":
+            if name == "u" and plan.rank:
                 values *= np.concatenate([np.arange(padded) < rank for rank, padded in plan.parts])
             self.raw[name], self.exact[name] = stored(values, plan.dtype)
         self.at_threshold = False

@@ -1,6 +1,6 @@
 """Decodes tiny models with the CUDA kernels on Numba's simulator and compares with the masked backend; see cuda_cases.
 
-NUMBA_ENABLE_CUDASIM=1 python -m tests.kernels.cuda_model ARCHITECTURE:METHOD[/KIND]:ROWS...     prints "... ok" or the error
+NUMBA_ENABLE_CUDASIM=1 python -m tests.kernels.cuda_model ARCHITECTURE:METHOD:ROWS...     prints "... ok" or the error
 """
 
 from __future__ import annotations
@@ -25,32 +25,28 @@ from tests.conftest import END, PAD, decode_state, tiny_model
 
 
 class SimulatedLayer:
-    """Stands in for ThresholdLayer and those of predictors: the kernel itself, run on the simulator."""
+    """Stands in for ThresholdLayer and PredictorLayer: the kernel itself, run on the simulator."""
 
     launch_tokens = 2
 
     def __init__(self, mlp, first, threshold, predictor, scale, deterministic):
         gate, up, down = (weight.detach() for weight in mlp.weights())
-        v, u, predicted = None, [], ()
+        v = u = None
         if predictor is not None:
-            v, u = predictor.v[mlp.layer].T, predictor.u[mlp.layer].reshape(-1, mlp.d_ff, predictor.rank)
-            predicted = tuple((name, predictor.rank) for name in predictor.predicted)
+            v, u = predictor.v[mlp.layer].T.contiguous(), predictor.u[mlp.layer]
         rank = 0 if v is None else len(v)
         self._plan = Plan(
             "predictor" if rank else "threshold", mlp.d_model, mlp.d_ff, dtype="float32", activation=mlp.activation,
             first=first or "up", rank=rank, n_blocks=1, rows=2, neurons=1 if rank else 2, depth=2,
-            deterministic=deterministic, scaled=scale is not None, predicted=predicted,
+            deterministic=deterministic, scaled=scale is not None,
         )  # fmt: skip
         dense, other = (gate, up) if first == "gate" else (up, gate)
         tensors = {"dense": dense, "a": other, "down": down.T.contiguous()}
         if scale is not None:
             tensors |= {"values": scale}
         if v is not None:
-            padded = zip(u, self._plan.parts, strict=True)
-            u = torch.cat([torch.nn.functional.pad(part, (0, width - own)) for part, (own, width) in padded], 1)
+            u = torch.nn.functional.pad(u, (0, self._plan.rank_padded - rank))
             tensors |= {"dense": v, "u": u, "a": gate, "b": up}
-            if predicted:
-                tensors |= {"values": predictor.residual[mlp.layer]}
         self._arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in tensors.items()}
         self._threshold = np.float32(threshold)
 
@@ -83,11 +79,8 @@ def simulated_kernels(model, method, thresholds, predictor, *, calibrated, deter
 
 def compare(architecture: str, name: str, rows: int) -> str:
     """Empty if generation with the kernels equals masked generation: tokens, logits and what was counted."""
-    name, _, kind = name.partition("/")
     model, method = tiny_model(architecture), get_method(name, sparsity=0.5)
-    state = decode_state(name, kind or "low-rank")
-    if kind == "gated":
-        state = replace(state, activation=find_gated_mlps(model)[0].activation)
+    state = decode_state(name)
     prompt = torch.randint(3, 64, (rows, 4), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(prompt)
     if rows > 1:
@@ -110,7 +103,7 @@ def compare(architecture: str, name: str, rows: int) -> str:
 
 
 def main(names: list[str]) -> None:
-    """Compare ARCHITECTURE:METHOD[/KIND]:ROWS."""
+    """Compare ARCHITECTURE:METHOD:ROWS."""
     attaching.decode_kernels = simulated_kernels  # the one seam: no CUDA tensor here
     for name in names:
         architecture, _, rest = name.partition(":")

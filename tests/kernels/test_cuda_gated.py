@@ -15,8 +15,9 @@ from kernels_numba.gpu.host import gated as host_gated
 from kernels_numba.gpu.host import layers
 from kernels_numba.gpu.mlp.plan import Plan
 from kernels_numba.reference import Gated, LowRank
-from suite.modeling.decode import chooses_on_cuda, gated_parts
-from tests.conftest import D_FF, D_MODEL, predictor_fit
+from suite.modeling.decode import chooses_on_cuda, cuda_layers, gated_parts
+from suite.modeling.gated_mlp import find_gated_mlps
+from tests.conftest import D_FF, D_MODEL, predictor_fit, tiny_model
 from tests.kernels.test_cuda_host import FakeLaunch, host, matrix  # noqa: F401  the fixture of both
 
 
@@ -64,6 +65,19 @@ def test_one_kernel_stands_in_for_each_projection_once():
     known = {"low-rank": True, "gated": True, "ternary": False}
     assert {kind: chooses_on_cuda(predictor_fit(kind=kind)) for kind in known} == known
     assert not chooses_on_cuda(predictor_fit(kind="gated", predicted=("gate", "act")))
+
+
+def test_layers_of_a_model_are_bound_to_its_fit():
+    mlps, fit = find_gated_mlps(tiny_model("gemma2")), predictor_fit("s-countdown", kind="gated", rank=8)
+    made = cuda_layers(mlps, "", [0.25, 0.75], fit, [None, None])
+    for number, one in enumerate(made):
+        one(torch.randn(2, D_MODEL))
+        launch = FakeLaunch.made[-1]
+        values, parts = launch.launched[0][1], gated_parts(fit, number, torch.float32)
+        assert (launch.loaded.plan.activation, values["threshold"]) == ("gelu_tanh", (0.25, 0.75)[number])
+        assert torch.equal(at(values["dense"], 16, D_MODEL), fit.v[number].T)
+        assert torch.equal(at(values["u"], D_FF, 256)[:, 128:136], parts.up.u)
+        assert torch.equal(at(values["values"], 2, D_FF), fit.residual[number])
 
 
 @pytest.mark.parametrize("act", [True, False])

@@ -12,7 +12,6 @@ GROUPS = [
     ["llama:m-countdown:2"],
     ["gemma2:cats:1", "phi3:d-countdown:1"],
     ["llama:m-countdown-cw:2", "gemma2:chess:1"],
-    ["gemma2:d-countdown/gated:1"],
 ]
 
 
