@@ -33,21 +33,13 @@ class Pair:
             return (torch.randn(rows, columns, device="cuda", generator=generator) * columns**-0.5).bfloat16()
 
         self.x = normal(1, d_model) * d_model**0.5
-        self.gate, self.up, self.down, self.activation = (
-            normal(d_ff, d_model),
-            normal(d_ff, d_model),
-            normal(d_model, d_ff),
-            activation,
-        )
-        self.v, self.u = normal(RANK, d_model), normal(d_ff, RANK)
+        self.gate, self.up, self.down = normal(d_ff, d_model), normal(d_ff, d_model), normal(d_model, d_ff)
+        self.activation, self.v, self.u = activation, normal(RANK, d_model), normal(d_ff, RANK)
         missed = torch.rand(2, d_ff, device="cuda", generator=generator)
-        u = self.u.chunk(2, 1)
-        halves = [LowRank(v.T, half.contiguous(), one) for v, half, one in zip(self.v.chunk(2), u, missed, strict=True)]
-        self.gated = Gated(*halves)
-        weights, options = (
-            (self.gate, self.up, transpose_down(self.down)),
-            {"activation": activation, "threshold": 0.0},
-        )
+        halves = zip(self.v.chunk(2), self.u.chunk(2, 1), missed, strict=True)
+        self.gated = Gated(*(LowRank(v.T, u.contiguous(), residual) for v, u, residual in halves))
+        weights = (self.gate, self.up, transpose_down(self.down))
+        options = {"activation": activation, "threshold": 0.0}
         self.layers = {
             "low-rank": PredictorLayer(*weights, self.v, self.u, **options),
             "gated": GatedPredictorLayer(*weights, self.gated, **options),
@@ -70,7 +62,8 @@ class Pair:
         layer, out = self.layers[kind], self.outs[kind].fill_(torch.nan)
         layer(self.x, out)
         active = layer.active()
-        bad = wrongly_selected(self.logits[kind].cpu().numpy(), active.cpu().numpy(), layer.threshold, self.x.shape[1])
+        logits = self.logits[kind].cpu().numpy()
+        bad = wrongly_selected(logits, active.cpu().numpy(), layer.threshold, self.x.shape[1])
         x = self.x.double()
         v = activate(x @ self.gate[active].double().T, self.activation) * (x @ self.up[active].double().T)
         right = v @ self.down[:, active].double().T
