@@ -14,7 +14,7 @@ import torch
 
 from kernels_numba.gpu.host.gated import GatedPredictorLayer
 from kernels_numba.gpu.host.layers import PredictorLayer, transpose_down
-from kernels_numba.reference import Gated, LowRank, wrongly_selected
+from kernels_numba.reference import UNIT_ROUNDOFF, Gated, LowRank, wrongly_selected
 from suite.decoding.graphs import captured
 from suite.decoding.parts import activate
 from suite.decoding.shapes import SHAPES
@@ -68,7 +68,7 @@ class Pair:
         v = activate(x @ self.gate[active].double().T, self.activation) * (x @ self.up[active].double().T)
         right = v @ self.down[:, active].double().T
         error = float((out.double() - right).abs().max() / right.abs().max())
-        return "" if not len(bad) and error < 2.0**-7 else f"{len(bad)} wrongly kept or dropped, error {error:.3g}"
+        return "" if not len(bad) and error < 2 * UNIT_ROUNDOFF["bfloat16"] else f"{len(bad)} wrongly kept or dropped, error {error:.3g}"
 
 
 def time_shape(name: str) -> None:
