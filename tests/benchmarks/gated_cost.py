@@ -68,7 +68,8 @@ class Pair:
         v = activate(x @ self.gate[active].double().T, self.activation) * (x @ self.up[active].double().T)
         right = v @ self.down[:, active].double().T
         error = float((out.double() - right).abs().max() / right.abs().max())
-        return "" if not len(bad) and error < 2 * UNIT_ROUNDOFF["bfloat16"] else f"{len(bad)} wrongly kept or dropped, error {error:.3g}"
+        right = not len(bad) and error < 2 * UNIT_ROUNDOFF["bfloat16"]
+        return "" if right else f"{len(bad)} wrongly kept or dropped, error {error:.3g}"
 
 
 def time_shape(name: str) -> None:
