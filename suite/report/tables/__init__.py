@@ -7,6 +7,7 @@ from suite.report.tables import (
     accuracy,
     chance,
     decode_check,
+    equal_bytes,
     fits,
     groups,
     pairs,
@@ -17,6 +18,7 @@ from suite.report.tables import (
 )
 
 TABLES: tuple[ReportTable, ...] = (
+    *equal_bytes.TABLES,
     *accuracy.TABLES,
     *groups.TABLES,
     *pairs.TABLES,
