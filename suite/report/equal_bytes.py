@@ -25,6 +25,7 @@ from suite.report.task_names import text_order
 
 LEVELS = (0.35, 0.45, 0.55)  # of the dense MLP's bytes
 AVERAGE, SPEED_UP = "average", "decode speed-up"  # of column `task`, where no task is meant
+_ROUNDING = 1e-9  # of bytes: 1 - .55 is not .45
 _PLACE = ("model", "dtype", "scope")
 Row = dict[str, Any]
 
@@ -91,8 +92,8 @@ def between(line: Line, columns: Sequence[str], level: float) -> Between | str:
     if not known:
         return "no finished setting"
     for (low, less), (high, more) in zip(known, known[1:] or known, strict=False):
-        if low <= level <= high:
-            return Between(less, more, 0.0 if high == low else (level - low) / (high - low))
+        if low - _ROUNDING <= level <= high + _ROUNDING:
+            return Between(less, more, 0.0 if high == low else min(1.0, max(0.0, (level - low) / (high - low))))
     low, high = known[0][0], known[-1][0]
     return (
         f"measured from {100 * low:.1f} to {100 * high:.1f} %" if low < high else f"measured at {100 * low:.1f} % alone"

@@ -8,12 +8,14 @@ from suite.report.tables import (
     chance,
     decode_check,
     equal_bytes,
+    expectations,
     fits,
     groups,
     pairs,
     perplexity,
     predictors,
     scope,
+    size,
     speed,
 )
 
@@ -22,6 +24,8 @@ TABLES: tuple[ReportTable, ...] = (
     *accuracy.TABLES,
     *groups.TABLES,
     *pairs.TABLES,
+    *expectations.TABLES,
+    *size.TABLES,
     *chance.TABLES,
     *scope.TABLES,
     *fits.TABLES,
