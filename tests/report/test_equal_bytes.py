@@ -77,6 +77,7 @@ def test_nothing_is_extrapolated_and_a_setting_at_the_level_is_itself(tmp_path):
         assert row["reason"] == "measured from 30.0 to 50.0 %"
     alone = found(frame, "griffin", 0.45, AVERAGE)
     assert (alone["value"], alone["part_more"], alone["reason"]) == (pytest.approx(0.2), 0.0, "")
+    assert found(frame, "griffin", 0.35, AVERAGE)["reason"] == "measured at 45.0 % alone"
     table = table_text(run, "equal_bytes")
     middle = table.partition("45 % of the bytes")[2].partition("###")[0]
     assert "| cats | 0.7 and 0.5 | 65.0 | 63.0 | 64.0 | -21.0 [-" in middle
