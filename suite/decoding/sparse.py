@@ -19,7 +19,8 @@ from torch import Tensor
 from suite.decoding.step import DecodeModel
 from suite.errors import InputError
 from suite.methods.base import Activations, Calibrated, PredictorInput, kept_count, select_threshold
-from suite.modeling.decode import ChoosingKernels, DecodeKernels, decode_kernels
+from suite.modeling.decode import ChoosingKernels, DecodeKernels
+from suite.modeling.decode_layers import decode_kernels
 from suite.modeling.modes import (
     PredictorState,
     ThresholdState,

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from suite.decoding.parts import activate
 from suite.methods.base import Calibrated, kept_count
-from suite.modeling.decode import is_magnitude
+from suite.modeling.decode import has_kernel
 from suite.registry import get_method
 from suite.speed.case import Kernel, Progress, Row, SpeedCase, States, phase_row
 from suite.speed.rig import Rig
@@ -181,6 +181,6 @@ class LayerRig(Rig):
 
 def why_no_kernel(case: SpeedCase) -> str:
     """Reason why no kernel computes the score of the case's method; "" if one does."""
-    if case.kernel is Kernel.THRESHOLD and not is_magnitude(get_method(case.method)):
+    if case.kernel is Kernel.THRESHOLD and not has_kernel(get_method(case.method)):
         return f"the kernels do not compute the score of {case.method}: not abs(act(g)) or abs(u), nor times a factor"
     return ""

@@ -125,7 +125,9 @@ def approximation(d_model, d_ff, rank, seed=5):
 
 
 @pytest.mark.parametrize("threads", THREADS)
-@pytest.mark.parametrize(("d_model", "d_ff", "rank"), [(8, 8, 1), (13, 37, 13), (64, 1, 3), (72, 200, 16), (576, 1536, 64)])
+@pytest.mark.parametrize(
+    ("d_model", "d_ff", "rank"), [(8, 8, 1), (13, 37, 13), (64, 1, 3), (72, 200, 16), (576, 1536, 64)]
+)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("first", ["up", "gate"])
 @pytest.mark.parametrize("elsewhere", [False, True])

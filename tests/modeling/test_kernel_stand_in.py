@@ -9,7 +9,7 @@ from torch import nn
 from suite.errors import InputError
 from suite.modeling import attach as attach_module
 from suite.modeling.attach import attach
-from suite.modeling.decode import is_magnitude
+from suite.modeling.decode import has_kernel
 from suite.modeling.gated_mlp import find_gated_mlps
 from suite.registry import get_method
 from tests.conftest import decode_state, tiny_model
@@ -149,7 +149,7 @@ def test_a_factor_that_is_not_the_one_of_the_score_has_no_kernel():
     with pytest.raises(InputError, match="do not compute the score of says-another"):
         attach(model, method, state, backend="numba").__enter__()
     name = "tests.modeling.site_methods:Gated"
-    assert not is_magnitude(get_method(name, sparsity=0.5))
+    assert not has_kernel(get_method(name, sparsity=0.5))
 
 
 @pytest.mark.parametrize("change", [adapter, lambda mlp: mlp.down_proj.register_forward_hook(lambda m, a, y: 2 * y)])
