@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -114,6 +116,12 @@ class ChoosingKernels:
         self.layers, self._factors, self._activation = layers, factors, activation
         self.most = 1 if factors else min(layer.launch_tokens for layer in layers)
 
+    @property
+    def copies(self) -> list[Tensor]:
+        """What it holds beside its layers."""
+        held = [part for factor in self._factors for part in (factor.v, factor.u)]
+        return [*held, *(layer.scale for layer in self.layers if self._factors)]
+
     def run(self, layer: int, x: Tensor, block: Tensor | None = None) -> Tensor:
         """As the protocol."""
         if self._factors and block is not None:
@@ -214,8 +222,11 @@ def _why_not_cuda(mlp: GatedMLP, n_layers: int, device: torch.device) -> str:
 def has_kernel(method: Method) -> bool:
     """Whether kernels compute the score: the magnitude of a projection, times `Method.neuron_scale` or what `low_rank` says.
 
-    Found on a sample.
+    Found on a sample; of a method that leaves a choice to its fit, whatever that is.
     """
+    if method.candidates:
+        choices = [dict(zip(method.candidates, some, strict=True)) for some in product(*method.candidates.values())]
+        return all(has_kernel(replace(method, **choice)) for choice in choices)
     generator = torch.Generator().manual_seed(0)
     gate, act, up, block = (torch.randn(4, 64, generator=generator) for _ in range(4))
     magnitude = {"gate": act, "up": up}.get(method.exact_projection)

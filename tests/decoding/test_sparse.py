@@ -15,7 +15,7 @@ def test_moments_are_mean_squares_over_dense_steps(name, quantity):
     start = int(decode.token), int(decode.position)
     seen = [[], []]
 
-    def dense(layer, x):
+    def dense(layer, x, block):
         made = decode.mlps[layer].activations(x)
         seen[layer].append(getattr(made, quantity)[0].double().square())
         return decode.mlps[layer].down(made.product)

@@ -81,7 +81,7 @@ def test_an_mlp_of_ones_own_is_used():
     dense = decode.hidden(decode.dense)
     seen = []
 
-    def half(layer, x):
+    def half(layer, x, block):
         seen.append((layer, tuple(x.shape)))
         gate, up = decode.mlps[layer].gate_up(x)
         product = decode.mlps[layer].act(gate) * up
