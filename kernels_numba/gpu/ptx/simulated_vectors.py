@@ -36,6 +36,11 @@ def prefetch(address: int) -> None:
     view(address, ctypes.c_uint32)
 
 
+def add_i64(address: int, value: int) -> None:
+    """One thread of one block at a time."""
+    view(address, ctypes.c_int64)[0] += int(value)
+
+
 def atomic_add_acq_rel(address: int, value: int) -> int:
     """Blocks run one after another."""
     place = view(address, ctypes.c_int32)
