@@ -307,13 +307,8 @@ class Method(ABC):
     def low_rank(self, calibrated: Calibrated) -> Factor | None:
         """The factor of the other projection, in a score ``abs(exact projection) sqrt(q^2 + residual)``; None if it is no such.
 
-        ``q`` is what the factor gives of `predictor_input`, behind the activation function where it approximates the gate.
-        The exact one is `exact_projection`, behind the activation function where it is the gate.
-
-        Parameters
-        ----------
-        calibrated : Calibrated
-            What the fit knows of the layer.
+        ``q`` is what the factor, of what the fit knows of the layer, gives of `predictor_input`; it and `exact_projection`
+        stand behind the activation function where they are the gate's.
         """
         return None
 

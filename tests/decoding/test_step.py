@@ -93,6 +93,29 @@ def test_an_mlp_of_ones_own_is_used():
     assert seen == [(0, (1, mlp.d_model)), (1, (1, mlp.d_model))]
 
 
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_an_mlp_gets_its_blocks_normed_input_too(architecture):
+    """What `input_layernorm` of its block gives of the token, known before attention."""
+    model, ids = build(architecture, attn_implementation="eager"), prompt(6)
+    decode, expected, found = DecodeModel(model, 32), {}, []
+    decode.prefill(ids)
+
+    def dense(layer, x, block):
+        found.append(block)
+        return decode.dense(layer, x, block)
+
+    with torch.inference_mode():
+        decode.hidden(dense)
+        for layer, block in enumerate(model.model.layers):
+            block.input_layernorm.register_forward_hook(
+                lambda _m, _a, out, n=layer: expected.__setitem__(n, out[:, -1])
+            )
+        model(input_ids=torch.cat([ids, decode.token[None]], 1), use_cache=False)
+    assert len(found) == len(expected) == 2
+    for layer, block in enumerate(found):
+        torch.testing.assert_close(block, expected[layer], rtol=1e-4, atol=1e-4)  # fp32, at most a layer
+
+
 def test_too_long_is_refused():
     model = build("llama", max_position_embeddings=16)
     with pytest.raises(InputError, match="over the context of 16"):

@@ -5,9 +5,12 @@ import warnings
 import pytest
 import torch
 
+from suite.modeling import decode_layers
 from suite.modeling.attach import attach
+from suite.modeling.gated_mlp import find_gated_mlps
 from suite.registry import get_method
 from tests.conftest import CONFIGS, D_FF, END, PAD, decode_method, decode_state, tiny_model
+from tests.speed import cuda_stand_in
 
 METHODS = [("cats", ""), ("m-countdown", ""), ("chess", ""), ("m-countdown-cw", "")]
 METHODS += [("d-countdown", kind) for kind in ("low-rank", "ternary", "gated", "gated block")]
@@ -169,3 +172,37 @@ def test_generate_does_not_compile_attached_passes(llama):
     with attach(llama, get_method("m-countdown", sparsity=0.5), decode_state("m-countdown")):
         assert llama.generation_config.disable_compile
     assert llama.generation_config.disable_compile == before
+
+
+@pytest.mark.parametrize("kind", ["up mlp", "gate mlp", "up block", "gate block"])
+def test_cuda_layers_get_the_low_rank_or_factors_made_by_torch(kind, llama, monkeypatch):
+    """Played by the CPU: a layer whose low rank reads the block's input gets the factors of each token in its own memory."""
+    layers = pytest.importorskip("kernels_numba.gpu.host.layers")
+    seen = []
+
+    class Layer(cuda_stand_in.Kernel):
+        def __init__(self, *weights, deterministic, **options):
+            super().__init__(*weights, **options)
+            seen.append(options)
+
+        def __call__(self, x):
+            return super().__call__(x, torch.empty_like(x))
+
+    monkeypatch.setattr(layers, "ThresholdLayer", Layer)
+    method, state = decode_method("md-countdown", kind), decode_state("md-countdown", kind)
+    known, mlps, threshold = state.calibrated(torch.device("cpu")), find_gated_mlps(llama), 0.5
+    kernels = decode_layers._cuda_choosing(mlps, method, [threshold] * 2, known, deterministic=False)
+    of_block = kind.endswith("block")
+    assert kernels.most == (1 if of_block else Layer.launch_tokens)
+    assert [("low_rank" in one, one["scale"] is not None) for one in seen] == 2 * [(not of_block, of_block)]
+    x, block = torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(3)).unbind()
+    for mlp in mlps:
+        made = mlp.activations(x, block=block, calibrated=known[mlp.layer])
+        keep = method.score(made) >= threshold
+        assert 0 < keep.sum() < D_FF
+        with torch.no_grad():
+            expected = mlp.down(made.product * keep)
+        torch.testing.assert_close(kernels.run(mlp.layer, x, block), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(kernels.active(mlp.layer), keep[0].nonzero()[:, 0])
+    sizes = sum(part.numel() for one in known for factor in one.factors.values() for part in vars(factor).values())
+    assert sum(part.numel() for part in kernels.copies) == of_block * sizes
