@@ -65,15 +65,14 @@ class GatheredLayers:
 def gathered(weights: tuple[Tensor, Tensor, Tensor], keep: Tensor) -> Weights:
     """Dense matrices of the kept neurons of each row: gate above up, (n_rows, 2k, d_model), and down, (n_rows, d_model, k).
 
-    k is the size of the largest set; rows with fewer neurons fill up with zeros, which add nothing.
+    k is the size of the largest set; rows with fewer neurons fill up with zeros of gate and up, which add nothing.
     """
     gate, up, down = (weight.detach() for weight in weights)
     k = int(keep.sum(-1).max())
     order = keep.int().argsort(dim=-1, descending=True, stable=True)[:, :k]
     real = keep.gather(1, order)
     first = [weight[order].masked_fill_(~real[:, :, None], 0) for weight in (gate, up)]
-    columns = down[:, order].masked_fill_(~real, 0)
-    return torch.cat(first, 1), columns.transpose(0, 1).contiguous()
+    return torch.cat(first, 1), down[:, order].transpose(0, 1).contiguous()
 
 
 def apply_gathered(x: Tensor, weights: Weights, act: Callable[[Tensor], Tensor]) -> Tensor:

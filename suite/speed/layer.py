@@ -157,7 +157,7 @@ class LayerData:
             return v, u
         moments = self.calibrated.moments
         residual = torch.stack([moments["act" if name == "gate" else name] for name in case.predicted])
-        return v.T, u.view(case.d_ff, n, -1).transpose(0, 1), residual
+        return v.T, u.view(n, case.d_ff, -1), residual
 
     def logits(self, case: SpeedCase, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Logits of the case's predictor, shape (batch, d_ff), in ``dtype``."""

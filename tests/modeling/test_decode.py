@@ -119,6 +119,16 @@ def test_rows_of_a_batch_have_sets_of_their_own(name, kind, options, llama):
         assert not torch.equal(numba[1:], masked[1:])
 
 
+def test_several_tokens_after_a_prompt_are_masked_by_its_set(llama):
+    """All of them in scope, as a step's are: only a step has a token a row."""
+    found, ids = [], prompt(7)
+    for backend in ("masked", "numba"):
+        with attach(llama, get_method("griffin", sparsity=0.7), scope="paper", backend=backend), torch.inference_mode():
+            cache = llama(input_ids=ids[:, :4]).past_key_values
+            found.append(llama(input_ids=ids[:, 4:], past_key_values=cache).logits)
+    assert torch.equal(*found)
+
+
 def test_a_row_without_a_prompt_stays_dense_beside_others(llama):
     """Its row of the gathered weights is as long as the longest, all of it in use."""
     ids, mask = prompt(4, rows=2), torch.ones(2, 5, dtype=torch.int64)
