@@ -70,22 +70,30 @@ def requests_of(
 
 
 def request_of_case(case: SpeedCase, config: MatrixConfig) -> FitRequest | None:
-    """What a sparse row of a model with real weights decodes with: the first of the matrix' estimators and texts."""
+    """What a sparse row of a model with real weights decodes with: the first of the matrix' estimators and texts.
+
+    A predictor is the matrix' first of the case's kind and input. None where nothing is fitted.
+    """
     from suite.decoding.shapes import has_weights
 
-    if case.level != "decode" or case.mode == "none" or not has_weights(case.model_shape):
+    if case.level != "decode" or not has_weights(case.model_shape):
+        return None
+    if not (case.made.needs_threshold or case.made.needs_predictor):
         return None
     text, predictor = config.calibration, config.predictor
     estimator: str = text.estimators[0]
     source, max_tokens, options = text.source, text.max_tokens, None
     if method_class(case.method).needs_predictor:
         estimator, source, max_tokens = predictor.estimators[0], [*predictor.sources, source][0], predictor.max_tokens
-        options = next((one for one in predictor.options() if one.predictor == "low-rank"), PredictorOptions())
+        kind = PredictorOptions(predictor=case.predictor or "low-rank", predictor_input=case.predictor_input or "mlp")
+        wanted = (kind.predictor, kind.predictor_input)
+        options = next((one for one in predictor.options() if (one.predictor, one.predictor_input) == wanted), kind)
+        estimator = "calibrated" if options.is_closed_form else estimator
     return FitRequest(
         model=case.model_shape,
         dtype=case.dtype,
         method=case.method,
-        params={},
+        params=case.params,
         sparsity=case.sparsity,
         estimator=estimator,
         calibration=source,

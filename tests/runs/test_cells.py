@@ -191,6 +191,35 @@ def test_decode_rows_of_random_weights_need_no_fit():
     assert {cell.fit_key for cell in cells_} == {None}
 
 
+def test_decode_rows_take_the_fits_of_their_parameters_predictor_and_input():
+    from suite.config import build_config
+    from suite.runs.cells.speed import expand_speed
+
+    md = {"name": "md-countdown", "params": {"rank": 16, "exact": "auto"}}
+    more = {"level": "decode", "shapes": ["embedded"], "sparsities": [0.8], "backends": ["numba-cpu"]}
+    blocks = [
+        more | {"methods": [md, {"name": "md-countdown", "params": {"rank": 32}}, "griffin", "m-countdown"]},
+        more | {"methods": ["d-countdown"], "predictors": ["low-rank", "gated"], "predictor_inputs": ["mlp", "block"]},
+    ]
+    predictor = {"predictors": ["low-rank", "gated"], "ranks": [24], "predictor_inputs": ["mlp", "block"]}
+    config = build_config({"name": "n", "speed": blocks, "predictor": predictor}, "here")
+    found = expand_speed(config, FakeWorld())
+    asked = {
+        (cell.case.method, cell.case.rank, cell.case.predictor, cell.case.predictor_input): cell.fit for cell in found
+    }
+    assert {key: fit and (fit.params, fit.options and fit.options.predictor_input) for key, fit in asked.items()} == {
+        ("md-countdown", 16, None, "mlp"): (md["params"], None),
+        ("md-countdown", 32, None, "mlp"): ({"rank": 32}, None),
+        ("griffin", None, None, None): None,
+        ("m-countdown", None, None, None): ({}, None),
+        ("d-countdown", 24, None, None): ({}, "mlp"),
+        ("d-countdown", 24, "gated", "mlp"): ({}, "mlp"),
+        ("d-countdown", 24, "gated", "block"): ({}, "block"),
+    }
+    assert len({cell.fit_key for cell in found}) == len({cell.key for cell in found}) == len(found) == 7
+    assert {cell.fit.options.predictor for cell in found if cell.case.predictor} == {"gated"}
+
+
 def test_a_method_that_is_added_leaves_the_cells_of_the_others_as_they_are(monkeypatch):
     from suite import code
     from suite.config import load_config

@@ -50,7 +50,8 @@ def expand_speed(config: MatrixConfig, world: World) -> list[TimedCell]:
     cells: dict[str, TimedCell] = {}
     for number, block in enumerate(config.speed):
         axes = block.model_dump()
-        for case in make_cases(axes.pop("shapes"), axes.pop("methods"), axes.pop("sparsities"), **axes):
+        methods = [(method["name"], method["params"]) for method in axes.pop("methods")]
+        for case in make_cases(axes.pop("shapes"), methods, axes.pop("sparsities"), **axes):
             cell = _timed(case, config, world)
             if cell.key not in cells:
                 cells[cell.key] = cell
@@ -63,8 +64,8 @@ def expand_speed(config: MatrixConfig, world: World) -> list[TimedCell]:
 def _timed(case: SpeedCase, config: MatrixConfig, world: World) -> TimedCell:
     device, seed = world.speed_device(case.device), config.seeds[0]
     fit = request_of_case(case, config) if device else None  # where nothing can run, no model need be there
-    if fit is not None and fit.options is not None and fit.options.rank is not None:
-        case = replace(case, rank=fit.options.rank)
+    if fit is not None and fit.options is not None:
+        case = replace(case, rank=fit.options.rank_for(case.d_model))
     fit_key = world.fit_key(fit) if fit is not None else None
     return TimedCell(
         case=case,
