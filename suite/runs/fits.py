@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +72,7 @@ def requests_of(
 def request_of_case(case: SpeedCase, config: MatrixConfig) -> FitRequest | None:
     """What a sparse row of a model with real weights decodes with: the first of the matrix' estimators and texts.
 
-    A predictor is the matrix' first of the case's kind and input. None where nothing is fitted.
+    A predictor is the matrix' first of the case's kind, on the case's input. None where nothing is fitted.
     """
     from suite.decoding.shapes import has_weights
 
@@ -85,9 +85,9 @@ def request_of_case(case: SpeedCase, config: MatrixConfig) -> FitRequest | None:
     source, max_tokens, options = text.source, text.max_tokens, None
     if method_class(case.method).needs_predictor:
         estimator, source, max_tokens = predictor.estimators[0], [*predictor.sources, source][0], predictor.max_tokens
-        kind = PredictorOptions(predictor=case.predictor or "low-rank", predictor_input=case.predictor_input or "mlp")
-        wanted = (kind.predictor, kind.predictor_input)
-        options = next((one for one in predictor.options() if (one.predictor, one.predictor_input) == wanted), kind)
+        kind = case.predictor or "low-rank"
+        options = next((one for one in predictor.options() if one.predictor == kind), PredictorOptions(predictor=kind))
+        options = replace(options, predictor_input=case.predictor_input or "mlp")
         estimator = "calibrated" if options.is_closed_form else estimator
     return FitRequest(
         model=case.model_shape,
