@@ -103,7 +103,12 @@ def _fields(
         "sites": list(method.sites) if method.sites != (NEURONS,) else [],
         "moments": list(method.moments),
         "factors": dict(method.factors),
+        # parameters, which are there already, or properties of a class
+        "fit_rounds": method.fit_rounds if "fit_rounds" not in method.parameters() and method.fit_rounds > 1 else 0,
+        "predictor_input": "" if "predictor_input" in method.parameters() else method.predictor_input,
     }
+    if asked["predictor_input"] == "mlp":
+        del asked["predictor_input"]
     return {name: value for name, value in asked.items() if value} | {
         "method": f"{cls.__module__}:{cls.__qualname__}",
         "parameters": method.parameters() | {"sparsity": float(method.sparsity)},

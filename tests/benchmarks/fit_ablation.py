@@ -240,13 +240,14 @@ def main() -> None:
     parser.add_argument("--threshold-tokens", type=int, default=32768)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--limit", type=int, help="pages of the task; default all")
-    parser.add_argument("--only", default="*", help="pattern of the settings' names")
+    parser.add_argument("--only", nargs="+", default=["*"], help="patterns of the settings' names")
     options = parser.parse_args()
     done: set[str] = set()
     if options.out.exists():
         with options.out.open() as stored:
             done = {row["setting"] for row in csv.DictReader(stored)}
-    todo = [one for one in settings() if fnmatch.fnmatch(one.name, options.only) and one.name not in done]
+    wanted = [one for one in settings() if any(fnmatch.fnmatch(one.name, pattern) for pattern in options.only)]
+    todo = [one for one in wanted if one.name not in done]
     begun = time.monotonic()
     bench = Bench(options)
     with options.out.open("a", newline="") as out:
@@ -254,7 +255,11 @@ def main() -> None:
         if not done:
             writer.writeheader()
         for number, setting in enumerate(todo, 1):
-            row = bench.row(setting)
+            try:
+                row = bench.row(setting)
+            except (RuntimeError, ValueError) as error:  # one setting's fault: the others are measured all the same
+                sys.stdout.write(f"{number}/{len(todo)} {setting.name}: {type(error).__name__}: {error}\n")
+                continue
             writer.writerow(row)
             out.flush()
             told = " ".join(
