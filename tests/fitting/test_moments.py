@@ -190,6 +190,12 @@ def test_keys_name_what_a_method_asks_for_and_only_that(tmp_path):
         keys.add(key_of(changed(), *rest))
     keys.add(key_of(Gated(rank=9), *rest))
     assert len(keys) == 8
+    for name, value in (("fit_rounds", 2), ("predictor_input", "block")):  # properties of a class, no parameters
+        changed = type(
+            "Chess", (Chess,), {name: property(lambda _, value=value: value), "__module__": Chess.__module__}
+        )
+        keys.add(key_of(changed(), *rest))
+    assert len(keys) == 10
     plain = dataclasses.make_dataclass("Undeclared", [], bases=(Undeclared,), frozen=True, kw_only=True)
     plain.__module__, plain.__qualname__ = Undeclared.__module__, Undeclared.__qualname__
     plain.sites, plain.moments = ("mlp.neurons",), ()
