@@ -196,6 +196,10 @@ def test_keys_name_what_a_method_asks_for_and_only_that(tmp_path):
         )
         keys.add(key_of(changed(), *rest))
     assert len(keys) == 10
+    # as first published: fits are carried to machines with other code
+    assert key_of(get_method("cats", sparsity=0.5), *rest).startswith("9fd4c0e54aa895a3")
+    md = get_method("md-countdown", sparsity=0.5, fit_rounds=2, predictor_input="block")
+    assert key_of(md, *rest).startswith("e2fe9b617e277290")
     plain = dataclasses.make_dataclass("Undeclared", [], bases=(Undeclared,), frozen=True, kw_only=True)
     plain.__module__, plain.__qualname__ = Undeclared.__module__, Undeclared.__qualname__
     plain.sites, plain.moments = ("mlp.neurons",), ()
