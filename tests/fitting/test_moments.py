@@ -12,6 +12,7 @@ from suite.fitting.keys import ESTIMATORS, key_of
 from suite.fitting.moments import low_rank
 from suite.fitting.windows import make_windows
 from suite.modeling.gated_mlp import find_gated_mlps
+from suite.registry import get_method
 from tests.conftest import D_FF, D_MODEL
 from tests.fitting.conftest import flip, loaded
 from tests.modeling.site_methods import Allocated, Chess, Gated, Griffin, Static, Teal, TealInput, Undeclared
