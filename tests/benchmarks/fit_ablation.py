@@ -96,6 +96,19 @@ def settings() -> list[Setting]:
         "md-variant-64-train-5": replace(base, gate=64, up=0, epochs=5),
         "md-variant-64-train-5-rounds-2": replace(base, gate=64, up=0, epochs=5, rounds=2),
     }
+    for gate in (120, 80, 64, 48, 32):  # of 288 in all
+        more[f"split-{gate}+{288 - gate}"] = replace(base, gate=gate, up=288 - gate)
+    for gate in (144, 96, 64):
+        split = replace(base, gate=gate, up=288 - gate, rate=3e-2)
+        more[f"split-{gate}-train-10"] = replace(split, epochs=10)
+        more[f"split-{gate}-train-10-rounds-2"] = replace(split, epochs=10, rounds=2)
+        more[f"split-{gate}-rounds-2"] = replace(split, rounds=2)
+        more[f"split-{gate}-relative"] = replace(split, relative=True)
+        more[f"split-{gate}-block"] = replace(split, predictor_input="block")
+    more["split-64-train-10-rate-0.1"] = replace(base, gate=64, up=224, rate=0.1, epochs=10)
+    more["split-64-train-40"] = replace(base, gate=64, up=224, rate=3e-2, epochs=40)
+    more["split-192-int8"] = replace(base, gate=192, up=384, bits=8)
+    more["split-288-int8-rounds-2"] = replace(base, gate=288, up=288, bits=8, rounds=2)
     found += [_own(name, variant) for name, variant in more.items()]
     found += [_md(rank) for rank in (16, 32, 288)]
     found += [replace(_md(rank), name=f"md-{rank}-without-c", without=True) for rank in (16, 64, 144)]
