@@ -118,6 +118,12 @@ class PredictorConfig(Section):
     predictor_inputs: list[PredictorInput] = Field(default=["mlp"], min_length=1)
     activation_budget_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
+    @model_validator(mode="after")
+    def _inputs_are_read(self) -> PredictorConfig:
+        if "block" in self.predictor_inputs and "gated" not in self.predictors:
+            raise PydanticCustomError("unread", "predictor_inputs block: only gated predictors read it; name them too")
+        return self
+
     def options(self) -> list[PredictorOptions]:
         """Every kind with every rank and every input that it has."""
         names = ("epochs", "loss", "pos_weight", "start", "schedule", "learning_rate", "batch_tokens", "rounds")

@@ -163,6 +163,7 @@ ACCURACY = Table(
         *_columns("estimator predictor", "text", "setting"),
         Column("rank", "whole", "setting"),
         *_columns("predictor_input exact_projection", "text", "setting", since=3),
+        Column("exact_chosen", "text", "fact", since=3),
         Column("calibration", "text", "setting"),
         Column("fit_id", "text", "origin"),
         Column("scope", "text", "setting"),
@@ -311,6 +312,7 @@ PREDICTOR = Table(
         Column("fit_id", "text", "setting"),
         *_columns("model method predictor", "text", "fact"),
         Column("rank", "whole", "fact"),
+        Column("predictor_input", "text", "fact", since=3),
         Column("sparsity_target", "number", "fact", "share"),
         Column("layer", "whole", "setting"),
         *_columns(

@@ -97,16 +97,18 @@ def predictor_key(training: str, estimator: str) -> str:
 def _fields(
     method: Method, model_fingerprint: str, calibration_fingerprint: str, max_tokens: int, seed: int, dtype: str
 ) -> dict[str, Any]:
-    cls = type(method)
-    # in the key only where they are asked for, so that the fits of all others stay
+    cls, own = type(method), method.parameters()
+    # in the key only where they are asked for, so that the fits of all others stay; the last two may be parameters
     asked = {
         "sites": list(method.sites) if method.sites != (NEURONS,) else [],
         "moments": list(method.moments),
         "factors": dict(method.factors),
+        "fit_rounds": method.fit_rounds if method.fit_rounds > 1 else 0,
+        "predictor_input": method.predictor_input if method.predictor_input != "mlp" else "",
     }
-    return {name: value for name, value in asked.items() if value} | {
+    return {name: value for name, value in asked.items() if value and name not in own} | {
         "method": f"{cls.__module__}:{cls.__qualname__}",
-        "parameters": method.parameters() | {"sparsity": float(method.sparsity)},
+        "parameters": own | {"sparsity": float(method.sparsity)},
         "model": model_fingerprint,
         "calibration": calibration_fingerprint,
         "max_tokens": max_tokens,

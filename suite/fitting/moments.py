@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from suite.errors import CellError, InputError
 from suite.fitting.windows import batches
-from suite.methods.base import Activations, Factor, Method
+from suite.methods.base import Activations, Factor, Method, PredictorInput, Projection
 from suite.modeling.gated_mlp import GatedMLP, block_norm
 from suite.modeling.loading import LoadedModel
 
@@ -22,16 +22,18 @@ See = Callable[[GatedMLP, Activations], None]
 
 
 def calibrate(
-    loaded: LoadedModel, method: Method, mlps: Sequence[GatedMLP], windows: Sequence[list[int]]
-) -> dict[str, Tensor]:
-    """Moments and factors that a method asks for, over the activations of every token of the windows.
+    loaded: LoadedModel, methods: Sequence[Method], mlps: Sequence[GatedMLP], windows: Sequence[list[int]]
+) -> list[dict[str, Tensor]]:
+    """Moments and factors that each method asks for, over the activations of every token of the windows.
 
-    As the model makes them: dense, or inside an `attach` block (so that ``mlps`` were found before it) sparse.
+    As the model makes them: dense, or inside an `attach` block (so that ``mlps`` were found before it) sparse. What the
+    methods have in common is made once, in two passes over the text at most.
 
     Returns
     -------
-    dict
-        As `Fit.extras` holds them: one tensor a name, its first dimension the layer, on the CPU.
+    list of dict
+        As `Fit.extras` holds them: one tensor a name, its first dimension the layer, on the CPU; empty for a method that asks
+        for nothing.
 
     Raises
     ------
@@ -40,13 +42,30 @@ def calibrate(
     CellError
         NaN or infinite activations.
     """
-    _check_ranks(method, mlps[0].d_model, sum(map(len, windows)))
-    found = _moments(loaded, method, mlps, windows)
-    _refuse_not_finite(found)  # before their eigenvectors are asked for
-    if method.factors:
-        found |= _factors(loaded, method, mlps, windows, found.pop("gram"), found.pop("cross", None))
-    _refuse_not_finite(found)
+    asking = [method for method in methods if method.needs_calibration]
+    for method in asking:
+        _check_ranks(method, mlps[0].d_model, sum(map(len, windows)))
+    means = _means(loaded, asking, mlps, windows) if asking else {}
+    _refuse_not_finite(means)  # before their eigenvectors are asked for
+    wanted = {_Low(name, rank, method.predictor_input) for method in asking for name, rank in method.factors.items()}
+    factors = _factors(loaded, sorted(wanted), mlps, windows, means) if wanted else {}
+    found = []
+    for method in methods:
+        extras = {f"moments.{name}": means[f"moments.{name}"] for name in method.moments}
+        for name, rank in method.factors.items():
+            one = factors[_Low(name, rank, method.predictor_input)]
+            extras |= {f"factor.{name}.{part}": stacked for part, stacked in one.items()}
+        _refuse_not_finite(extras)
+        found.append(extras)
     return found
+
+
+class _Low(NamedTuple):
+    """An approximation of a projection by a low rank of what it reads."""
+
+    name: Projection
+    rank: int
+    reads: PredictorInput
 
 
 def _refuse_not_finite(found: Mapping[str, Tensor]) -> None:
@@ -65,28 +84,31 @@ def _check_ranks(method: Method, d_model: int, n_tokens: int) -> None:
             raise InputError(f"{what} is more than the {n_tokens} tokens it is fitted on: give more calibration text")
 
 
-def _moments(
-    loaded: LoadedModel, method: Method, mlps: Sequence[GatedMLP], windows: Sequence[list[int]]
+def _means(
+    loaded: LoadedModel, methods: Sequence[Method], mlps: Sequence[GatedMLP], windows: Sequence[list[int]]
 ) -> dict[str, Tensor]:
-    """Mean squares, and where factors are asked for ``gram``, E h h^T of what they read, (n_layers, d_model, d_model).
+    """Mean squares by quantity, and where factors are asked for ``gram.mlp``, E x x^T, (n_layers, d_model, d_model).
 
-    Where that is not the MLP's input x, also ``cross``, E x h^T.
+    Of factors that read the block's input h: ``gram.block``, E h h^T, and ``cross``, E x h^T.
     """
     n_tokens = sum(map(len, windows))
-    sums: dict[str, dict[int, Tensor]] = {f"moments.{name}": {} for name in method.moments}
-    of_block = method.predictor_input == "block"
-    if method.factors:
-        sums |= {"gram": {}, "cross": {}} if of_block else {"gram": {}}
+    reads = {method.predictor_input for method in methods if method.factors}
+    products = [("gram.mlp", "input", "input")] if "mlp" in reads else []
+    products += [("gram.block", "block", "block"), ("cross", "input", "block")] if "block" in reads else []
+    sums: dict[str, dict[int, Tensor]] = {f"moments.{name}": {} for method in methods for name in method.moments}
+    sums |= {name: {} for name, _, _ in products}
 
     def see(mlp: GatedMLP, made: Activations) -> None:
-        for name, layers in sums.items():
-            if name in ("gram", "cross"):
-                seen = (made.block if of_block else made.input).float()
-                part = (seen if name == "gram" else made.input.float()).T @ seen
-            else:
-                part = getattr(made, name.removeprefix("moments.")).float().square().sum(0).double()
+        def add(name: str, part: Tensor) -> None:
+            layers = sums[name]
             layers[mlp.layer] = layers[mlp.layer] + part if mlp.layer in layers else part
 
+        for name in sums.keys() - {name for name, _, _ in products}:
+            add(name, getattr(made, name.removeprefix("moments.")).float().square().sum(0).double())
+        for name, first, second in products:
+            add(name, getattr(made, first).float().T @ getattr(made, second).float())
+
+    of_block = any(method.predictor_input == "block" for method in methods)
     _watch(loaded, mlps, windows, see, block=of_block)
     return {
         name: torch.stack([layers[layer] / n_tokens for layer in sorted(layers)]).float().cpu()
@@ -96,38 +118,40 @@ def _moments(
 
 def _factors(
     loaded: LoadedModel,
-    method: Method,
+    wanted: Sequence[_Low],
     mlps: Sequence[GatedMLP],
     windows: Sequence[list[int]],
-    gram: Tensor,
-    cross: Tensor | None,
-) -> dict[str, Tensor]:
-    made: dict[str, list[Factor]] = {}
-    for name, rank in method.factors.items():
-        made[name] = [
-            low_rank(weight, gram[mlp.layer], rank, None if cross is None else cross[mlp.layer])
+    means: Mapping[str, Tensor],
+) -> dict[_Low, dict[str, Tensor]]:
+    made: dict[_Low, list[Factor]] = {}
+    for one in wanted:
+        gram, cross = means[f"gram.{one.reads}"], means["cross"] if one.reads == "block" else None
+        made[one] = [
+            low_rank(weight, gram[mlp.layer], one.rank, None if cross is None else cross[mlp.layer])
             for mlp in mlps
-            for weight in [mlp.weights()[0 if name == "gate" else 1]]
+            for weight in [mlp.weights()[0 if one.name == "gate" else 1]]
         ]
-    missed = {name: torch.zeros(len(mlps), mlps[0].d_ff, dtype=torch.float64) for name in made}
+    missed = {one: torch.zeros(len(mlps), mlps[0].d_ff, dtype=torch.float64) for one in made}
 
     def see(mlp: GatedMLP, activations: Activations) -> None:
-        for name, factors in made.items():
-            guess = factors[mlp.layer].apply(activations.input if cross is None else activations.block)
-            if name == "gate":
+        for one, factors in made.items():
+            guess = factors[mlp.layer].apply(activations.block if one.reads == "block" else activations.input)
+            if one.name == "gate":
                 error = activations.act.float() - mlp.act(guess)
             else:
                 error = activations.up.float() - guess
-            missed[name][mlp.layer] += error.double().square().sum(0).cpu()
+            missed[one][mlp.layer] += error.double().square().sum(0).cpu()
 
-    _watch(loaded, mlps, windows, see, block=cross is not None)
+    _watch(loaded, mlps, windows, see, block=any(one.reads == "block" for one in made))
     n_tokens = sum(map(len, windows))
-    found = {}
-    for one, factors in made.items():
-        found[f"factor.{one}.v"] = torch.stack([factor.v for factor in factors]).cpu()
-        found[f"factor.{one}.u"] = torch.stack([factor.u for factor in factors]).cpu()
-        found[f"factor.{one}.residual"] = (missed[one] / n_tokens).float()
-    return found
+    return {
+        one: {
+            "v": torch.stack([factor.v for factor in factors]).cpu(),
+            "u": torch.stack([factor.u for factor in factors]).cpu(),
+            "residual": (missed[one] / n_tokens).float(),
+        }
+        for one, factors in made.items()
+    }
 
 
 def low_rank(weight: Tensor, gram: Tensor, rank: int, cross: Tensor | None = None) -> Factor:

@@ -207,8 +207,11 @@ class _Fitter:
     def _layers_per_pass(self, trainings: list[_Training]) -> int:
         mlp = self._mlps[0]
         size = mlp.weights()[2].element_size()
-        n_scores = len({id_of(one.method) for one in trainings})
-        token = size * (mlp.d_model + n_scores * mlp.d_ff) + 4 * len(trainings)
+        if self._gated:  # no scores, which are made a few tokens at a time
+            token = self._input_bytes()
+        else:
+            n_scores = len({id_of(one.method) for one in trainings})
+            token = self._input_bytes() + size * n_scores * mlp.d_ff + 4 * len(trainings)
         layer = token * sum(map(len, self._windows.train))
         if layer > self._budget:
             raise InputError(
@@ -325,9 +328,14 @@ class _Fitter:
         }
         return replace(fit, key=predictor_key(training.key, estimator), meta=meta, cost=cost).to("cpu")
 
-    def _check_bytes(self) -> int:
+    def _input_bytes(self) -> int:
+        """Of a token of one layer: the MLP's input, and the block's where predictors read that."""
         mlp = self._mlps[0]
-        return mlp.weights()[2].element_size() * mlp.d_model * max(1, sum(map(len, self._windows.check)))
+        n_inputs = 1 if self._options.predictor_input == "mlp" else 2
+        return int(n_inputs * mlp.weights()[2].element_size() * mlp.d_model)
+
+    def _check_bytes(self) -> int:
+        return self._input_bytes() * max(1, sum(map(len, self._windows.check)))
 
     def _meta(self, method: Method, layers: list[dict[str, float]]) -> dict[str, Any]:
         calibration = self._calibration

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -98,21 +97,31 @@ def fit(
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
     key = key_of(method, estimator, fingerprint, calibration.fingerprint(), calibration.max_tokens, seed, loaded.dtype)
-    fits = [_fit_one(loaded, one, windows, estimator, key, meta | more) for one, more in _candidates(method)]
+    candidates = _candidates(method)
+    methods = [one for one, _ in candidates]
+    dense = calibrate(loaded, methods, find_gated_mlps(loaded.model), windows.fit)
+    fits = [
+        _fit_one(
+            loaded, one, windows, Fit(method.name, method.sparsity, estimator, torch.empty(0), key, meta | more, extras)
+        )
+        for (one, more), extras in zip(candidates, dense, strict=True)
+    ]
     return fits[0] if len(fits) == 1 else _least_divergent(loaded, method, fits, windows.fit)
 
 
-def _fit_one(
-    loaded: LoadedModel, method: Method, windows: Windows, estimator: str, key: str, meta: Mapping[str, Any]
-) -> Fit:
-    """The fit of a method that leaves no parameter open; of several rounds each behind layers sparse by the one before."""
-    mlps, made = find_gated_mlps(loaded.model), Fit(method.name, method.sparsity, estimator, torch.empty(0), key)
+def _fit_one(loaded: LoadedModel, method: Method, windows: Windows, made: Fit) -> Fit:
+    """The fit of a method that leaves no parameter open; of several rounds each behind layers sparse by the one before.
+
+    Parameters
+    ----------
+    made : without thresholds, with what the score asks of dense activations
+    """
+    mlps, estimator = find_gated_mlps(loaded.model), made.estimator
     for number in range(method.fit_rounds):
         extras = made.extras
-        if method.needs_calibration:
-            before = attach(loaded.model, method, made) if number else nullcontext()
-            with before:
-                extras = calibrate(loaded, method, mlps, windows.fit)
+        if number and method.needs_calibration:
+            with attach(loaded.model, method, made):
+                (extras,) = calibrate(loaded, [method], mlps, windows.fit)
         fitter = ThresholdFitter(loaded, method, calibrated=calibrated_layers(extras, torch.device(loaded.device)))
         thresholds = fitter.fit(windows.fit, estimator)
         made = replace(made, thresholds=thresholds, extras=extras)
@@ -124,7 +133,7 @@ def _fit_one(
     share = (
         {"extra_bytes_share": calibrated_share(method, mlps[0].d_model, mlps[0].d_ff, loaded.dtype)} if extras else {}
     )
-    return replace(made, meta={**meta, **realised, **share})
+    return replace(made, meta={**made.meta, **realised, **share})
 
 
 def _candidates(method: Method) -> list[tuple[Method, dict[str, Any]]]:
@@ -138,28 +147,35 @@ def _candidates(method: Method) -> list[tuple[Method, dict[str, Any]]]:
 
 def _least_divergent(loaded: LoadedModel, method: Method, fits: Sequence[Fit], windows: Sequence[list[int]]) -> Fit:
     """The fit with which the model's next-token distributions are nearest to the dense model's, all that were tried named."""
-    found = [divergence(loaded, method, fit, windows) for fit in fits]
+    found = divergences(loaded, method, fits, windows)
     tried = [{**fit.chosen, "kl_dense": kl} for fit, kl in zip(fits, found, strict=True)]
     best = min(range(len(fits)), key=found.__getitem__)
     return replace(fits[best], meta={**fits[best].meta, "tried": tried})
 
 
-def divergence(loaded: LoadedModel, method: Method, state: Fit, windows: Sequence[list[int]]) -> float:
-    """Mean over tokens of KL(dense || practical mode with a fit), nats."""
+def divergences(
+    loaded: LoadedModel, method: Method, states: Sequence[Fit], windows: Sequence[list[int]]
+) -> list[float]:
+    """Mean over tokens of KL(dense || practical mode with a fit), nats, of every fit."""
 
     def log_probabilities(ids: Tensor, valid: Tensor) -> Tensor:
         logits = loaded.model(input_ids=ids, attention_mask=valid, use_cache=False).logits
         return torch.log_softmax(logits[valid.bool()].float(), -1)
 
-    total = 0.0
+    totals = [0.0] * len(states)
+    # once on the device, not with every batch
+    placed = [
+        replace(one, extras={name: part.to(loaded.device) for name, part in one.extras.items()}) for one in states
+    ]
     with torch.inference_mode():
         for ids, mask in batches(windows, _LOGITS):
             ids, mask = ids.to(loaded.device), mask.to(loaded.device)
             dense = log_probabilities(ids, mask)
-            with attach(loaded.model, method, state, mode="practical"):
-                sparse = log_probabilities(ids, mask)
-            total += float((dense.exp() * (dense - sparse)).sum().double())
-    return total / sum(map(len, windows))
+            for number, state in enumerate(placed):
+                with attach(loaded.model, method, state, mode="practical"):
+                    sparse = log_probabilities(ids, mask)
+                totals[number] += float((dense.exp() * (dense - sparse)).sum().double())
+    return [total / sum(map(len, windows)) for total in totals]
 
 
 class ThresholdFitter:

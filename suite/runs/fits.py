@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from suite.config import AccuracyBlock, MatrixConfig, MethodConfig, ModelConfig
+from suite.config import AccuracyBlock, MatrixConfig, MethodConfig, ModelConfig, PredictorConfig
 from suite.errors import InputError
 from suite.fitting.options import PredictorOptions
 from suite.registry import method_class
@@ -53,26 +53,32 @@ def requests_of(
             yield FitRequest(*common, estimator, source, text.max_tokens, seed)
         return
     sources = block.fit_sources or predictor.sources or [text.source]
-    suited = [
+    for (options, kind), source in product(_predictors(predictor, method.name), sources):
+        yield FitRequest(*common, kind, source, predictor.max_tokens, seed, options)
+
+
+def _predictors(predictor: PredictorConfig, method: str) -> list[tuple[PredictorOptions, str]]:
+    """Predictors that a matrix names and a method can have, each with an estimator of its threshold."""
+    suited: list[tuple[PredictorOptions, str]] = [
         (options, kind)
         for options, kind in product(predictor.options(), predictor.estimators)
         # one in closed form needs to know what it stands in for, and has no logits whose threshold is 0
-        if not options.is_closed_form or (method_class(method.name).predicted and kind != "zero")
+        if not options.is_closed_form or (method_class(method).predicted and kind != "zero")
     ]
     if not suited:
         kinds = ", ".join(dict.fromkeys(one.predictor for one in predictor.options()))
         raise InputError(
-            f"method {method.name!r} has no practical mode with predictors {kinds} and estimators "
+            f"method {method!r} has no practical mode with predictors {kinds} and estimators "
             f"{', '.join(predictor.estimators)}: give another of either, or leave it out"
         )
-    for (options, kind), source in product(suited, sources):
-        yield FitRequest(*common, kind, source, predictor.max_tokens, seed, options)
+    return suited
 
 
 def request_of_case(case: SpeedCase, config: MatrixConfig) -> FitRequest | None:
     """What a sparse row of a model with real weights decodes with: the first of the matrix' estimators and texts.
 
-    A predictor is the matrix' first of the case's kind, on the case's input. None where nothing is fitted.
+    A predictor is the matrix' first of the case's kind, on the case's input; the matrix' first where it has none of the kind
+    that a case is of by default. None where nothing is fitted.
     """
     from suite.decoding.shapes import has_weights
 
@@ -84,11 +90,15 @@ def request_of_case(case: SpeedCase, config: MatrixConfig) -> FitRequest | None:
     estimator: str = text.estimators[0]
     source, max_tokens, options = text.source, text.max_tokens, None
     if method_class(case.method).needs_predictor:
-        estimator, source, max_tokens = predictor.estimators[0], [*predictor.sources, source][0], predictor.max_tokens
+        source, max_tokens = [*predictor.sources, source][0], predictor.max_tokens
+        suited = _predictors(predictor, case.method)
         kind = case.predictor or "low-rank"
-        options = next((one for one in predictor.options() if one.predictor == kind), PredictorOptions(predictor=kind))
-        options = replace(options, predictor_input=case.predictor_input or "mlp")
-        estimator = "calibrated" if options.is_closed_form else estimator
+        found = next((pair for pair in suited if pair[0].predictor == kind), None)
+        if found is None:
+            found = (PredictorOptions(predictor=kind), "calibrated") if case.predictor else suited[0]
+        options, estimator = found
+        if case.predictor_input:
+            options = replace(options, predictor_input=case.predictor_input)
     return FitRequest(
         model=case.model_shape,
         dtype=case.dtype,

@@ -124,6 +124,17 @@ def test_auto_takes_the_projection_that_diverges_least_and_says_so(tmp_path, tex
     assert made.chosen == {"exact": min(tried, key=tried.__getitem__)}
     assert made.meta["parameters"]["exact"] == "auto"
     windows = make_windows(text, model.tokenizer, 0).fit
+    passes = []
+    counter = model.model.register_forward_hook(lambda *_: passes.append(1))
+    for exact in tried:
+        fit(model, dataclasses.replace(auto, exact=exact), text)
+    n_alone = len(passes)
+    passes.clear()
+    fit(model, auto, text)
+    counter.remove()
+    n_batches = -(-len(windows) // 2)  # 512 tokens a batch
+    # one dense pass for both: over the moments, over what the factors miss (each of one batch), over the divergences
+    assert len(passes) == n_alone - 2 + 3 * n_batches
     for exact, said in tried.items():
         one = dataclasses.replace(auto, exact=exact)
         alone = fit(model, one, text)

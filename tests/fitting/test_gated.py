@@ -12,6 +12,7 @@ from suite.fitting.artifacts import load_fit, save_fit
 from suite.fitting.keys import training_key
 from suite.fitting.options import PredictorOptions
 from suite.fitting.predictor import Wanted, fit_predictors
+from suite.fitting.stream import mlp_inputs
 from suite.fitting.windows import make_predictor_windows, make_windows
 from suite.methods.cost import gated_share
 from suite.modeling.gated_mlp import find_gated_mlps
@@ -149,6 +150,26 @@ def test_bytes_count_both_ranks_and_the_residuals(tmp_path, text):
     assert gated_share(256, 2, 4096, 14336, "bfloat16") == pytest.approx(
         2 * 256 * (4096 + 14336) / (3 * 4096 * 14336) + 8 / (3 * 4096 * 2)
     )
+
+
+@pytest.mark.parametrize(("read", "n_inputs"), [("mlp", 1), ("block", 2)])
+def test_the_activation_budget_counts_the_inputs_and_no_scores(tmp_path, text, monkeypatch, read, n_inputs):
+    model, passes = loaded(tmp_path), []
+
+    def counted(model, mlps, *rest, **more):
+        passes.append(len(mlps))
+        return mlp_inputs(model, mlps, *rest, **more)
+
+    monkeypatch.setattr("suite.fitting.predictor.mlp_inputs", counted)
+    options = dataclasses.replace(GATED, rounds=1, predictor_input=read)
+    wanted = [Wanted(get_method("d-countdown", sparsity=0.5))]
+    n_tokens = sum(map(len, make_predictor_windows(text, model.tokenizer, 0).train))
+    layer = 4 * n_inputs * D_MODEL * n_tokens / 2**30
+    fit_predictors(model, wanted, text, options, activation_budget_gib=1.99 * layer)
+    assert passes[: 2 * n_inputs] == [1] * (2 * n_inputs)
+    passes.clear()
+    fit_predictors(model, wanted, text, options, activation_budget_gib=2.01 * layer)
+    assert passes[:n_inputs] == [2] * n_inputs
 
 
 def test_keys_depend_on_what_counts_and_only_on_that():

@@ -12,6 +12,7 @@ from suite.fitting.keys import ESTIMATORS, key_of
 from suite.fitting.moments import low_rank
 from suite.fitting.windows import make_windows
 from suite.modeling.gated_mlp import find_gated_mlps
+from suite.registry import get_method
 from tests.conftest import D_FF, D_MODEL
 from tests.fitting.conftest import flip, loaded
 from tests.modeling.site_methods import Allocated, Chess, Gated, Griffin, Static, Teal, TealInput, Undeclared
@@ -190,6 +191,16 @@ def test_keys_name_what_a_method_asks_for_and_only_that(tmp_path):
         keys.add(key_of(changed(), *rest))
     keys.add(key_of(Gated(rank=9), *rest))
     assert len(keys) == 8
+    for name, value in (("fit_rounds", 2), ("predictor_input", "block")):  # properties of a class, no parameters
+        changed = type(
+            "Chess", (Chess,), {name: property(lambda _, value=value: value), "__module__": Chess.__module__}
+        )
+        keys.add(key_of(changed(), *rest))
+    assert len(keys) == 10
+    # as first published: fits are carried to machines with other code
+    assert key_of(get_method("cats", sparsity=0.5), *rest).startswith("9fd4c0e54aa895a3")
+    md = get_method("md-countdown", sparsity=0.5, fit_rounds=2, predictor_input="block")
+    assert key_of(md, *rest).startswith("e2fe9b617e277290")
     plain = dataclasses.make_dataclass("Undeclared", [], bases=(Undeclared,), frozen=True, kw_only=True)
     plain.__module__, plain.__qualname__ = Undeclared.__module__, Undeclared.__qualname__
     plain.sites, plain.moments = ("mlp.neurons",), ()

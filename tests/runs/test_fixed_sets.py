@@ -1,5 +1,7 @@
 """Methods with a fixed set, with a factor of a rank and with gated predictors, through the command line."""
 
+import csv
+
 import pytest
 
 from suite.cli import main
@@ -43,14 +45,15 @@ def test_rows_of_methods_with_and_without_a_fit(world, tmp_path):
     assert {row["status"] for row in found} == {"ok"}
     names = ("method", "mode", "estimator", "predictor", "rank", "predictor_input", "exact_projection")
     settings = sorted(tuple(row[name] for name in names) for row in found)
-    chosen = next(row["exact_projection"] for row in found if row["rank"] == "3" and row["method"] == "md-countdown")
-    assert chosen in ("up", "gate")
+    chosen = {row["exact_projection"]: row["exact_chosen"] for row in found}
+    assert chosen.pop("auto") in ("up", "gate")  # the setting is that of the key, whatever the fit chose
+    assert chosen == {"gate": "gate", "": ""}
     assert settings == sorted(
         [
             ("dense", "none", "", "", "", "", ""),
             ("static", "practical", "", "", "", "", ""),
             ("griffin", "practical", "", "", "", "", ""),
-            ("md-countdown", "practical", "calibrated", "", "3", "mlp", chosen),
+            ("md-countdown", "practical", "calibrated", "", "3", "mlp", "auto"),
             ("md-countdown", "practical", "calibrated", "", "4", "mlp", "gate"),
             *(("d-countdown", "practical", "calibrated", "gated", "3", read, "") for read in ("mlp", "block")),
         ]
@@ -64,6 +67,8 @@ def test_rows_of_methods_with_and_without_a_fit(world, tmp_path):
             assert share == pytest.approx(1 - realised + gated_share(3, 2, 16, 40, "float32"))
         if row["rank"] == "4":  # two matrices of fp32, and a number a neuron, beside 3 x 16 x 40
             assert share == pytest.approx((3 - 2 * realised) / 3 + (4 * (16 + 40) + 40) / (3 * 16 * 40))
+    with (tmp_path / "out" / "predictor.csv").open() as file:
+        assert {row["predictor_input"] for row in csv.DictReader(file)} == {"mlp", "block"}
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 

@@ -21,6 +21,27 @@ def test_variants_of_one_task_are_told_apart(tmp_path):
     assert said[-1] == f"{n_cells} cells measured again"
 
 
+class OtherPython(FakeWorld):
+    """Where the text of pydoc is another one, and with it the key of every fit on it."""
+
+    def fit_key(self, request):
+        return f"other-{super().fit_key(request)}"
+
+
+def test_a_method_with_a_rank_is_found_by_its_parameters_where_the_text_is_another_one(tmp_path):
+    methods = ["cats", *({"name": "md-countdown", "params": {"rank": rank, "exact": "auto"}} for rank in (2, 3))]
+    block = {"methods": methods, "modes": ["practical"], "sparsities": [0.5], "tasks": ["t1"]}
+    folder = run(matrix(accuracy=[block]), FakeWorld(), FakeWorker(), Options(tmp_path)).folder
+    said: list[str] = []
+    recompute(folder, config_of(folder, {}), OtherPython(), FakeWorker(), 9, said.append)
+    assert said[-1] == "6 cells measured again"  # of 2 models
+    said.clear()
+    with_predictor = [block | {"methods": ["d-countdown", "cats"]}]
+    other = run(matrix(accuracy=with_predictor, name="other"), FakeWorld(), FakeWorker(), Options(tmp_path)).folder
+    recompute(other, config_of(other, {}), OtherPython(), FakeWorker(), 9, said.append)
+    assert said[-1] == "2 cells measured again"  # predictors are told apart by their keys
+
+
 def of_folders(folder, *ids):
     """The run as if its models had these names in the manifest."""
     manifest = json.loads((folder / "manifest.json").read_text())

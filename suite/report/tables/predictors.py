@@ -10,7 +10,8 @@ from suite.report.results import Results
 from suite.report.text import MISSING, fixed
 
 _MEANS = ("sparsity_realized", "recall", "precision", "overlap_at_k", "mass_kept", "mass_kept_ideal")
-_ONE = ["model", "method", "sparsity_target", "predictor", "rank", "calibration", "estimator", "seed", "fit_id"]
+_ONE = ["model", "method", "sparsity_target", "predictor", "rank", "predictor_input"]
+_ONE += ["calibration", "estimator", "seed", "fit_id"]
 _COLUMNS = ["predictor of", "model", "kind", "fitted on", "threshold", "seed", "realised", "recall", "precision"]
 _COLUMNS += ["overlap@k", "mass kept", "ideal", "tokens", "fit s", "peak MiB"]
 
@@ -22,13 +23,17 @@ def predictors(material: Material) -> Content | None:
         return None
     rows = []
     for key, own in layers.groupby(_ONE, sort=True, dropna=False):
-        model, method, target, predictor, rank, calibration, estimator, seed, _ = key
+        model, method, target, predictor, rank, read, calibration, estimator, seed, _ = key
         domain = "in domain" if material.in_domain.get(str(calibration)) else "out of domain"
         text = calibration if calibration == MISSING else f"{calibration} ({domain})"
         means = [fixed(float(own[name].mean()), 3) for name in _MEANS]
         cost = [f"{own['train_tokens'].iloc[0]:.0f}", fixed(float(own["fit_s"].sum()), 1)]
         peak = fixed(float(own["peak_memory_mib"].iloc[0]), 0)
-        name = [f"{method} {target:g}", str(model), f"{predictor} {rank}".strip()]
+        name = [
+            f"{method} {target:g}",
+            str(model),
+            " ".join(part for part in map(str, (predictor, rank, read)) if part),
+        ]
         rows.append([*name, text, str(estimator), str(seed), *means, *cost, peak])
     return Content([Block(_COLUMNS, rows)])
 

@@ -23,8 +23,8 @@ from suite.runs.view.manifest import key_fields, read_manifest
 from suite.runs.view.read import Row, read_rows
 from suite.runs.work.base import Worker
 
-# Of the settings in a row, those that its fit stands for.
-_OF_THE_FIT = ("predictor", "rank", "predictor_input", "exact_projection", "calibration")
+# Of the settings in a row, those that a predictor's fit stands for; of thresholds only the calibration.
+_OF_THE_FIT = ("predictor", "rank", "predictor_input", "calibration")
 
 
 def recompute(
@@ -78,9 +78,10 @@ def _identity(cell: AccuracyCell) -> tuple[str, ...]:
 def _row_identity(row: Row, fields: Mapping[str, Any]) -> tuple[str, ...]:
     """The setting and the task as it was asked for, wherever its data are found.
 
-    A setting may have fits of several ranks, texts and seeds: they are told apart by their keys, but for thresholds on
-    pydoc, whose key is another one with another Python.
+    A setting may have fits of several predictors, texts and seeds: they are told apart by their keys, but for thresholds on
+    pydoc, whose key is another one with another Python. A rank without a predictor is the method's own parameter.
     """
-    fit = row["fit_id"] if row["predictor"] or row["rank"] or row["calibration"] != PYDOC else ""
+    by_key = row["predictor"] or row["calibration"] != PYDOC
+    fit = [row["fit_id"]] if by_key else [row[name] for name in _OF_THE_FIT if name != "calibration"]
     task = canonical({name: value for name, value in fields["task"].items() if name not in ("data", "source")})
-    return (*(row[name] for name in schema.ACCURACY.settings if name not in _OF_THE_FIT), fit, task)
+    return (*(row[name] for name in schema.ACCURACY.settings if name not in _OF_THE_FIT), *fit, task)

@@ -36,7 +36,7 @@ class Accuracy:
         if isinstance(state, Fit):
             shared["predictor_share"] = state.bytes_share
         if method.factors:
-            shared["exact_projection"] = settled(method, state).exact_projection
+            shared["exact_chosen"] = settled(method, state).exact_projection
         rows = [row | shared for row in _rows(result)]
         return Outcome(rows, [_layer(layer) for layer in layers], list(result.samples), predictor, result.choices)
 
@@ -55,6 +55,7 @@ def _predictor_rows(state: Fit | PredictorFit | None) -> list[dict[str, Any]]:
         "method": state.method,
         "predictor": state.predictor,
         "rank": state.rank,
+        "predictor_input": state.predictor_input if state.predicted else None,
         "sparsity_target": state.sparsity,
         "train_tokens": state.meta["n_tokens"],
         "peak_memory_mib": state.cost["peak_memory_mib"],
