@@ -104,7 +104,7 @@ class StepSubject(Subject):
             self._tell(f"{case.label}: {outcome.summary}")
             facts |= {"extra_memory_mib": self._method.extra_bytes / 2**20}
             if (predictor := self._method.predictor) is not None:  # one with random matrices has no kind
-                facts |= {"predictor": getattr(predictor, "predictor", "low-rank")}
+                facts |= {"predictor": getattr(predictor, "predictor", case.predictor or "low-rank")}
             if self._method.method.factors:
                 facts |= {"exact_projection": self._method.method.exact_projection}
         passed = {} if outcome.reason else {"jit_s": context.jit_s, "decode_check": outcome.row}
