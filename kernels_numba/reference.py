@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ActivationName = Literal["silu", "gelu_tanh"]
 Projection = Literal["gate", "up"]
@@ -71,6 +74,44 @@ def combine(values: NDArray[np.floating], indices: NDArray[np.integer], w_down_t
     for i in range(0, len(indices), rows):
         y += values[i : i + rows].astype(np.float64) @ w_down_t[indices[i : i + rows]].astype(np.float64)
     return y
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A projection approximated by a low rank, ``W ~ U V^T``, and what that misses of it.
+
+    Parameters
+    ----------
+    v : Tensor, shape (d_model, rank), the weights' dtype
+    u : Tensor, shape (d_ff, rank), the weights' dtype
+    residual : Tensor, shape (d_ff,), fp32
+        Expected square of the error of ``act(g)`` where it is the gate's, of ``u`` where it is up's.
+    """
+
+    v: Tensor
+    u: Tensor
+    residual: Tensor
+
+
+def low_rank_scale(low_rank: LowRank, x: NDArray[np.floating], activation: str | None) -> Float64:
+    """Factor of each neuron in a score, ``sqrt(act(U V^T x)^2 + residual)`` in float64.
+
+    Parameters
+    ----------
+    x : array, shape (d_model,)
+        What the approximation reads.
+    activation : of the model where the gate is approximated; None for up
+
+    Returns
+    -------
+    array, shape (d_ff,), float64
+    """
+    v, u, residual = (part.double().cpu().numpy() for part in (low_rank.v, low_rank.u, low_rank.residual))
+    guess = u @ (x.astype(np.float64) @ v)
+    if activation is not None:
+        guess = activate(guess, activation)
+    found: Float64 = np.sqrt(np.square(guess) + residual)
+    return found
 
 
 @dataclass(frozen=True)
@@ -190,21 +231,25 @@ def wrongly_selected(
     threshold: float,
     d_model: int,
     scale: NDArray[np.floating] | None = None,
+    rank: int = 0,
 ) -> NDArray[np.int64]:
     """Neurons that a kernel kept or dropped against the reference although their score is clear of the threshold.
 
     Scores within the rounding error of a dot product of length d_model, ``4 u sqrt(d_model) max(score)``, or within 4 ulp
     of the threshold may fall on either side. With factors of the neurons, ``scale`` (d_ff,), a score is the given one
-    times the factor, and so is its error.
+    times the factor, and so is its error. Factors made by a low rank of ``rank``, here in float64, have errors of their own
+    in the kernel: those of sums of d_model and of rank terms.
     """
     kept = np.zeros(len(reference_scores), dtype=bool)
     kept[np.asarray(active)] = True
     factor = np.ones(1) if scale is None else scale.astype(np.float64)
     finite = reference_scores[np.isfinite(reference_scores)]
     largest = float(finite.max()) if len(finite) else 0.0
-    band = UNIT_ROUNDOFF["float32"] * np.maximum(
-        4.0 * math.sqrt(d_model) * largest * factor, 8.0 * abs(threshold) if math.isfinite(threshold) else 0.0
-    )
+    sums = 4.0 * math.sqrt(d_model) * largest * factor
+    if rank:  # of act(g^), whose slope is at most 1.13, so that the largest factor is as large as what is summed
+        error = 4.0 * 1.13 * (math.sqrt(d_model) + math.sqrt(rank)) * float(np.nanmax(factor))
+        sums = sums + error * np.nan_to_num(reference_scores)
+    band = UNIT_ROUNDOFF["float32"] * np.maximum(sums, 8.0 * abs(threshold) if math.isfinite(threshold) else 0.0)
     with np.errstate(invalid="ignore"):
         scores = reference_scores * factor
         close = np.abs(scores - threshold) <= band

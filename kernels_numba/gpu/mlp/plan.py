@@ -48,8 +48,11 @@ class Plan:
     kind
         ``threshold``: one dense projection selects (CATS, M-COUNTDOWN). ``predictor``: a low-rank predictor selects.
         ``given``: the active set is an input. ``down``: as given, and so are the coefficients (the op).
-    d_model, d_ff, rank : int
-        Multiples of 8; rank 0 without a predictor.
+    d_model, d_ff : int
+        Multiples of 8.
+    rank : int
+        Of the predictor, a multiple of 8; of ``threshold``, that of the other projection's approximation, whose square is
+        part of the score (md-countdown), 0 without.
     dtype, activation : str
     first
         Projection computed densely by ``threshold``.
@@ -77,6 +80,8 @@ class Plan:
         more rows (``work_queue``). The other kinds are deterministic either way.
     scaled : bool
         ``threshold``: the score is the magnitude times a factor of the neuron, fp32.
+    ahead, behind : int
+        ``threshold`` with a rank: dense packets whose rows of U are in flight; dense packets that are used before the choice from one.
     """
 
     kind: Kind
@@ -100,6 +105,8 @@ class Plan:
     trace: bool = False
     deterministic: bool = False
     scaled: bool = False
+    ahead: int = 4
+    behind: int = 2
 
     # geometry of a row ------------------------------------------------------------------------------------------------
     @property
@@ -126,7 +133,7 @@ class Plan:
     def threads(self) -> int:
         """Threads of a block that work on rows: whole warps, enough for a row and for a row of the predictor."""
         wanted = math.ceil(self.pieces / self.chunks)
-        if self.rank:
+        if self.kind == "predictor":
             wanted = max(wanted, self.rank_pieces)
         return 32 * math.ceil(wanted / 32)
 
@@ -137,8 +144,18 @@ class Plan:
 
     @property
     def launch_threads(self) -> int:
-        """Threads of a block: those that work on rows, and the warp that claims."""
+        """Threads of a block: those that work on rows, the warp that claims, and the one that makes factors."""
+        return self.factor_warp + (32 if self.low_rank else 0)
+
+    @property
+    def factor_warp(self) -> int:
+        """First thread of the warp that makes factors, if there is one: behind those that work on rows and the one that claims."""
         return self.threads + (32 if self.claims else 0)
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether ``threshold`` makes the factors of its neurons itself, from a low rank of the other projection."""
+        return self.kind == "threshold" and self.rank > 0
 
     @property
     def clerk(self) -> int:
@@ -160,16 +177,46 @@ class Plan:
         """Bytes of a ring slot: one row as the block sees it."""
         return self.chunks * self.chunk_bytes
 
-    # predictor --------------------------------------------------------------------------------------------------------
+    # predictor and low rank -------------------------------------------------------------------------------------------
+    @property
+    def rank_lanes(self) -> int:
+        """Lanes side by side on a row of U."""
+        return 32 // self.rows if self.low_rank else 32
+
+    @property
+    def rank_rounds(self) -> int:
+        """Pieces of a row of U for each of its lanes."""
+        return math.ceil(self.rank / (self.rank_lanes * self.vector))
+
     @property
     def rank_padded(self) -> int:
-        """Rank with zero columns added so that a row of U is a whole number of warps wide."""
-        return 32 * self.vector * math.ceil(self.rank / (32 * self.vector))
+        """Rank with zeros added so that each lane has as many pieces; z is so long, and a predictor's rows of U are, too."""
+        return self.rank_lanes * self.vector * self.rank_rounds
 
     @property
     def rank_pieces(self) -> int:
-        """16-byte pieces of a row of U."""
-        return self.rank_padded // self.vector
+        """16-byte pieces of a row of U, as stored."""
+        return math.ceil(self.rank / self.vector) if self.low_rank else self.rank_padded // self.vector
+
+    @property
+    def projects(self) -> bool:
+        """Whether a kernel of ``threshold`` computes z."""
+        return self.low_rank and "project" in self.phases
+
+    @property
+    def z_steps(self) -> int:
+        """Packets of V that the block with most of its rows reads."""
+        return math.ceil(math.ceil(self.rank / self.n_blocks) / self.rows)
+
+    @property
+    def lag(self) -> int:
+        """Dense packets issued and not yet chosen from at which a block waits for factors; those of less may not be asked for."""
+        return max(self.ahead, self.depth + self.behind)
+
+    @property
+    def factor_turns(self) -> int:
+        """Places by turns for sums that wait for the choice, for factors, and for the packets they are asked for."""
+        return 1 << (self.lag + 1).bit_length()
 
     @property
     def logit_rows(self) -> int:
@@ -189,7 +236,7 @@ class Plan:
     @property
     def logit_packets(self) -> int:
         """Most packets of U that a block reads."""
-        return math.ceil(self.block_rows / (self.logit_rows * self.logit_slots)) if self.rank else 0
+        return math.ceil(self.block_rows / (self.logit_rows * self.logit_slots)) if self.kind == "predictor" else 0
 
     # packets ----------------------------------------------------------------------------------------------------------
     @property
@@ -246,7 +293,8 @@ class Plan:
     @property
     def list_size(self) -> int:
         """Places of the circular list of ``threshold``, a power of 2: found and not yet used, or on their way."""
-        most = RESERVE + self.neurons + (self.depth + 1) * self.rows + self.held
+        undecided = (self.lag if self.low_rank else self.depth) + 1
+        most = RESERVE + self.neurons + undecided * self.rows + self.held
         return 1 << (most - 1).bit_length()
 
     @property
@@ -283,16 +331,23 @@ class Plan:
     @cached_property
     def shared(self) -> Shared:
         """Areas of a block's shared memory."""
+        turns, sums = (self.factor_turns, self.dense_sums) if self.low_rank else (0, 0)
         sizes = {
             "ring": self.depth * self.packet_bytes,
             "x": self.batch * self.slot_bytes,
             "z": self.batch * self.rank_padded * 4,
             "scratch": 2 * self.scratch_floats * 4,
-            "logits": self.logit_packets * self.logit_slots * self.batch * self.logit_warps * 4 if self.rank else 0,
+            "logits": self.logit_packets * self.logit_slots * self.batch * self.logit_warps * 4 if self.kind == "predictor" else 0,
             "claims": (CLAIMS + 1) * 8 if self.claims else 0,
             "begins": self.depth * 4 if self.kind == "threshold" else 0,
             "next": 2 * 4 if self.claims else 0,
-            "factors": self.factor_places * self.rows * 4 if self.scaled else 0,
+            "factors": (self.factor_places * self.rows if self.scaled else 2 * sums) * 4,
+            "low": self.ahead * self.rank_rounds * 512 if self.low_rank else 0,
+            "missed": self.ahead * 128 if self.low_rank else 0,
+            "told": turns * sums * 8,
+            "noted": turns * 8,
+            "sums": turns * sums * 4,
+            "rows": turns * 4,
             "work": self.work_size * 4,
             "work_value": self.work_size * self.batch * 4 if self.kind in ("threshold", "down") else 0,
         }
@@ -347,8 +402,13 @@ class Plan:
             raise ValueError(f"d_ff={self.d_ff}: the kernels pack a neuron into 24 bits; split the layer")
         if self.activation not in ("silu", "gelu_tanh"):
             raise ValueError(f"activation {self.activation!r}: the CUDA kernels know silu and gelu_tanh")
-        if (self.kind == "predictor") != (self.rank > 0):
-            raise ValueError(f"rank={self.rank} of kind {self.kind}: a predictor, and nothing else, has a rank > 0")
+        if self.rank < (self.kind == "predictor") or (self.rank > 0 and self.kind not in ("predictor", "threshold")):
+            raise ValueError(f"rank={self.rank} of kind {self.kind}: of a predictor above 0, of a threshold at least 0")
+        if self.low_rank and (self.rank > self.d_model or self.scaled or self.ahead < 1 or self.behind < 1):
+            raise ValueError(
+                f"rank={self.rank}, scaled={self.scaled}, ahead={self.ahead}, behind={self.behind}: a low rank is at most "
+                f"d_model={self.d_model}, takes the place of a factor a neuron, and is a packet ahead and one behind"
+            )
         if self.scaled and self.kind != "threshold":
             raise ValueError(f"scaled of kind {self.kind}: only a threshold on a projection takes a factor a neuron")
         if self.batch not in (1, 2, 4, 8):
