@@ -120,9 +120,9 @@ def shared_wait_above(address: int, value: int) -> None:
 
 
 def make_wait_tagged(n: int) -> Callable[..., tuple[Any, ...]]:
-    """As in ``device``."""
+    """As in ``device``: words of other warps of this block, which tell them as soon as they run."""
     return lambda address, limit, tag: tuple(
-        wait_tagged_f32(address + 8 * i, tag) if i < limit else np.float32(0.0) for i in range(n)
+        shared_wait_f32(address + 8 * i, tag) if i < limit else np.float32(0.0) for i in range(n)
     )
 
 
