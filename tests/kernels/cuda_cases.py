@@ -61,11 +61,17 @@ CASES = {
     "md-long": Plan("threshold", **BASE | {"d_ff": 200}, n_blocks=2, rank=8, ahead=6, behind=4),
     "md-tail": Plan("threshold", **BASE | {"rows": 16, "depth": 1}, n_blocks=1, rank=1, ahead=1, behind=1),
     "md-dealt": Plan("threshold", **BASE | {"d_ff": 48}, n_blocks=1, deterministic=True, rank=24),
-    "md-bf16": Plan("threshold", **BASE | {"d_ff": 48, "dtype": "bfloat16", "rows": 4, "depth": 3}, n_blocks=1, rank=40),
+    "md-bf16": Plan(
+        "threshold", **BASE | {"d_ff": 48, "dtype": "bfloat16", "rows": 4, "depth": 3}, n_blocks=1, rank=40
+    ),
     "md-batch": Plan("threshold", **BASE | {"d_ff": 48}, batch=4, n_blocks=1, rank=12),
     "md-gelu-pair": Plan("threshold", **BASE, batch=2, activation="gelu_tanh", n_blocks=5, rank=33),
-    "md-gate": Plan("threshold", **BASE | {"d_model": 136}, first="gate", n_blocks=1, rank=130),  # several rows of V, two warps
-    "md-gate-fp16": Plan("threshold", **BASE | {"dtype": "float16"}, first="gate", activation="gelu_tanh", n_blocks=2, rank=16),
+    "md-gate": Plan(
+        "threshold", **BASE | {"d_model": 136}, first="gate", n_blocks=1, rank=130
+    ),  # several rows of V, two warps
+    "md-gate-fp16": Plan(
+        "threshold", **BASE | {"dtype": "float16"}, first="gate", activation="gelu_tanh", n_blocks=2, rank=16
+    ),
     "d": Plan("predictor", **BASE, rank=24, n_blocks=1),
     "d-blocks": Plan("predictor", **BASE | {"d_ff": 96, "neurons": 1}, rank=24, n_blocks=3),
     "d-uneven": Plan("predictor", **BASE | {"d_ff": 80, "neurons": 1, "depth": 1}, rank=24, n_blocks=5),
@@ -103,7 +109,11 @@ class Problem:
         d, f = plan.d_model, plan.d_ff
         self.raw, self.exact = {}, {}
         shapes = {"gate": (f, d), "up": (f, d), "down": (f, d), "v": (max(1, plan.rank), d), "x": (plan.batch, d)}
-        for name, shape in (*shapes.items(), ("residual", (plan.batch, d)), ("u", (f, max(1, plan.rank_pieces * plan.vector)))):
+        for name, shape in (
+            *shapes.items(),
+            ("residual", (plan.batch, d)),
+            ("u", (f, max(1, plan.rank_pieces * plan.vector))),
+        ):
             values = rng.standard_normal(shape) * (1.0 if name in ("x", "residual") else shape[1] ** -0.5)
             if name == "u":
                 values[:, plan.rank :] = 0

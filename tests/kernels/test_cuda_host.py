@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("llvmlite")
 
 from kernels_numba.gpu.host import checks, down_proj, jit, layers
-from kernels_numba.gpu.mlp.plan import STAMPS, Plan
+from kernels_numba.gpu.mlp.plan import Plan
+from kernels_numba.gpu.mlp.trace import STAMPS
 
 
 class FakeLaunch:

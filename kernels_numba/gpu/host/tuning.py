@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from typing import Any, Literal
 
-from kernels_numba.gpu.mlp.plan import Kind, Plan, shared_limit
+from kernels_numba.gpu.mlp.limits import shared_limit
+from kernels_numba.gpu.mlp.plan import Kind, Plan
 
 _REGISTERS = 65536  # of an SM
 _BLOCK_RESERVED = 1024  # shared memory the system keeps for every block
@@ -17,7 +19,8 @@ def launch_tokens(plan: Plan) -> int:
 
     64 sums need 128 registers a thread; a larger batch runs as several launches.
     """
-    return 8 if _REGISTERS // plan.threads >= 128 and plan.chunks * plan.vector <= 8 else 4
+    threads = plan.threads + (32 if plan.low_rank else 0)
+    return 8 if _REGISTERS // threads >= 128 and plan.chunks * plan.vector <= 8 else 4
 
 
 def _packets(plan: Plan) -> Plan:
@@ -66,17 +69,17 @@ def tuned_plan(
     if d_model <= 0 or d_model % 8 or d_ff <= 0 or d_ff % 8 or dtype not in ("bfloat16", "float16", "float32"):
         plan.check()
     plan = _packets(plan)
-    limit = shared_limit(capability)
+    limit, aheads = shared_limit(capability), (4, 3, 2, 1) if plan.low_rank else (plan.ahead,)
     if batch == 1 and capability >= (9, 0) and plan.threads <= 640:
-        for depth in (3, 2):
-            half = replace(plan, depth=depth, resident=2, overlap=True)
+        for depth, ahead in product((3, 2), aheads):
+            half = replace(plan, depth=depth, ahead=ahead, resident=2, overlap=True)
             if half.shared.total + _BLOCK_RESERVED <= (limit + _BLOCK_RESERVED) // 2:
                 return half.check()
-    for depth in (3, 2, 1):
-        whole = replace(plan, depth=depth, overlap=capability >= (9, 0))
+    for depth, ahead in product((3, 2, 1), aheads):
+        whole = replace(plan, depth=depth, ahead=ahead, overlap=capability >= (9, 0))
         if whole.shared.total <= limit:
             return whole.check()
-    return replace(plan, depth=1).check()
+    return replace(plan, depth=1, ahead=aheads[-1]).check()
 
 
 def device_facts(device: Any) -> tuple[int, tuple[int, int]]:

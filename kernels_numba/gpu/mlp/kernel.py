@@ -26,8 +26,9 @@ from kernels_numba.gpu.mlp.work_list import make_clear, make_recall, make_take
 from kernels_numba.gpu.mlp.work_queue import make_claim, make_clear_slots
 
 # Addresses, 0 where a kind does not use one: x, dense (first projection, or V of the predictor), U, a and b (other
-# projections; b of ``threshold`` V of a low rank), W_down transposed, residual, y, workspace, indices, values (coefficients; of ``threshold`` the factors of the
-# neurons, or the residuals of their low rank), count, distance of two tokens' values; then the threshold and the number of tokens.
+# projections; b of ``threshold`` V of a low rank), W_down transposed, residual, y, workspace, indices, values (coefficients;
+# of ``threshold`` factors of the neurons, or residuals of a low rank), count, distance of two tokens' values; then the
+# threshold and the number of tokens.
 ARGUMENTS = (
     "x", "dense", "u", "a", "b", "down", "residual", "y", "workspace", "indices", "values", "count", "value_stride",
     "threshold", "n_tokens",

@@ -17,7 +17,9 @@ class Shared(NamedTuple):
     claims: int  # claimed packets on their way from the claiming warp, then how many are asked for
     begins: int  # of each packet in the ring its first row, or its first place in the work list
     next: int  # the next two dense packets
-    factors: int  # of each dense packet in the ring, and of the one in use, the factors of its rows; of a low rank, of two
+    factors: (
+        int  # of each dense packet in the ring, and of the one in use, the factors of its rows; of a low rank, of two
+    )
     low: int  # rows of U in flight, as the lanes of the warp of factors hold them
     missed: int  # residuals of those rows, one a lane
     told: int  # factors on their way to the threads that choose: tagged words

@@ -26,7 +26,11 @@ def make_share_z(plan: Plan, dev: Any) -> SimpleNamespace:
     V goes before the dense rows, as x is awaited with it; that packet then takes dense rows as all do.
     """
     rows, rank, n_blocks, steps = plan.rows, plan.rank, plan.n_blocks, plan.z_steps
-    place, copy_rows, project = (plan.depth - 1) * plan.packet_bytes, make_ring(plan, dev).copy_rows, make_project(plan, dev)
+    place, copy_rows, project = (
+        (plan.depth - 1) * plan.packet_bytes,
+        make_ring(plan, dev).copy_rows,
+        make_project(plan, dev),
+    )
     at, wait, drain = plan.shared, dev.make_copy_wait(plan.depth - 1), dev.make_copy_wait(0)
 
     @dev.device_function
@@ -165,7 +169,7 @@ def make_fetch(plan: Plan, dev: Any) -> Any:
 
 def make_factor(plan: Plan, dev: Any) -> Any:
     """``factor(...)``: the factors of the i-th dense packet, told to the threads that choose."""
-    rows, tokens, turns, sums = plan.rows, plan.batch, plan.factor_turns, plan.dense_sums
+    tokens, turns, sums = plan.batch, plan.factor_turns, plan.dense_sums
     width, rounds, ahead, padded, vector = 32 // plan.rows, plan.rank_rounds, plan.ahead, plan.rank_padded, plan.vector
     at, fold, gate = plan.shared, dev.make_lanes_fold(32 // plan.rows), plan.first == "gate"
     dot, activation = dev.make_rows_dot_f32(plan.dtype, 1, 1, 0, 0), make_activation(plan, dev)
@@ -193,7 +197,7 @@ def make_factor(plan: Plan, dev: Any) -> Any:
 def make_receive_words(plan: Plan, dev: Any) -> Any:
     """``receive(...)``: z of all tokens from all blocks; only the warp of factors reads it."""
     rank, padded, tokens, at, area = plan.rank, plan.rank_padded, plan.batch, plan.shared, plan.workspace
-    at_once, zero = 4, np.float32(0.0)
+    at_once = 4
     wait = dev.make_wait_tagged(at_once)
 
     @dev.device_function
@@ -213,16 +217,18 @@ def make_factor_warp(plan: Plan, dev: Any) -> Any:
     """``serve(...)``: all that the warp of factors does."""
     ahead, packets, overlap, wait = plan.ahead, plan.dense_packets, plan.overlap, dev.make_copy_wait(plan.ahead - 1)
     fetch, factor, receive = make_fetch(plan, dev), make_factor(plan, dev), make_receive_words(plan, dev)
-    read_epoch, drain = make_flags(plan, dev).epoch, dev.make_copy_wait(0)
+    read_epoch, drain, known = make_flags(plan, dev).epoch, dev.make_copy_wait(0), min(plan.ahead, plan.depth)
 
     @dev.device_function
     def serve(shared, workspace, u, residual, block, lane):
         last, i = packets, 0
-        for p in range(ahead):
+        for p in range(known):
             last = fetch(shared, u, residual, p, last, block, lane)
-        if overlap:
+        if overlap:  # before any packet is asked for: the wait for one would spin as long as the kernel in front runs
             dev.grid_dependency_wait()
         epoch = read_epoch(workspace, block)
+        for p in range(known, ahead):
+            last = fetch(shared, u, residual, p, last, block, lane)
         if last > 0:
             receive(shared, workspace, epoch, lane)
         while i < last:

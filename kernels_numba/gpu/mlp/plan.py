@@ -8,35 +8,18 @@ from functools import cached_property
 from typing import Literal
 
 from kernels_numba.gpu.mlp.layout import Shared, Workspace, offsets
+from kernels_numba.gpu.mlp.limits import check_plan
+from kernels_numba.gpu.mlp.trace import STAMPS
 from kernels_numba.gpu.ptx.dtypes import BYTES, elements
 
 Kind = Literal["threshold", "predictor", "given", "down"]
 Phase = Literal["project", "select", "sparse", "reduce"]
 PHASES: tuple[Phase, ...] = ("project", "select", "sparse", "reduce")  # project: z = V x of a predictor
 MAX_BATCH = 8
-STAMPS = ("start", "filled", "first packet", "chosen", "summed", "all summed", "end")
-# Phases between stamps by kind; the first overlaps with the kernel in front if launches are dependent.
-_END = (("active rows", "chosen", "summed"), ("wait", "summed", "all summed"), ("sum of y", "all summed", "end"))
-TRACED: dict[Kind, tuple[tuple[str, str, str], ...]] = {
-    "threshold": (
-        ("fill", "start", "filled"),
-        ("dense and active rows", "filled", "summed"),
-        *_END[1:],
-    ),
-    "predictor": (
-        ("fill", "start", "filled"),
-        ("z = V x", "filled", "first packet"),
-        ("logits", "first packet", "chosen"),
-        *_END,
-    ),
-    "given": (("fill", "start", "chosen"), *_END),
-    "down": (("fill", "start", "chosen"), *_END),
-}
 RESERVE = 2  # neurons that a block of ``threshold`` keeps for the time when no dense packet is left to hide latencies
 CLAIMS = 8  # places for claims on their way from the claiming warp to the others
 # A longer row gives each thread several 16-byte pieces; beside a claiming warp fewer registers are left for two blocks an SM.
 _MAX_THREADS = {"threshold": 512, "predictor": 640, "given": 640, "down": 640}
-_SHARED_LIMIT = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227}  # KiB a block may use
 
 
 @dataclass(frozen=True)
@@ -81,7 +64,8 @@ class Plan:
     scaled : bool
         ``threshold``: the score is the magnitude times a factor of the neuron, fp32.
     ahead, behind : int
-        ``threshold`` with a rank: dense packets whose rows of U are in flight; dense packets that are used before the choice from one.
+        ``threshold`` with a rank: dense packets whose rows of U are in flight; dense packets used before
+        the choice from one.
     """
 
     kind: Kind
@@ -337,7 +321,9 @@ class Plan:
             "x": self.batch * self.slot_bytes,
             "z": self.batch * self.rank_padded * 4,
             "scratch": 2 * self.scratch_floats * 4,
-            "logits": self.logit_packets * self.logit_slots * self.batch * self.logit_warps * 4 if self.kind == "predictor" else 0,
+            "logits": self.logit_packets * self.logit_slots * self.batch * self.logit_warps * 4
+            if self.kind == "predictor"
+            else 0,
             "claims": (CLAIMS + 1) * 8 if self.claims else 0,
             "begins": self.depth * 4 if self.kind == "threshold" else 0,
             "next": 2 * 4 if self.claims else 0,
@@ -393,49 +379,5 @@ class Plan:
 
     def check(self) -> Plan:
         """Raise ValueError if this cannot be compiled."""
-        if self.dtype not in BYTES:
-            raise ValueError(f"dtype {self.dtype}: the CUDA kernels take {', '.join(BYTES)}; cast the weights")
-        for name, value in (("d_model", self.d_model), ("d_ff", self.d_ff)):
-            if value <= 0 or value % 8:
-                raise ValueError(f"{name}={value}: the CUDA kernels need a positive multiple of 8; pad the weights")
-        if self.d_ff >= 1 << 24:
-            raise ValueError(f"d_ff={self.d_ff}: the kernels pack a neuron into 24 bits; split the layer")
-        if self.activation not in ("silu", "gelu_tanh"):
-            raise ValueError(f"activation {self.activation!r}: the CUDA kernels know silu and gelu_tanh")
-        if self.rank < (self.kind == "predictor") or (self.rank > 0 and self.kind not in ("predictor", "threshold")):
-            raise ValueError(f"rank={self.rank} of kind {self.kind}: of a predictor above 0, of a threshold at least 0")
-        if self.low_rank and (self.rank > self.d_model or self.scaled or self.ahead < 1 or self.behind < 1):
-            raise ValueError(
-                f"rank={self.rank}, scaled={self.scaled}, ahead={self.ahead}, behind={self.behind}: a low rank is at most "
-                f"d_model={self.d_model}, takes the place of a factor a neuron, and is a packet ahead and one behind"
-            )
-        if self.scaled and self.kind != "threshold":
-            raise ValueError(f"scaled of kind {self.kind}: only a threshold on a projection takes a factor a neuron")
-        if self.batch not in (1, 2, 4, 8):
-            raise ValueError(f"batch={self.batch}: a launch holds 1, 2, 4 or 8 tokens; pad with rows of zeros")
-        if self.capability < (8, 0):
-            major, minor = self.capability
-            raise ValueError(
-                f"compute capability {major}.{minor}: the kernels need 8.0 (cp.async); use the masked backend"
-            )
-        for sums in (self.dense_sums if self.kind in ("threshold", "predictor") else 1, self.sparse_sums):
-            if sums > 32 or sums & (sums - 1):
-                raise ValueError(f"{sums} sums a packet: rows and neurons times batch must be a power of 2 up to 32")
-        if self.kind == "threshold" and (self.neurons > 14 or self.depth > 15):
-            raise ValueError(
-                f"neurons={self.neurons}, depth={self.depth}: at most 14 and 15, packets are noted in 4 bits each"
-            )
-        if self.threads > 1024:
-            raise ValueError(f"rank={self.rank}: a row of the predictor must fit in 1024 threads; use a lower rank")
-        limit = shared_limit(self.capability)
-        if self.shared.total > limit:
-            raise ValueError(
-                f"{self.shared.total} bytes of shared memory: over the {limit} a block may have; lower depth"
-            )
+        check_plan(self)
         return self
-
-
-def shared_limit(capability: tuple[int, int]) -> int:
-    """Bytes of shared memory one block may use."""
-    known = [c for c in _SHARED_LIMIT if c <= capability]
-    return _SHARED_LIMIT[max(known)] * 1024 if capability < (10, 0) and known else 227 * 1024

@@ -20,7 +20,7 @@ from kernels_numba.gpu.mlp.reduce import make_block_sum
 from kernels_numba.gpu.mlp.ring import make_ring, make_tokens
 from kernels_numba.gpu.mlp.sparse_rows import make_activation, make_coefficients
 from kernels_numba.gpu.mlp.trace import make_stamp
-from kernels_numba.gpu.mlp.work_list import HOLE
+from kernels_numba.gpu.mlp.work_list import HOLE, NEURON
 from kernels_numba.gpu.mlp.work_queue import make_clear_counter, make_packet_numbers
 
 _DENSE = 1  # kinds of packets in flight, 4 bits each: 0 nothing, 1 dense rows, 1 + n the rows of n neurons
@@ -74,7 +74,9 @@ def make_append(plan: Plan, dev: Any) -> Any:
         number, part = lane // width, lane % width
         row, token = number // tokens, number % tokens
         value = activation(total) if gate else total
-        wanted = begin + row < d_ff and token < n_tokens and not (score(shared, abs(value), turn, row, token) < threshold)
+        wanted = (
+            begin + row < d_ff and token < n_tokens and not (score(shared, abs(value), turn, row, token) < threshold)
+        )
         bits = dev.ballot(wanted and part == 0)
         keepers = 0
         for t in range(tokens):
@@ -132,7 +134,7 @@ def make_copy_found(plan: Plan, dev: Any) -> Any:
 
 
 def make_fill(plan: Plan, dev: Any) -> Any:
-    """``fill(...)``: the block's dense packets from ``first`` to ``end`` into their places; returns the kinds of the packets in flight."""
+    """``fill(...)``: the block's dense packets from ``first`` to ``end``, on their way; returns their kinds."""
     rows, d_ff, n_blocks = plan.rows, plan.d_ff, plan.n_blocks
     packet_bytes, at, clerk, copy_rows = plan.packet_bytes, plan.shared, plan.clerk, make_ring(plan, dev).copy_rows
     copy_factors = make_factors(plan, dev).copy
@@ -280,13 +282,15 @@ def make_choose_and_add(plan: Plan, dev: Any) -> Any:
             )
             ring = ring + 1 if ring + 1 < depth else 0
             if low:
+                # counts are 64 bits wide; that they fit into 24 saves a register each, of 56 that two blocks an SM leave
+                issued, begun = issued & NEURON, begun & NEURON
                 if kind == _DENSE:
                     keep(shared, used, total, begin, tid)
-                    used += 1
+                    used = (used + 1) & NEURON
                 if choose:
                     total, begin = kept_total(shared, chosen, tid), kept_row(shared, chosen)
                     found = append(shared, workspace, total, begin, chosen, found, threshold, n_tokens, tid)
-                    chosen += 1
+                    chosen, found = (chosen + 1) & NEURON, found & NEURON
             elif kind == _DENSE:
                 found = append(shared, workspace, total, begin, turn, found, threshold, n_tokens, tid)
             turn = next_turn(turn)
