@@ -56,15 +56,15 @@ CASES = {
     ),
     "chess-wide": Plan("threshold", **BASE | {"d_model": 136}, first="gate", n_blocks=1, scaled=True),  # two warps
     "chess-batch": Plan("threshold", **BASE, first="gate", batch=4, n_blocks=1, scaled=True),
-    "md": Plan("threshold", **BASE | {"d_ff": 48}, n_blocks=1, rank=20),  # not a multiple of 16, nor of 8
-    "md-blocks": Plan("threshold", **BASE | {"d_ff": 96}, n_blocks=3, rank=24, behind=1),
-    "md-long": Plan("threshold", **BASE | {"d_ff": 200}, n_blocks=2, rank=8, ahead=6, behind=4),
+    "md": Plan("threshold", **BASE, n_blocks=1, rank=20),  # not a multiple of 16, nor of 8
+    "md-blocks": Plan("threshold", **BASE | {"d_ff": 48}, n_blocks=3, rank=24, behind=1),
+    "md-long": Plan("threshold", **BASE | {"d_ff": 96}, n_blocks=2, rank=8, ahead=6, behind=4),
     "md-tail": Plan("threshold", **BASE | {"rows": 16, "depth": 1}, n_blocks=1, rank=1, ahead=1, behind=1),
-    "md-dealt": Plan("threshold", **BASE | {"d_ff": 48}, n_blocks=1, deterministic=True, rank=24),
+    "md-dealt": Plan("threshold", **BASE, n_blocks=1, deterministic=True, rank=24),
     "md-bf16": Plan(
         "threshold", **BASE | {"d_ff": 48, "dtype": "bfloat16", "rows": 4, "depth": 3}, n_blocks=1, rank=40
     ),
-    "md-batch": Plan("threshold", **BASE | {"d_ff": 48}, batch=4, n_blocks=1, rank=12),
+    "md-batch": Plan("threshold", **BASE, batch=4, n_blocks=1, rank=12),
     "md-gelu-pair": Plan("threshold", **BASE, batch=2, activation="gelu_tanh", n_blocks=5, rank=33),
     "md-gate": Plan(
         "threshold", **BASE | {"d_model": 136}, first="gate", n_blocks=1, rank=130

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from itertools import product
 from typing import Any, Literal
 
 from kernels_numba.gpu.mlp.limits import shared_limit
@@ -31,6 +30,13 @@ def _packets(plan: Plan) -> Plan:
     most = 32 // (max(1, plan.matrices - 1) * plan.batch)
     neurons = min(most, {"threshold": 2, "predictor": 1, "given": 1, "down": 4}[plan.kind])
     return replace(plan, rows=rows, neurons=max(1, neurons))
+
+
+def _in_flight(plan: Plan, depths: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Depths of the ring to try, and packets of U beside it: those take as long, so fewer than 3 would be late."""
+    if not plan.low_rank:
+        return [(depth, plan.ahead) for depth in depths]
+    return [(depth, ahead) for some in ((4, 3), (2, 1)) for depth in depths for ahead in some]
 
 
 @cache
@@ -69,17 +75,17 @@ def tuned_plan(
     if d_model <= 0 or d_model % 8 or d_ff <= 0 or d_ff % 8 or dtype not in ("bfloat16", "float16", "float32"):
         plan.check()
     plan = _packets(plan)
-    limit, aheads = shared_limit(capability), (4, 3, 2, 1) if plan.low_rank else (plan.ahead,)
+    limit = shared_limit(capability)
     if batch == 1 and capability >= (9, 0) and plan.threads <= 640:
-        for depth, ahead in product((3, 2), aheads):
+        for depth, ahead in _in_flight(plan, (3, 2)):
             half = replace(plan, depth=depth, ahead=ahead, resident=2, overlap=True)
             if half.shared.total + _BLOCK_RESERVED <= (limit + _BLOCK_RESERVED) // 2:
                 return half.check()
-    for depth, ahead in product((3, 2, 1), aheads):
+    for depth, ahead in _in_flight(plan, (3, 2, 1)):
         whole = replace(plan, depth=depth, ahead=ahead, overlap=capability >= (9, 0))
         if whole.shared.total <= limit:
             return whole.check()
-    return replace(plan, depth=1, ahead=aheads[-1]).check()
+    return replace(plan, depth=1, ahead=1 if plan.low_rank else plan.ahead).check()
 
 
 def device_facts(device: Any) -> tuple[int, tuple[int, int]]:

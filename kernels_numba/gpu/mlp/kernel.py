@@ -78,12 +78,12 @@ def make_threshold_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
             clear_told(shared, tid)
         if claimed or low:
             dev.syncthreads()  # the last barrier of the warps that do not work on rows
-        if claimed and threads <= tid < factor_warp:
-            if tid == threads and sums:
-                claim(shared, ws, block)
-        elif low and tid >= factor_warp:
+        if low and tid >= factor_warp:
             if sums:
                 serve(shared, ws, u, values, block, tid - factor_warp)
+        elif claimed and tid >= threads:
+            if tid == threads and sums:
+                claim(shared, ws, block)
         else:
             share, epoch = zeros(), 0
             if sums:
