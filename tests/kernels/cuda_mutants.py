@@ -58,7 +58,7 @@ MUTANTS = {
     "low-rank-last-packets-dropped": ("threshold", "or (low and chosen < used)", "", "md-dealt", 3),
     "low-rank-of-few-turns": ("plan", "1 << (self.lag + 1).bit_length()", "2", "md", 9),
     "low-rank-of-another-packet": ("threshold", "begin, chosen, found, threshold", "begin, chosen + 1, found, threshold", "md", 9),
-    "low-rank-sums-of-the-newest": ("threshold", "kept_total(shared, chosen, tid)", "kept_total(shared, used - 1, tid)", "md", 9),
+    "low-rank-sums-of-the-newest": ("threshold", "kept_total(shared, chosen, tid)", "kept_total(shared, chosen + 1, tid)", "md", 9),
     "low-rank-of-one-token": ("threshold", "turn, row * tokens + token)", "turn, row * tokens)", "md-batch", 9),
     "low-rank-of-the-first-rows": ("low_rank", "(g + 1) * rows, end, tid)", "g * rows, end, tid)", "md-gate", 9),
     "logit-drops-equal": ("predictor", "not (logit < threshold)", "not (logit <= threshold)", "d", "9="),

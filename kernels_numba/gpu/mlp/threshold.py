@@ -95,6 +95,19 @@ def make_append(plan: Plan, dev: Any) -> Any:
     return append
 
 
+def make_append_kept(plan: Plan, dev: Any) -> Any:
+    """``append_kept(...)``: the same from a packet whose sums were kept until its factors came."""
+    append, choice = make_append(plan, dev), make_choice(plan, dev)
+    kept_total, kept_row = choice.total, choice.first_row
+
+    @dev.device_function
+    def append_kept(shared, workspace, chosen, found, threshold, n_tokens, tid):
+        total, begin = kept_total(shared, chosen, tid), kept_row(shared, chosen)
+        return append(shared, workspace, total, begin, chosen, found, threshold, n_tokens, tid) & NEURON
+
+    return append_kept
+
+
 def make_use(plan: Plan, dev: Any) -> SimpleNamespace:
     """``dense(...)``: dot products of a dense packet; ``sparse(...)``: y with a packet of neurons added."""
     layout = (plan.batch, plan.chunks, plan.slot_bytes, plan.chunk_bytes)
@@ -186,13 +199,27 @@ def make_begin(plan: Plan, dev: Any) -> Any:
     return begin
 
 
+def make_note(plan: Plan, dev: Any) -> Any:
+    """``note(...)``, by the clerk: which dense packet the block's i-th is, for the other threads and for the warp of factors."""
+    numbers, low, ask = make_packet_numbers(plan, dev), plan.low_rank, make_choice(plan, dev).note
+    note_number, number = numbers.note, numbers.number
+
+    @dev.device_function
+    def note(shared, i, block):
+        note_number(shared, i, block)
+        if low:
+            ask(shared, i, number(shared, i, block))
+
+    return note
+
+
 def make_refill(plan: Plan, dev: Any) -> Any:
     """``refill(...)``: the next neurons or dense rows into the packet that is free; (kinds, neurons begun, rows issued)."""
     rows, neurons, d_ff, packets, at = plan.rows, plan.neurons, plan.d_ff, plan.dense_packets, plan.shared
     newest, enough, clerk = 4 * (plan.depth - 1), RESERVE + plan.neurons, plan.clerk
     copy_rows, copy_found = make_ring(plan, dev).copy_rows, make_copy_found(plan, dev)
     numbers, copy_factors, depth = make_packet_numbers(plan, dev), make_factors(plan, dev).copy, plan.depth
-    note, number, low, ask = numbers.note, numbers.number, plan.low_rank, make_choice(plan, dev).note
+    note, number = make_note(plan, dev), numbers.number
 
     @dev.device_function
     def refill(
@@ -214,8 +241,6 @@ def make_refill(plan: Plan, dev: Any) -> Any:
                 # ``following`` read again: kept, it costs 8 tokens in fp32 a spill
                 dev.shared_store_i32(shared + at.begins + ring * 4, number(shared, issued - 1, block) * rows)
                 note(shared, issued, block)
-                if low:
-                    ask(shared, issued, number(shared, issued, block))
         dev.copy_commit()
         return kinds, begun, issued
 
@@ -228,22 +253,19 @@ def make_choose_and_add(plan: Plan, dev: Any) -> Any:
     at, scratch_bytes, nothing = plan.shared, plan.scratch_floats * 4, np.float32(0.0)
     start, refill, append = make_begin(plan, dev), make_refill(plan, dev), make_append(plan, dev)
     use, numbers, sync = make_use(plan, dev), make_packet_numbers(plan, dev), make_sync(plan, dev)
-    dense, sparse, note, number = use.dense, use.sparse, numbers.note, numbers.number
+    dense, sparse, note, number = use.dense, use.sparse, make_note(plan, dev), numbers.number
     next_turn, choice, low = make_factors(plan, dev).next_turn, make_choice(plan, dev), plan.low_rank
-    ask, keep, due, receive = choice.note, choice.keep, choice.due, choice.receive
-    kept_total, kept_row = choice.total, choice.first_row
+    keep, due, receive, append_kept = choice.keep, choice.due, choice.receive, make_append_kept(plan, dev)
     zeros = dev.make_zeros(plan.batch * plan.chunks * plan.vector)
     wait, drain = dev.make_copy_wait(plan.depth - 1), dev.make_copy_wait(0)
 
     @dev.device_function
-    def choose_and_add(shared, workspace, x, dense_rows, a, v, down, scale, threshold, n_tokens, block, tid):
-        kinds, epoch = start(shared, workspace, x, dense_rows, v, scale, n_tokens, block, tid)
+    def choose_and_add(shared, workspace, x, w, a, v, down, scale, threshold, n_tokens, block, tid):
+        kinds, epoch = start(shared, workspace, x, w, v, scale, n_tokens, block, tid)
         y, ring, turn, parity, issued, found, begun, following = zeros(), 0, 0, 0, depth, 0, 0, 0
         used, chosen, choose = 0, 0, False
         if tid == clerk:
             note(shared, issued, block)
-            if low:
-                ask(shared, issued, number(shared, issued, block))
         sync()
         while kinds != 0 or following < packets or begun < found or (low and chosen < used):
             packet, scratch = shared + at.ring + ring * packet_bytes, shared + at.scratch + parity * scratch_bytes
@@ -263,22 +285,7 @@ def make_choose_and_add(plan: Plan, dev: Any) -> Any:
             following = number(shared, issued, block)
             kinds, parity = kinds >> 4, parity ^ 1
             kinds, begun, issued = refill(
-                shared,
-                packet,
-                ring,
-                turn,
-                kinds,
-                waiting,
-                begun,
-                issued,
-                following,
-                dense_rows,
-                a,
-                v,
-                down,
-                scale,
-                block,
-                tid,
+                shared, packet, ring, turn, kinds, waiting, begun, issued, following, w, a, v, down, scale, block, tid
             )
             ring = ring + 1 if ring + 1 < depth else 0
             if low:
@@ -288,9 +295,8 @@ def make_choose_and_add(plan: Plan, dev: Any) -> Any:
                     keep(shared, used, total, begin, tid)
                     used = (used + 1) & NEURON
                 if choose:
-                    total, begin = kept_total(shared, chosen, tid), kept_row(shared, chosen)
-                    found = append(shared, workspace, total, begin, chosen, found, threshold, n_tokens, tid)
-                    chosen, found = (chosen + 1) & NEURON, found & NEURON
+                    found = append_kept(shared, workspace, chosen, found, threshold, n_tokens, tid)
+                    chosen = (chosen + 1) & NEURON
             elif kind == _DENSE:
                 found = append(shared, workspace, total, begin, turn, found, threshold, n_tokens, tid)
             turn = next_turn(turn)
