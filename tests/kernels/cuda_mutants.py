@@ -19,7 +19,7 @@ _ROOM = "kernels_numba.gpu.mlp"
 MUTANTS = {
     "activation": ("sparse_rows", 'plan.activation == "gelu_tanh"', 'plan.activation == "silu"', "given", 9),
     "dropped-tail-rows": ("plan", "math.ceil(self.d_ff / self.rows)", "self.d_ff // self.rows", "m-tail", 23),
-    "rows-beyond-the-tail": ("threshold", "wanted = begin + row < d_ff and", "wanted =", "m-tail", 24),
+    "rows-beyond-the-tail": ("threshold", "begin + row < d_ff and token < n_tokens and", "token < n_tokens and", "m-tail", 24),
     "stale-tail-entry": ("work_list", "if tid < neurons:  # the last", "if tid < 0:  # the last", "down", 7),
     "stale-neuron": ("sparse_rows", "if number >= n * tokens:", "if number >= 32:", "m-dealt", 7),
     "off-by-one-share": ("work_list", "(1 if block < extra else 0)\n        for i", "0\n        for i", "given-blocks", 7),
