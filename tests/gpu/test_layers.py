@@ -17,9 +17,10 @@ from kernels_numba.gpu.host.layers import GivenLayer, PredictorLayer, ThresholdL
 from kernels_numba.reference import Gated, LowRank
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-FIRST = {"up": "up", "gate": "gate", "cw": "up", "chess": "gate"}
+FIRST = {"up": "up", "gate": "gate", "cw": "up", "chess": "gate", "md": "up", "md-gate": "gate"}
 SCALED = ("cw", "chess")  # with a factor a neuron
 PREDICTORS = ("predictor", "gated", "gated-gate")
+LOW = ("md", "md-gate")  # with factors made by a low rank
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
 
@@ -38,6 +39,8 @@ class Weights:
         matrices = {"gate": (self.v.T, self.u), "up": (normal(own, d_model).T, normal(d_ff, own))}
         parts = {name: LowRank(*pair, self.scale * 2.0 ** -len(name)) for name, pair in matrices.items()}
         self.gated = {"gated": Gated(**parts), "gated-gate": Gated(parts["gate"], None, act=False)}
+        low = min(100, d_model)
+        self.low = LowRank(normal(low, d_model).t(), normal(d_ff, low), self.scale.square())
         self.dtype, self.d_model, self.d_ff = dtype, d_model, d_ff
 
     def x(self, n, seed=1):
@@ -46,8 +49,10 @@ class Weights:
 
     def products(self, x, activation):
         gate, up = x.double() @ self.gate.double().T, x.double() @ self.up.double().T
-        act = functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
-        return act, up
+        return self.act(gate, activation), up
+
+    def act(self, gate, activation):
+        return functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
 
     def scores(self, method, x, activation):
         if method in self.gated:
@@ -56,6 +61,10 @@ class Weights:
             return (x.double() @ self.v.double().T) @ self.u.double().T
         act, up = self.products(x, activation)
         magnitudes = (act if FIRST[method] == "gate" else up).abs()
+        if method in LOW:
+            guess = (x.double() @ self.low.v.double()) @ self.low.u.double().T
+            guess = guess if FIRST[method] == "gate" else self.act(guess, activation)
+            return magnitudes * (guess.square() + self.low.residual.double()).sqrt()
         return magnitudes * self.scale if method in SCALED else magnitudes
 
     def layer(self, method, activation, threshold, *, deterministic=False):
@@ -65,6 +74,7 @@ class Weights:
                 kind, given = GatedPredictorLayer, (self.gated[method],)
             return kind(self.gate, self.up, self.down_t, *given, activation=activation, threshold=threshold)
         options = {"first": FIRST[method], "scale": self.scale if method in SCALED else None}
+        options |= {"low_rank": self.low if method in LOW else None}
         options |= {"activation": activation, "threshold": threshold, "deterministic": deterministic}
         return ThresholdLayer(self.gate, self.up, self.down_t, **options)
 
@@ -170,7 +180,7 @@ def test_given_and_op(dtype, count):
     agrees(one[None], values.double()[:1, :count] @ weights.down.double()[:, used].T, count, dtype, 1024)
 
 
-@pytest.mark.parametrize("method", ["up", "cw", "chess", *PREDICTORS])
+@pytest.mark.parametrize("method", ["up", "cw", "chess", *LOW, *PREDICTORS])
 def test_nan_spreads(method):
     weights = Weights(512, 512, torch.float32)
     x = weights.x(1)
@@ -248,6 +258,37 @@ def test_factors_of_one_change_no_bit(dtype, first):
         x = weights.x(n)
         assert torch.equal(layers[0](x), layers[1](x))
         assert all(torch.equal(layers[0].active(token), layers[1].active(token)) for token in range(n))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", LOW)
+@pytest.mark.parametrize("rank", [1, 16, 64, 128, 250, 600])
+def test_ranks_of_a_low_rank(dtype, method, rank):
+    """600: rows of V are more than there are blocks, and several packets of U do not fit beside the ring."""
+    weights = Weights(1024, 3000, dtype)
+    v, u = weights.x(rank, 7).t(), weights.x(3000, 8)[:, :rank].contiguous() / 1024**0.5
+    weights.low = LowRank(v, u, weights.low.residual)
+    for n in (1, 2, 4):
+        x = weights.x(n)
+        layer = weights.layer(method, "silu", float(weights.scores(method, x, "silu").quantile(0.8013)))
+        for _ in range(2):
+            check(weights, layer, method, "silu", x)
+
+
+@pytest.mark.parametrize("first", ["up", "gate"])
+def test_a_low_rank_of_zeros_is_a_factor_a_neuron(first):
+    weights = Weights(4096, 14336, torch.bfloat16)
+    options = {"activation": "silu", "first": first, "threshold": 0.3, "deterministic": True}
+    low = LowRank(weights.low.v * 0, weights.low.u, weights.scale.square())
+    plain, made = (
+        ThresholdLayer(weights.gate, weights.up, weights.down_t, **options, **given)
+        for given in ({"scale": low.residual.sqrt()}, {"low_rank": low})
+    )
+    for n in (1, 2, 4):
+        x = weights.x(n)
+        plain(x), made(x)
+        for token in range(n):
+            assert torch.equal(plain.active(token), made.active(token))
 
 
 def test_keep_dense_false_needs_no_second_copy():

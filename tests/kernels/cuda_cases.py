@@ -64,6 +64,22 @@ CASES = {
     ),
     "chess-wide": Plan("threshold", **BASE | {"d_model": 136}, first="gate", n_blocks=1, scaled=True),  # two warps
     "chess-batch": Plan("threshold", **BASE, first="gate", batch=4, n_blocks=1, scaled=True),
+    "md": Plan("threshold", **BASE, n_blocks=1, rank=20),  # not a multiple of 16, nor of 8
+    "md-blocks": Plan("threshold", **BASE | {"d_ff": 48}, n_blocks=3, rank=24, behind=1),
+    "md-long": Plan("threshold", **BASE | {"d_ff": 96}, n_blocks=2, rank=8, ahead=6, behind=4),
+    "md-tail": Plan("threshold", **BASE | {"rows": 16, "depth": 1}, n_blocks=1, rank=1, ahead=1, behind=1),
+    "md-dealt": Plan("threshold", **BASE, n_blocks=1, deterministic=True, rank=24),
+    "md-bf16": Plan(
+        "threshold", **BASE | {"d_ff": 48, "dtype": "bfloat16", "rows": 4, "depth": 3}, n_blocks=1, rank=40
+    ),
+    "md-batch": Plan("threshold", **BASE, batch=4, n_blocks=1, rank=12),
+    "md-gelu-pair": Plan("threshold", **BASE, batch=2, activation="gelu_tanh", n_blocks=5, rank=33),
+    "md-gate": Plan(
+        "threshold", **BASE | {"d_model": 136}, first="gate", n_blocks=1, rank=130
+    ),  # several rows of V, two warps
+    "md-gate-fp16": Plan(
+        "threshold", **BASE | {"dtype": "float16"}, first="gate", activation="gelu_tanh", n_blocks=2, rank=16
+    ),
     "d": Plan("predictor", **BASE, rank=24, n_blocks=1),
     "d-blocks": Plan("predictor", **BASE | {"d_ff": 96, "neurons": 1}, rank=24, n_blocks=3),
     "d-uneven": Plan("predictor", **BASE | {"d_ff": 80, "neurons": 1, "depth": 1}, rank=24, n_blocks=5),
@@ -107,16 +123,21 @@ class Problem:
         d, f = plan.d_model, plan.d_ff
         self.raw, self.exact = {}, {}
         shapes = {"gate": (f, d), "up": (f, d), "down": (f, d), "v": (max(1, plan.rank), d), "x": (plan.batch, d)}
-        for name, shape in (*shapes.items(), ("residual", (plan.batch, d)), ("u", (f, max(1, plan.rank_padded)))):
+        for name, shape in (
+            *shapes.items(),
+            ("residual", (plan.batch, d)),
+            ("u", (f, max(1, plan.rank_pieces * plan.vector))),
+        ):
             values = rng.standard_normal(shape) * (1.0 if name in ("x", "residual") else shape[1] ** -0.5)
             if name == "u" and plan.rank:
-                values *= np.concatenate([np.arange(padded) < rank for rank, padded in plan.parts])
+                values *= np.concatenate([np.arange(padded) < rank for rank, padded in plan.parts])[: shape[1]]
             self.raw[name], self.exact[name] = stored(values, plan.dtype)
         self.at_threshold = False
         self.scale = np.exp(rng.uniform(-4, 1, f)).astype(np.float32)  # a factor a neuron, over two decades
         self.scale[rng.permutation(f)[: f // 12]] = 0
-        # mean squares that approximations miss, over two decades
-        self.missed = np.exp(rng.uniform(-4, 1, (len(plan.predicted), f))).astype(np.float32)
+        # mean squares that approximations miss: of each quantity of a gated predictor over two decades
+        drawn = np.exp(rng.uniform(-4, 1, (len(plan.predicted), f))).astype(np.float32)
+        self.missed = drawn if plan.predicted else np.square(self.scale)
         self.values = rng.standard_normal((plan.batch, f)).astype(np.float32)
         self.indices = rng.permutation(f).astype(np.int32)
         self.count = np.array([kept], np.int32)
@@ -148,6 +169,8 @@ class Problem:
             columns = {"x": 1.0, "v": np.arange(self.plan.rank) == 0, "u": ranks}
         else:
             columns = {"x": 1.0, self.plan.first: ranks}
+            self.missed = np.square(self.scale)
+            self.raw["u"], self.exact["u"] = stored(self.exact["u"] * 0, self.plan.dtype)
         for name, column in columns.items():
             values = self.exact[name].copy()
             values[:, 0] = column
@@ -165,6 +188,10 @@ class Problem:
         gate = self.plan.first == "gate"
         dots = e["x"] @ e["gate" if gate else "up"].T
         magnitudes = np.abs(activate(dots, self.plan.activation) if gate else dots)
+        if self.plan.low_rank:
+            guess = (e["x"] @ e["v"].T) @ e["u"][:, : self.plan.rank].T
+            guess = guess if gate else activate(guess, self.plan.activation)
+            return magnitudes * np.sqrt(np.square(guess) + self.missed)
         return magnitudes * self.scale if self.plan.scaled else magnitudes
 
     def expected_squares(self) -> list[np.ndarray]:
@@ -217,13 +244,15 @@ class Problem:
             buffers |= {"values": self.values}
         if plan.scaled or plan.predicted:
             buffers |= {"values": self.scale if plan.scaled else self.missed}
+        if plan.low_rank:
+            buffers |= {"b": raw["v"], "u": raw["u"], "values": self.missed}
         arguments = [buffers[n].ctypes.data if n in buffers else 0 for n in ARGUMENTS[:12]]
         arguments += [
             plan.d_ff,
             np.float32(self.threshold) if plan.kind in ("threshold", "predictor") else 0,
             self.tokens,
         ]
-        first = ["project", "select"] if plan.kind == "predictor" else []
+        first = ["project", "select"] if plan.kind == "predictor" else ["project"] * plan.low_rank
         plans = [plan] if plan.n_blocks == 1 else [replace(plan, phases=(p,)) for p in (*first, "sparse", "reduce")]
         with simulator.allowed(*buffers.values(), shared_bytes=plan.shared.total):
             for part in plans:

@@ -12,7 +12,10 @@ import torch
 pytest.importorskip("llvmlite")
 
 from kernels_numba.gpu.host import checks, down_proj, jit, layers
-from kernels_numba.gpu.mlp.plan import STAMPS, Plan
+from kernels_numba.gpu.host import low_rank as host_low_rank
+from kernels_numba.gpu.mlp.plan import Plan
+from kernels_numba.gpu.mlp.trace import STAMPS
+from kernels_numba.reference import LowRank
 
 
 class FakeLaunch:
@@ -57,6 +60,7 @@ def host(monkeypatch):
             return SimpleNamespace(type="cuda")
 
     monkeypatch.setattr(layers, "check_weight", lambda n, v, s, like: on_cpu(n, v, s, None))
+    monkeypatch.setattr(host_low_rank, "check_weight", layers.check_weight)
     monkeypatch.setattr(layers, "unavailable", lambda device="cuda": "")
     monkeypatch.setattr(layers, "device_facts", lambda device: (132, (9, 0)))
     monkeypatch.setattr(layers, "load_kernel", lambda plan, device: SimpleNamespace(plan=plan.check(), jit_s=1.0))
@@ -66,6 +70,10 @@ def host(monkeypatch):
 
 def matrix(rows=64, columns=128, dtype=torch.bfloat16):
     return torch.randn(rows, columns).to(dtype)
+
+
+def low_rank(rank=20, **changes):
+    return LowRank(**({"v": matrix(128, rank), "u": matrix(64, rank), "residual": torch.rand(64)} | changes))
 
 
 def threshold(**changes):
@@ -89,6 +97,12 @@ def threshold(**changes):
         ({"scale": torch.ones(128)[::2]}, "scale has shape .*: expected a contiguous vector"),
         ({"scale": torch.ones(64).double()}, "scale is torch.float64 on cpu: the kernel reads torch.float32"),
         ({"scale": 0.5}, "scale is a float: pass a torch tensor, or None"),
+        ({"low_rank": low_rank(rank=0)}, r"v of low_rank must be a matrix \(d_model, rank\) with at least one column"),
+        ({"low_rank": low_rank(rank=136)}, "rank=136 of low_rank: at most d_model=128"),
+        ({"low_rank": low_rank(v=matrix(120, 20))}, r"v of low_rank has shape \(120, 20\): expected \(128, 20\)"),
+        ({"low_rank": low_rank(u=matrix(64, 16))}, r"u of low_rank has shape \(64, 16\): expected \(64, 20\)"),
+        ({"low_rank": low_rank(residual=torch.ones(64).half())}, "residual of low_rank is torch.float16 on cpu"),
+        ({"low_rank": low_rank(), "scale": torch.ones(64)}, "scale and low_rank are both given: .* leave one out"),
         ({"first": "down"}, "first='down': must be 'up'"),
         ({"activation": "relu"}, "activation 'relu': the CUDA kernels know silu and gelu_tanh"),
         ({"w_gate": None}, "w_gate is a NoneType: pass a torch tensor"),
@@ -148,6 +162,32 @@ def test_a_factor_compiles_another_kernel_and_reaches_its_launches():
     assert layer.extra_bytes - plain.extra_bytes == 4 * 64
     with pytest.raises(ValueError, match="scaled of kind given"):
         Plan("given", 128, 64, scaled=True).check()
+
+
+def test_a_low_rank_is_laid_out_for_its_kernel_and_counted():
+    low, plain = low_rank(), threshold()
+    layer = threshold(low_rank=low)
+    layer(matrix(1, 128))
+    plan, values = FakeLaunch.made[0].loaded.plan, FakeLaunch.made[0].launched[0][1]
+    assert (plan.rank, plan.launch_threads) == (
+        20,
+        32 + 32 + 32,
+    )  # those on rows, the warp that claims, that of factors
+    assert values["values"] == low.residual.data_ptr()
+    held = layer._low_rank
+    assert (values["b"], values["u"]) == (held.v.data_ptr(), held.u.data_ptr())
+    assert torch.equal(held.v, low.v.t())
+    assert torch.equal(held.u, torch.nn.functional.pad(low.u, (0, 4)))  # whole multiples of 16 bytes
+    layer._launches.clear()
+    assert layer.extra_bytes - plain.extra_bytes == 2 * (20 * 128 + 24 * 64) + 4 * 64
+
+
+def test_rows_of_u_are_fetched_ahead_before_the_ring_is_deep():
+    plans = [
+        layers.tuned_plan("threshold", 4096, 14336, "bfloat16", "silu", rank=r, n_blocks=132, capability=(9, 0))
+        for r in (128, 512)
+    ]
+    assert [(plan.depth, plan.ahead, plan.resident) for plan in plans] == [(3, 4, 2), (2, 4, 2)]
 
 
 def test_a_call_with_many_tokens_is_split_where_registers_end():

@@ -21,7 +21,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from kernels_numba.gpu.mlp.plan import Plan, shared_limit
+from kernels_numba.gpu.mlp.limits import shared_limit
+from kernels_numba.gpu.mlp.plan import Plan
 
 _TOOK = "// seconds to compile: "
 _ENTRIES = ("kernels_numba.gpu.mlp.kernel", "kernels_numba.gpu.ptx.device")  # what `make_ptx` compiles

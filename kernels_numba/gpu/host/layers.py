@@ -27,8 +27,11 @@ from kernels_numba.checks import check_apart, checked_threshold
 from kernels_numba.gpu.host.active_set import active_neurons
 from kernels_numba.gpu.host.checks import NAMES, check_factors, check_list, check_range, check_weight, unavailable
 from kernels_numba.gpu.host.jit import Launch, Loaded, load_kernel
+from kernels_numba.gpu.host.low_rank import bound_low_rank, checked_rank
 from kernels_numba.gpu.host.tuning import device_facts, launch_tokens, tuned_plan
-from kernels_numba.gpu.mlp.plan import MAX_BATCH, STAMPS, TRACED, Kind, Plan, Quantity
+from kernels_numba.gpu.mlp.plan import MAX_BATCH, Kind, Plan, Quantity
+from kernels_numba.gpu.mlp.trace import STAMPS, TRACED
+from kernels_numba.reference import LowRank
 
 
 def transpose_down(w_down: Tensor, *, keep_dense: bool = True) -> Tensor:
@@ -244,7 +247,7 @@ class ChoosingLayer(Layer):
 
 
 class ThresholdLayer(ChoosingLayer):
-    """CATS (``first="gate"``, score ``abs(act(g))``) and M-COUNTDOWN (``first="up"``, score ``abs(u)``).
+    """CATS (``first="gate"``, score ``abs(act(g))``) and M-COUNTDOWN (``first="up"``, score ``abs(u)``), also times factors.
 
     Parameters
     ----------
@@ -257,6 +260,10 @@ class ThresholdLayer(ChoosingLayer):
         A neuron is kept unless its score is below it; -inf keeps all.
     scale : Tensor, shape (d_ff,), fp32, contiguous, CUDA, optional
         Factor of each neuron in its score, an fp32 product; without it the kernel is one that reads none.
+    low_rank : LowRank, on the same device, optional
+        The projection that is not ``first``, approximated: the factors of the neurons are then made from x, by
+        `low_rank_scale` in fp32 (md-countdown). Its V is copied as (rank, d_model); U with zero columns added to rows that
+        are not whole multiples of 16 bytes. Not beside ``scale``.
     deterministic : bool
         Deal all rows out before the launch, so that equal inputs give equal bits; slower. Else a block that is ahead of
         the others claims more rows, and the last bits of y vary from call to call.
@@ -264,7 +271,8 @@ class ThresholdLayer(ChoosingLayer):
     Raises
     ------
     ValueError
-        Wrong dtype, device, shape, contiguity or name, sizes that are not multiples of 8, a threshold that is NaN or not a number.
+        Wrong dtype, device, shape, contiguity or name, sizes that are not multiples of 8, a threshold that is NaN or not a
+        number, a rank over d_model, ``scale`` and ``low_rank`` together.
     RuntimeError
         The kernels cannot run on this machine.
     """
@@ -281,11 +289,16 @@ class ThresholdLayer(ChoosingLayer):
         first: str,
         threshold: float,
         scale: Tensor | None = None,
+        low_rank: LowRank | None = None,
         deterministic: bool = False,
     ) -> None:
         if first not in ("up", "gate"):
             raise ValueError(f"first={first!r}: must be 'up' (M-COUNTDOWN) or 'gate' (CATS)")
+        if scale is not None and low_rank is not None:
+            raise ValueError("scale and low_rank are both given: a score has one factor a neuron, leave one out")
         options = {"first": first, "deterministic": deterministic, "scaled": scale is not None}
+        if low_rank is not None:
+            options["rank"] = checked_rank(low_rank)
         super().__init__(w_down_t, activation, threshold, **options)
         for name, weight in (("w_gate", w_gate), ("w_up", w_up)):
             check_weight(name, weight, (self.d_ff, self.d_model), w_down_t)
@@ -293,13 +306,20 @@ class ThresholdLayer(ChoosingLayer):
         if scale is not None:
             check_factors("scale", scale, self.d_ff, self.device)
             self._addresses["values"] = scale.data_ptr()
+        self._low_rank = None if low_rank is None else bound_low_rank(low_rank, w_down_t)
+        if self._low_rank is not None:
+            parts = (("b", self._low_rank.v), ("u", self._low_rank.u), ("values", self._low_rank.residual))
+            self._addresses |= {name: part.data_ptr() for name, part in parts}
         dense, other = (w_gate, w_up) if first == "gate" else (w_up, w_gate)
         self._addresses |= {"dense": dense.data_ptr(), "a": other.data_ptr()}
 
     @property
     def extra_bytes(self) -> int:
-        """As for all layers, and the factors."""
-        return super().extra_bytes + (0 if self.scale is None else self.scale.numel() * 4)
+        """As for all layers, and the factors or what they are made from."""
+        parts = [] if self.scale is None else [self.scale]
+        if self._low_rank is not None:
+            parts = [self._low_rank.v, self._low_rank.u, self._low_rank.residual]
+        return super().extra_bytes + sum(part.numel() * part.element_size() for part in parts)
 
     def __call__(self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None) -> Tensor:
         """``y`` (plus ``residual``), of the shape and dtype of ``x`` (..., d_model), at most 8 tokens."""

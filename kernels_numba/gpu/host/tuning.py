@@ -6,7 +6,8 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
-from kernels_numba.gpu.mlp.plan import Kind, Plan, Quantity, shared_limit
+from kernels_numba.gpu.mlp.limits import shared_limit
+from kernels_numba.gpu.mlp.plan import Kind, Plan, Quantity
 
 _REGISTERS = 65536  # of an SM
 _BLOCK_RESERVED = 1024  # shared memory the system keeps for every block
@@ -17,7 +18,8 @@ def launch_tokens(plan: Plan) -> int:
 
     64 sums need 128 registers a thread; a larger batch runs as several launches.
     """
-    return 8 if _REGISTERS // plan.threads >= 128 and plan.chunks * plan.vector <= 8 else 4
+    threads = plan.threads + (32 if plan.low_rank else 0)
+    return 8 if _REGISTERS // threads >= 128 and plan.chunks * plan.vector <= 8 else 4
 
 
 def _packets(plan: Plan) -> Plan:
@@ -28,6 +30,13 @@ def _packets(plan: Plan) -> Plan:
     most = 32 // (max(1, plan.matrices - 1) * plan.batch)
     neurons = min(most, {"threshold": 2, "predictor": 1, "given": 1, "down": 4}[plan.kind])
     return replace(plan, rows=rows, neurons=max(1, neurons))
+
+
+def _in_flight(plan: Plan, depths: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Depths of the ring to try, and packets of U beside it: those take as long, so fewer than 3 would be late."""
+    if not plan.low_rank:
+        return [(depth, plan.ahead) for depth in depths]
+    return [(depth, ahead) for some in ((4, 3), (2, 1)) for depth in depths for ahead in some]
 
 
 @cache
@@ -69,16 +78,19 @@ def tuned_plan(
     plan = _packets(plan)
     limit = shared_limit(capability)
     if batch == 1 and capability >= (9, 0) and plan.threads <= 640:
-        for depth in (3, 2):
-            half = replace(plan, depth=depth, resident=2, overlap=True)
+        for depth, ahead in _in_flight(plan, (3, 2)):
+            half = replace(plan, depth=depth, ahead=ahead, resident=2, overlap=True)
             if half.shared.total + _BLOCK_RESERVED <= (limit + _BLOCK_RESERVED) // 2:
                 return half.check()
-    # a gated predictor of 8 tokens at d_model 4096 in fp32 is 304 bytes too large with 4 rows a packet
-    for depth, rows in ((3, plan.rows), (2, plan.rows), (1, plan.rows), (1, min(2, plan.rows))):
-        whole = replace(plan, depth=depth, rows=rows, overlap=capability >= (9, 0))
+    for depth, ahead in _in_flight(plan, (3, 2, 1)):
+        whole = replace(plan, depth=depth, ahead=ahead, overlap=capability >= (9, 0))
         if whole.shared.total <= limit:
             return whole.check()
-    return whole.check()
+    if (
+        plan.kind == "predictor"
+    ):  # a gated one of 8 tokens at d_model 4096 in fp32 is 304 bytes too large with 4 rows a packet
+        return replace(whole, rows=min(2, plan.rows)).check()
+    return replace(plan, depth=1, ahead=1 if plan.low_rank else plan.ahead).check()
 
 
 def device_facts(device: Any) -> tuple[int, tuple[int, int]]:

@@ -10,7 +10,7 @@ from kernels_numba.gpu.mlp.plan import Plan
 
 def make_sync(plan: Plan, dev: Any) -> Any:
     """``sync()``: barrier of the threads that work on rows."""
-    return dev.make_barrier(plan.threads) if plan.claims else dev.syncthreads
+    return dev.make_barrier(plan.threads) if plan.launch_threads > plan.threads else dev.syncthreads
 
 
 def make_flags(plan: Plan, dev: Any) -> SimpleNamespace:

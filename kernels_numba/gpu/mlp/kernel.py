@@ -14,6 +14,7 @@ from numba import cuda, float32, int32, int64, void
 
 from kernels_numba.gpu.mlp.balance import make_balanced
 from kernels_numba.gpu.mlp.grid_barrier import make_flags
+from kernels_numba.gpu.mlp.low_rank import make_clear_told, make_factor_warp, make_project_alone
 from kernels_numba.gpu.mlp.plan import Plan
 from kernels_numba.gpu.mlp.predictor import make_predictor_select
 from kernels_numba.gpu.mlp.reduce import make_reduce, make_store_partial
@@ -25,9 +26,9 @@ from kernels_numba.gpu.mlp.work_list import make_clear, make_recall, make_take
 from kernels_numba.gpu.mlp.work_queue import make_claim, make_clear_slots
 
 # Addresses, 0 where a kind does not use one: x, dense (first projection, or V of the predictor), U, a and b (other
-# projections), W_down transposed, residual, y, workspace, indices, values (coefficients; of ``threshold`` the factors of the
-# neurons, of a gated predictor what each part misses), count, distance of two tokens' values; then the threshold and the
-# number of tokens.
+# projections; b of ``threshold`` V of a low rank), W_down transposed, residual, y, workspace, indices, values (coefficients;
+# of ``threshold`` factors of the neurons, or what a low rank misses; of a gated predictor what each part misses), count,
+# distance of two tokens' values; then the threshold and the number of tokens.
 ARGUMENTS = (
     "x", "dense", "u", "a", "b", "down", "residual", "y", "workspace", "indices", "values", "count", "value_stride",
     "threshold", "n_tokens",
@@ -58,10 +59,12 @@ def make_finish(plan: Plan, dev: Any) -> Any:
 
 
 def make_threshold_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
-    """Kernel of CATS and M-COUNTDOWN."""
+    """Kernel of CATS, M-COUNTDOWN and md-countdown."""
     claimed, threads, overlap, area = plan.claims, plan.threads, plan.overlap, plan.workspace
     choose_and_add, finish, stamp = (make(plan, dev) for make in (make_choose_and_add, make_finish, make_stamp))
     claim, clear_slots, sums = make_claim(plan, dev), make_clear_slots(plan, dev), "sparse" in plan.phases
+    low, projects, factor_warp, project = plan.low_rank, plan.projects, plan.factor_warp, make_project_alone(plan, dev)
+    clear_told, serve = make_clear_told(plan, dev), make_factor_warp(plan, dev)
     zeros = dev.make_zeros(plan.batch * plan.chunks * plan.vector)
 
     def kernel(x, dense, u, a, b, down, residual, y, ws, indices, values, count, value_stride, threshold, n_tokens):
@@ -71,8 +74,14 @@ def make_threshold_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
         stamp(ws, block, 0, tid)
         if claimed:
             clear_slots(shared, tid)
-            dev.syncthreads()  # the last barrier of the claiming warp
-        if claimed and tid >= threads:
+        if low:
+            clear_told(shared, tid)
+        if claimed or low:
+            dev.syncthreads()  # the last barrier of the warps that do not work on rows
+        if low and tid >= factor_warp:
+            if sums:
+                serve(shared, ws, u, values, block, tid - factor_warp)
+        elif claimed and tid >= threads:
             if tid == threads and sums:
                 claim(shared, ws, block)
         else:
@@ -83,6 +92,8 @@ def make_threshold_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
                 )
                 if tid == 0:  # for those who ask how many neurons were active
                     dev.store_i32(ws + area.counts + block * 8, found)
+            elif projects:
+                project(shared, ws, x, b, n_tokens, block, tid)
             finish(shared, ws, epoch, share, residual, y, n_tokens, block, tid)
 
     return kernel

@@ -18,7 +18,15 @@ class Shared(NamedTuple):
     claims: int  # claimed packets on their way from the claiming warp, then how many are asked for
     begins: int  # of each packet in the ring its first row, or its first place in the work list
     next: int  # the next two dense packets
-    factors: int  # of each dense packet in the ring, and of the one in use, the factors of its rows
+    factors: (
+        int  # of each dense packet in the ring, and of the one in use, the factors of its rows; of a low rank, of two
+    )
+    low: int  # rows of U in flight, as the lanes of the warp of factors hold them
+    missed: int  # residuals of those rows, one a lane
+    told: int  # factors on their way to the threads that choose: tagged words
+    noted: int  # dense packets whose factors are asked for: tagged words
+    sums: int  # sums of dense packets that wait for the choice
+    rows: int  # their first rows
     work: int  # the work list: entries of the neurons whose rows the block reads
     work_value: int  # value of each entry and token: the score, or the coefficient given
     received: int  # on top of ``logits``, as are the next two: entries from other blocks

@@ -8,6 +8,8 @@ from functools import cached_property
 from typing import Literal
 
 from kernels_numba.gpu.mlp.layout import Shared, Workspace, offsets
+from kernels_numba.gpu.mlp.limits import check_plan
+from kernels_numba.gpu.mlp.trace import STAMPS
 from kernels_numba.gpu.ptx.dtypes import BYTES, elements
 
 Kind = Literal["threshold", "predictor", "given", "down"]
@@ -15,29 +17,10 @@ Quantity = Literal["gate", "act", "up"]
 Phase = Literal["project", "select", "sparse", "reduce"]
 PHASES: tuple[Phase, ...] = ("project", "select", "sparse", "reduce")  # project: z = V x of a predictor
 MAX_BATCH = 8
-STAMPS = ("start", "filled", "first packet", "chosen", "summed", "all summed", "end")
-# Phases between stamps by kind; the first overlaps with the kernel in front if launches are dependent.
-_END = (("active rows", "chosen", "summed"), ("wait", "summed", "all summed"), ("sum of y", "all summed", "end"))
-TRACED: dict[Kind, tuple[tuple[str, str, str], ...]] = {
-    "threshold": (
-        ("fill", "start", "filled"),
-        ("dense and active rows", "filled", "summed"),
-        *_END[1:],
-    ),
-    "predictor": (
-        ("fill", "start", "filled"),
-        ("z = V x", "filled", "first packet"),
-        ("logits", "first packet", "chosen"),
-        *_END,
-    ),
-    "given": (("fill", "start", "chosen"), *_END),
-    "down": (("fill", "start", "chosen"), *_END),
-}
 RESERVE = 2  # neurons that a block of ``threshold`` keeps for the time when no dense packet is left to hide latencies
 CLAIMS = 8  # places for claims on their way from the claiming warp to the others
 # A longer row gives each thread several 16-byte pieces; beside a claiming warp fewer registers are left for two blocks an SM.
 _MAX_THREADS = {"threshold": 512, "predictor": 640, "given": 640, "down": 640}
-_SHARED_LIMIT = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227}  # KiB a block may use
 
 
 @dataclass(frozen=True)
@@ -49,8 +32,11 @@ class Plan:
     kind
         ``threshold``: one dense projection selects (CATS, M-COUNTDOWN). ``predictor``: a low-rank predictor selects.
         ``given``: the active set is an input. ``down``: as given, and so are the coefficients (the op).
-    d_model, d_ff, rank : int
-        Multiples of 8; rank 0 without a predictor.
+    d_model, d_ff : int
+        Multiples of 8.
+    rank : int
+        Of the predictor, a multiple of 8; of ``threshold``, that of the other projection's approximation, whose square is
+        part of the score (md-countdown), 0 without.
     dtype, activation : str
     first
         Projection computed densely by ``threshold``.
@@ -81,6 +67,9 @@ class Plan:
     predicted : tuple of (quantity, rank)
         ``predictor``: one or two quantities, each approximated at a rank of its own, that a gated predictor's logit is made
         of; ``act`` is the gate behind the activation function. The ranks add up to ``rank``. None: the logit is U (V x).
+    ahead, behind : int
+        ``threshold`` with a rank: dense packets whose rows of U are in flight; dense packets used before
+        the choice from one.
     """
 
     kind: Kind
@@ -105,6 +94,8 @@ class Plan:
     deterministic: bool = False
     scaled: bool = False
     predicted: tuple[tuple[Quantity, int], ...] = ()
+    ahead: int = 4
+    behind: int = 2
 
     # geometry of a row ------------------------------------------------------------------------------------------------
     @property
@@ -131,7 +122,7 @@ class Plan:
     def threads(self) -> int:
         """Threads of a block that work on rows: whole warps, enough for a row and for a row of the predictor."""
         wanted = math.ceil(self.pieces / self.chunks)
-        if self.rank:
+        if self.kind == "predictor":
             wanted = max(wanted, self.rank_pieces)
         return 32 * math.ceil(wanted / 32)
 
@@ -142,8 +133,18 @@ class Plan:
 
     @property
     def launch_threads(self) -> int:
-        """Threads of a block: those that work on rows, and the warp that claims."""
+        """Threads of a block: those that work on rows, the warp that claims, and the one that makes factors."""
+        return self.factor_warp + (32 if self.low_rank else 0)
+
+    @property
+    def factor_warp(self) -> int:
+        """First thread of the warp that makes factors, if there is one: behind those that work on rows and the one that claims."""
         return self.threads + (32 if self.claims else 0)
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether ``threshold`` makes the factors of its neurons itself, from a low rank of the other projection."""
+        return self.kind == "threshold" and self.rank > 0
 
     @property
     def clerk(self) -> int:
@@ -165,23 +166,53 @@ class Plan:
         """Bytes of a ring slot: one row as the block sees it."""
         return self.chunks * self.chunk_bytes
 
-    # predictor --------------------------------------------------------------------------------------------------------
+    # predictor and low rank -------------------------------------------------------------------------------------------
+    @property
+    def rank_lanes(self) -> int:
+        """Lanes side by side on a row of U."""
+        return 32 // self.rows if self.low_rank else 32
+
+    @property
+    def rank_rounds(self) -> int:
+        """Pieces of a row of U for each of its lanes."""
+        return math.ceil(self.rank / (self.rank_lanes * self.vector))
+
     @property
     def parts(self) -> tuple[tuple[int, int], ...]:
         """Columns of U of each dot product, and with zeros added to a whole number of warps; a gated predictor may have two."""
-        warp = 32 * self.vector
+        side = self.rank_lanes * self.vector
         ranks = [rank for _, rank in self.predicted] or [self.rank]
-        return tuple((rank, warp * math.ceil(rank / warp)) for rank in ranks)
+        return tuple((rank, side * math.ceil(rank / side)) for rank in ranks)
 
     @property
     def rank_padded(self) -> int:
-        """Columns of a row of U, those with zeros too."""
+        """Columns of a row of U, those with zeros too: each lane has as many pieces. z is so long."""
         return sum(padded for _, padded in self.parts)
 
     @property
     def rank_pieces(self) -> int:
-        """16-byte pieces of a row of U."""
-        return self.rank_padded // self.vector
+        """16-byte pieces of a row of U, as stored."""
+        return math.ceil(self.rank / self.vector) if self.low_rank else self.rank_padded // self.vector
+
+    @property
+    def projects(self) -> bool:
+        """Whether a kernel of ``threshold`` computes z."""
+        return self.low_rank and "project" in self.phases
+
+    @property
+    def z_steps(self) -> int:
+        """Packets of V that the block with most of its rows reads."""
+        return math.ceil(math.ceil(self.rank / self.n_blocks) / self.rows)
+
+    @property
+    def lag(self) -> int:
+        """Dense packets issued and not yet chosen from at which a block waits for factors; those of less may not be asked for."""
+        return max(self.ahead, self.depth + self.behind)
+
+    @property
+    def factor_turns(self) -> int:
+        """Places by turns for sums that wait for the choice, for factors, and for the packets they are asked for."""
+        return 1 << (self.lag + 1).bit_length()
 
     @property
     def logit_rows(self) -> int:
@@ -201,7 +232,7 @@ class Plan:
     @property
     def logit_packets(self) -> int:
         """Most packets of U that a block reads."""
-        return math.ceil(self.block_rows / (self.logit_rows * self.logit_slots)) if self.rank else 0
+        return math.ceil(self.block_rows / (self.logit_rows * self.logit_slots)) if self.kind == "predictor" else 0
 
     # packets ----------------------------------------------------------------------------------------------------------
     @property
@@ -258,7 +289,8 @@ class Plan:
     @property
     def list_size(self) -> int:
         """Places of the circular list of ``threshold``, a power of 2: found and not yet used, or on their way."""
-        most = RESERVE + self.neurons + (self.depth + 1) * self.rows + self.held
+        undecided = (self.lag if self.low_rank else self.depth) + 1
+        most = RESERVE + self.neurons + undecided * self.rows + self.held
         return 1 << (most - 1).bit_length()
 
     @property
@@ -295,17 +327,26 @@ class Plan:
     @cached_property
     def shared(self) -> Shared:
         """Areas of a block's shared memory."""
+        turns, sums = (self.factor_turns, self.dense_sums) if self.low_rank else (0, 0)
         sizes = {
             "ring": self.depth * self.packet_bytes,
             "x": self.batch * self.slot_bytes,
             "z": self.batch * self.rank_padded * 4,
             "scratch": 2 * self.scratch_floats * 4,
             "residuals": len(self.predicted) * self.block_rows * 4,
-            "logits": self.logit_packets * self.logit_slots * self.batch * self.logit_warps * 4 if self.rank else 0,
+            "logits": self.logit_packets * self.logit_slots * self.batch * self.logit_warps * 4
+            if self.kind == "predictor"
+            else 0,
             "claims": (CLAIMS + 1) * 8 if self.claims else 0,
             "begins": self.depth * 4 if self.kind == "threshold" else 0,
             "next": 2 * 4 if self.claims else 0,
-            "factors": self.factor_places * self.rows * 4 if self.scaled else 0,
+            "factors": (self.factor_places * self.rows if self.scaled else 2 * sums) * 4,
+            "low": self.ahead * self.rank_rounds * 512 if self.low_rank else 0,
+            "missed": self.ahead * 128 if self.low_rank else 0,
+            "told": turns * sums * 8,
+            "noted": turns * 8,
+            "sums": turns * sums * 4,
+            "rows": turns * 4,
             "work": self.work_size * 4,
             "work_value": self.work_size * self.batch * 4 if self.kind in ("threshold", "down") else 0,
         }
@@ -351,48 +392,5 @@ class Plan:
 
     def check(self) -> Plan:
         """Raise ValueError if this cannot be compiled."""
-        if self.dtype not in BYTES:
-            raise ValueError(f"dtype {self.dtype}: the CUDA kernels take {', '.join(BYTES)}; cast the weights")
-        for name, value in (("d_model", self.d_model), ("d_ff", self.d_ff)):
-            if value <= 0 or value % 8:
-                raise ValueError(f"{name}={value}: the CUDA kernels need a positive multiple of 8; pad the weights")
-        if self.d_ff >= 1 << 24:
-            raise ValueError(f"d_ff={self.d_ff}: the kernels pack a neuron into 24 bits; split the layer")
-        if self.activation not in ("silu", "gelu_tanh"):
-            raise ValueError(f"activation {self.activation!r}: the CUDA kernels know silu and gelu_tanh")
-        if (self.kind == "predictor") != (self.rank > 0):
-            raise ValueError(f"rank={self.rank} of kind {self.kind}: a predictor, and nothing else, has a rank > 0")
-        if self.predicted and (len(self.predicted) > 2 or sum(rank for _, rank in self.predicted) != self.rank):
-            raise ValueError(
-                f"predicted={self.predicted}: one or two quantities, whose ranks add up to rank={self.rank}"
-            )
-        if self.scaled and self.kind != "threshold":
-            raise ValueError(f"scaled of kind {self.kind}: only a threshold on a projection takes a factor a neuron")
-        if self.batch not in (1, 2, 4, 8):
-            raise ValueError(f"batch={self.batch}: a launch holds 1, 2, 4 or 8 tokens; pad with rows of zeros")
-        if self.capability < (8, 0):
-            major, minor = self.capability
-            raise ValueError(
-                f"compute capability {major}.{minor}: the kernels need 8.0 (cp.async); use the masked backend"
-            )
-        for sums in (self.dense_sums if self.kind in ("threshold", "predictor") else 1, self.sparse_sums):
-            if sums > 32 or sums & (sums - 1):
-                raise ValueError(f"{sums} sums a packet: rows and neurons times batch must be a power of 2 up to 32")
-        if self.kind == "threshold" and (self.neurons > 14 or self.depth > 15):
-            raise ValueError(
-                f"neurons={self.neurons}, depth={self.depth}: at most 14 and 15, packets are noted in 4 bits each"
-            )
-        if self.threads > 1024:
-            raise ValueError(f"rank={self.rank}: a row of the predictor must fit in 1024 threads; use a lower rank")
-        limit = shared_limit(self.capability)
-        if self.shared.total > limit:
-            raise ValueError(
-                f"{self.shared.total} bytes of shared memory: over the {limit} a block may have; lower depth"
-            )
+        check_plan(self)
         return self
-
-
-def shared_limit(capability: tuple[int, int]) -> int:
-    """Bytes of shared memory one block may use."""
-    known = [c for c in _SHARED_LIMIT if c <= capability]
-    return _SHARED_LIMIT[max(known)] * 1024 if capability < (10, 0) and known else 227 * 1024

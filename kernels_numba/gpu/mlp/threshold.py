@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from kernels_numba.gpu.mlp.grid_barrier import make_flags, make_sync
+from kernels_numba.gpu.mlp.low_rank import make_choice, make_share_z
 from kernels_numba.gpu.mlp.plan import RESERVE, Plan
 from kernels_numba.gpu.mlp.reduce import make_block_sum
 from kernels_numba.gpu.mlp.ring import make_ring, make_tokens
 from kernels_numba.gpu.mlp.sparse_rows import make_activation, make_coefficients
 from kernels_numba.gpu.mlp.trace import make_stamp
-from kernels_numba.gpu.mlp.work_list import HOLE
+from kernels_numba.gpu.mlp.work_list import HOLE, NEURON
 from kernels_numba.gpu.mlp.work_queue import make_clear_counter, make_packet_numbers
 
 _DENSE = 1  # kinds of packets in flight, 4 bits each: 0 nothing, 1 dense rows, 1 + n the rows of n neurons
@@ -32,6 +33,7 @@ def make_factors(plan: Plan, dev: Any) -> SimpleNamespace:
     factors, so ``turn`` runs through one place more than there are packets; the next barrier lies before its next use.
     """
     scaled, rows, depth, d_ff, first, at = plan.scaled, plan.rows, plan.depth, plan.d_ff, plan.clerk, plan.shared
+    low, tokens, factor = plan.low_rank, plan.batch, make_choice(plan, dev).factor
 
     @dev.device_function
     def copy(shared, scale, turn, begin, tid):
@@ -40,9 +42,11 @@ def make_factors(plan: Plan, dev: Any) -> SimpleNamespace:
             dev.copy4(shared + at.factors + (turn * rows + i) * 4, scale + (begin + i) * 4)
 
     @dev.device_function
-    def score(shared, magnitude, turn, row):
+    def score(shared, magnitude, turn, row, token):
         if scaled:
             magnitude *= dev.shared_load_f32(shared + at.factors + (turn * rows + row) * 4)
+        if low:
+            magnitude *= factor(shared, turn, row * tokens + token)
         return magnitude
 
     @dev.device_function
@@ -70,7 +74,9 @@ def make_append(plan: Plan, dev: Any) -> Any:
         number, part = lane // width, lane % width
         row, token = number // tokens, number % tokens
         value = activation(total) if gate else total
-        wanted = begin + row < d_ff and token < n_tokens and not (score(shared, abs(value), turn, row) < threshold)
+        wanted = (
+            begin + row < d_ff and token < n_tokens and not (score(shared, abs(value), turn, row, token) < threshold)
+        )
         bits = dev.ballot(wanted and part == 0)
         keepers = 0
         for t in range(tokens):
@@ -87,6 +93,19 @@ def make_append(plan: Plan, dev: Any) -> Any:
         return found + dev.popcount(kept)
 
     return append
+
+
+def make_append_kept(plan: Plan, dev: Any) -> Any:
+    """``append_kept(...)``: the same from a packet whose sums were kept until its factors came."""
+    append, choice = make_append(plan, dev), make_choice(plan, dev)
+    kept_total, kept_row = choice.total, choice.first_row
+
+    @dev.device_function
+    def append_kept(shared, workspace, chosen, found, threshold, n_tokens, tid):
+        total, begin = kept_total(shared, chosen, tid), kept_row(shared, chosen)
+        return append(shared, workspace, total, begin, chosen, found, threshold, n_tokens, tid) & NEURON
+
+    return append_kept
 
 
 def make_use(plan: Plan, dev: Any) -> SimpleNamespace:
@@ -128,15 +147,15 @@ def make_copy_found(plan: Plan, dev: Any) -> Any:
 
 
 def make_fill(plan: Plan, dev: Any) -> Any:
-    """``fill(...)``: the first dense packets of the block; returns the kinds of the packets in flight."""
-    rows, depth, d_ff, n_blocks = plan.rows, plan.depth, plan.d_ff, plan.n_blocks
+    """``fill(...)``: the block's dense packets from ``first`` to ``end``, on their way; returns their kinds."""
+    rows, d_ff, n_blocks = plan.rows, plan.d_ff, plan.n_blocks
     packet_bytes, at, clerk, copy_rows = plan.packet_bytes, plan.shared, plan.clerk, make_ring(plan, dev).copy_rows
     copy_factors = make_factors(plan, dev).copy
 
     @dev.device_function
-    def fill(shared, dense_rows, scale, block, tid):
+    def fill(shared, dense_rows, scale, first, end, block, tid):
         kinds = 0
-        for p in range(depth):
+        for p in range(first, end):
             begin = (block + p * n_blocks) * rows
             if tid == clerk:
                 dev.shared_store_i32(shared + at.begins + p * 4, begin)
@@ -155,12 +174,16 @@ def make_begin(plan: Plan, dev: Any) -> Any:
     overlap, fill, stamp = plan.overlap, make_fill(plan, dev), make_stamp(plan, dev)
     tokens, read_epoch = make_tokens(plan, dev), make_flags(plan, dev).epoch
     load_x, copy_x, clear_counter = tokens.load_x, tokens.copy_x, make_clear_counter(plan, dev)
+    projects, depth, share_z = plan.projects, plan.depth, make_share_z(plan, dev)
+    start, finish, before_x = share_z.start, share_z.finish, plan.depth - 1 if plan.projects else plan.depth
 
     @dev.device_function
-    def begin(shared, workspace, x, dense_rows, scale, n_tokens, block, tid):
+    def begin(shared, workspace, x, dense_rows, v, scale, n_tokens, block, tid):
         if not overlap:
             copy_x(shared, x, n_tokens, tid)
-        kinds = fill(shared, dense_rows, scale, block, tid)
+        if projects:
+            start(shared, v, block, tid)
+        kinds = fill(shared, dense_rows, scale, 0, before_x, block, tid)
         if overlap:
             dev.grid_dependency_wait()
         epoch = read_epoch(workspace, block)
@@ -168,9 +191,26 @@ def make_begin(plan: Plan, dev: Any) -> Any:
             load_x(shared, x, n_tokens, tid)
         stamp(workspace, block, 1, tid)
         clear_counter(workspace, epoch, block, tid)
+        if projects:
+            finish(shared, workspace, v, epoch, block, tid)
+            kinds |= fill(shared, dense_rows, scale, before_x, depth, block, tid)
         return kinds, epoch
 
     return begin
+
+
+def make_note(plan: Plan, dev: Any) -> Any:
+    """``note(...)``, by the clerk: which dense packet the block's i-th is, for the other threads and for the warp of factors."""
+    numbers, low, ask = make_packet_numbers(plan, dev), plan.low_rank, make_choice(plan, dev).note
+    note_number, number = numbers.note, numbers.number
+
+    @dev.device_function
+    def note(shared, i, block):
+        note_number(shared, i, block)
+        if low:
+            ask(shared, i, number(shared, i, block))
+
+    return note
 
 
 def make_refill(plan: Plan, dev: Any) -> Any:
@@ -179,7 +219,7 @@ def make_refill(plan: Plan, dev: Any) -> Any:
     newest, enough, clerk = 4 * (plan.depth - 1), RESERVE + plan.neurons, plan.clerk
     copy_rows, copy_found = make_ring(plan, dev).copy_rows, make_copy_found(plan, dev)
     numbers, copy_factors, depth = make_packet_numbers(plan, dev), make_factors(plan, dev).copy, plan.depth
-    note, number = numbers.note, numbers.number
+    note, number = make_note(plan, dev), numbers.number
 
     @dev.device_function
     def refill(
@@ -213,22 +253,28 @@ def make_choose_and_add(plan: Plan, dev: Any) -> Any:
     at, scratch_bytes, nothing = plan.shared, plan.scratch_floats * 4, np.float32(0.0)
     start, refill, append = make_begin(plan, dev), make_refill(plan, dev), make_append(plan, dev)
     use, numbers, sync = make_use(plan, dev), make_packet_numbers(plan, dev), make_sync(plan, dev)
-    dense, sparse, note, number = use.dense, use.sparse, numbers.note, numbers.number
-    next_turn = make_factors(plan, dev).next_turn
+    dense, sparse, note, number = use.dense, use.sparse, make_note(plan, dev), numbers.number
+    next_turn, choice, low = make_factors(plan, dev).next_turn, make_choice(plan, dev), plan.low_rank
+    keep, due, receive, append_kept = choice.keep, choice.due, choice.receive, make_append_kept(plan, dev)
     zeros = dev.make_zeros(plan.batch * plan.chunks * plan.vector)
     wait, drain = dev.make_copy_wait(plan.depth - 1), dev.make_copy_wait(0)
 
     @dev.device_function
-    def choose_and_add(shared, workspace, x, dense_rows, a, b, down, scale, threshold, n_tokens, block, tid):
-        kinds, epoch = start(shared, workspace, x, dense_rows, scale, n_tokens, block, tid)
+    def choose_and_add(shared, workspace, x, w, a, v, down, scale, threshold, n_tokens, block, tid):
+        kinds, epoch = start(shared, workspace, x, w, v, scale, n_tokens, block, tid)
         y, ring, turn, parity, issued, found, begun, following = zeros(), 0, 0, 0, depth, 0, 0, 0
+        used, chosen, choose = 0, 0, False
         if tid == clerk:
             note(shared, issued, block)
         sync()
-        while kinds != 0 or following < packets or begun < found:
+        while kinds != 0 or following < packets or begun < found or (low and chosen < used):
             packet, scratch = shared + at.ring + ring * packet_bytes, shared + at.scratch + parity * scratch_bytes
             kind, total, waiting = kinds & 15, nothing, found - begun
             begin = dev.shared_load_i32(shared + at.begins + ring * 4)
+            if low:
+                choose = due(chosen, used, issued, following)
+                if choose:
+                    receive(shared, chosen, tid)
             wait()
             if kind == _DENSE:
                 total = dense(shared, packet, scratch, tid)
@@ -239,25 +285,19 @@ def make_choose_and_add(plan: Plan, dev: Any) -> Any:
             following = number(shared, issued, block)
             kinds, parity = kinds >> 4, parity ^ 1
             kinds, begun, issued = refill(
-                shared,
-                packet,
-                ring,
-                turn,
-                kinds,
-                waiting,
-                begun,
-                issued,
-                following,
-                dense_rows,
-                a,
-                b,
-                down,
-                scale,
-                block,
-                tid,
+                shared, packet, ring, turn, kinds, waiting, begun, issued, following, w, a, v, down, scale, block, tid
             )
             ring = ring + 1 if ring + 1 < depth else 0
-            if kind == _DENSE:
+            if low:
+                # counts are 64 bits wide; that they fit into 24 saves a register each, of 56 that two blocks an SM leave
+                issued, begun = issued & NEURON, begun & NEURON
+                if kind == _DENSE:
+                    keep(shared, used, total, begin, tid)
+                    used = (used + 1) & NEURON
+                if choose:
+                    found = append_kept(shared, workspace, chosen, found, threshold, n_tokens, tid)
+                    chosen = (chosen + 1) & NEURON
+            elif kind == _DENSE:
                 found = append(shared, workspace, total, begin, turn, found, threshold, n_tokens, tid)
             turn = next_turn(turn)
             if depth == 1:

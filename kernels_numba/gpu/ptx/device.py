@@ -25,6 +25,7 @@ from kernels_numba.gpu.ptx.warp import (  # noqa: F401  kernels reach every devi
     make_lanes_fold,
     make_lanes_spread,
     make_lanes_sum,
+    sync_warp,
 )
 
 syncthreads = cuda.syncthreads
@@ -69,18 +70,18 @@ wait_tagged_f32 = instruction(_WAIT, types.float32, types.int64, types.int32)
 # Claims: a thread adds to a global counter and tells one thread of the block through tagged words in shared memory, with
 # no barrier between them: both sides use atomics, which racecheck knows to be no race.
 atomic_add = instruction("atom.relaxed.gpu.global.add.u32 $0, [$1], $2;", types.int32, types.int64, types.int32)
-shared_tell = instruction(
-    "{ .reg .b64 t; mov.b64 t, {$1, $2}; atom.relaxed.cta.shared.exch.b64 t, [$0], t; }",
-    types.void, types.int64, types.int32, types.int32, shared=True,
-)  # fmt: skip
+_SHARED_TELL = "{ .reg .b64 t; mov.b64 t, {$1, $2}; atom.relaxed.cta.shared.exch.b64 t, [$0], t; }"
+_SHARED_WAIT = (
+    "{ .reg .pred p; .reg .b32 v, e; .reg .b64 t; AGAIN: atom.relaxed.cta.shared.cas.b64 t, [$1], 0, 0; mov.b64 {v, e}, t; "
+    "setp.ne.b32 p, e, $2; @p bra AGAIN; mov.b32 $0, v; }"
+)
+shared_tell = instruction(_SHARED_TELL, types.void, types.int64, types.int32, types.int32, shared=True)
 shared_tell_i32 = instruction(
     "{ .reg .b32 t; atom.relaxed.cta.shared.exch.b32 t, [$0], $1; }", types.void, types.int64, types.int32, shared=True
 )
-shared_wait = instruction(
-    "{ .reg .pred p; .reg .b32 v, e; .reg .b64 t; AGAIN: atom.relaxed.cta.shared.cas.b64 t, [$1], 0, 0; mov.b64 {v, e}, t; "
-    "setp.ne.b32 p, e, $2; @p bra AGAIN; mov.b32 $0, v; }",
-    types.int32, types.int64, types.int32, shared=True,
-)  # fmt: skip
+shared_wait = instruction(_SHARED_WAIT, types.int32, types.int64, types.int32, shared=True)
+shared_tell_f32 = instruction(_SHARED_TELL, types.void, types.int64, types.float32, types.int32, shared=True)
+shared_wait_f32 = instruction(_SHARED_WAIT, types.float32, types.int64, types.int32, shared=True)
 shared_wait_above = instruction(
     "{ .reg .pred p; .reg .b32 v; AGAIN: atom.relaxed.cta.shared.or.b32 v, [$0], 0; setp.gt.s32 p, v, $1; @p bra DONE; "
     "nanosleep.u32 20; bra AGAIN; DONE: }",
@@ -91,6 +92,31 @@ exp2 = instruction("ex2.approx.f32 $0, $1;", types.float32, types.float32, pure=
 divide = instruction("div.full.f32 $0, $1, $2;", types.float32, types.float32, types.float32, pure=True)
 sqrt = instruction("sqrt.rn.f32 $0, $1;", types.float32, types.float32, pure=True)
 popcount = instruction("popc.b32 $0, $1;", types.int32, types.int32, pure=True)
+
+
+def make_wait_tagged(n: int) -> Callable[..., Any]:
+    """``wait(address, limit, tag)``: data of the first ``limit`` of ``n`` fp32 words as soon as all have the tag, 0 for the others.
+
+    They are asked for together, so that a round takes one trip.
+    """
+    kind = types.UniTuple(types.float32, n)
+    names = range(n)
+    text = f"{{ .reg .pred p, {', '.join(f'q{i}' for i in names)}; .reg .b32 e, z; .reg .b64 {', '.join(f't{i}' for i in names)}; "
+    text += "mov.b32 z, 0; "
+    text += "".join(f"setp.gt.s32 q{i}, ${n + 1}, {i}; mov.b64 t{i}, {{z, ${n + 2}}}; " for i in names) + "AGAIN: "
+    text += "".join(f"@q{i} ld.relaxed.gpu.global.b64 t{i}, [${n}+{8 * i}]; " for i in names) + "setp.ne.b32 p, z, z; "
+    text += "".join(f"mov.b64 {{${i}, e}}, t{i}; setp.ne.or.b32 p, e, ${n + 2}, p; " for i in names) + "@p bra AGAIN; }"
+
+    @intrinsic
+    def wait_tagged(context: Any, address: Any, limit: Any, tag: Any) -> Any:
+        def codegen(ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
+            values = [args[0], builder.trunc(args[1], I32), args[2]]
+            words = asm(builder, ir.LiteralStructType([F32] * n), text, "=&f," * n + "l,r,r", values)
+            return pack(ctx, builder, kind, [builder.extract_value(words, i) for i in names])
+
+        return kind(types.int64, types.int64, types.int32), codegen
+
+    return wait_tagged
 
 
 def make_copy(hint: str = "L2::128B") -> Callable[..., Any]:

@@ -1,7 +1,6 @@
 """Twins of the functions of ``device`` for Numba's CUDA simulator, which has no PTX, no warps and no bf16.
 
-The claiming warp, a real one here too, joins the barriers of the others while it waits. Blocks run one after another: a
-wait for another block's arrival that has not happened yet raises.
+Blocks run one after another: a wait for another block's arrival that has not happened yet raises.
 """
 
 from __future__ import annotations
@@ -22,15 +21,16 @@ from kernels_numba.gpu.ptx.simulated_warp import (  # noqa: F401  kernels reach 
     make_lanes_fold,
     make_lanes_spread,
     make_lanes_sum,
+    sync_warp,
 )
-from kernels_numba.gpu.ptx.simulator import shared_memory, syncthreads, view  # noqa: F401
+from kernels_numba.gpu.ptx.simulator import meet, shared_memory, syncthreads, view  # noqa: F401
 
 SPIN_LIMIT = 1  # blocks run one after another: a flag that is not up never will be
 
 
-def make_barrier(_threads: int) -> Callable[[], None]:
-    """The simulator's barrier is of all threads that are left: see ``shared_wait_above``."""
-    return syncthreads
+def make_barrier(threads: int) -> Callable[[], None]:
+    """Of the first threads of the block."""
+    return lambda: meet("rows", threads)
 
 
 def _loader(kind: Any, convert: Callable[[Any], Any]) -> Callable[[int], Any]:
@@ -94,25 +94,36 @@ def atomic_add(address: int, value: int) -> int:
     return before
 
 
-shared_tell, shared_tell_i32 = store_tagged_i32, shared_store_i32
+shared_tell, shared_tell_f32, shared_tell_i32 = store_tagged_i32, store_tagged_f32, shared_store_i32
 
 
 def shared_wait(address: int, tag: int) -> int:
-    """Data with this tag, which the claiming thread writes as soon as it runs."""
+    """Data with this tag, which a thread of another warp writes as soon as it runs."""
     end = time.monotonic() + 5
     while view(address + 4, ctypes.c_int32)[0] != tag and time.monotonic() < end:
         time.sleep(0.0005)
     return wait_tagged_i32(address, tag)
 
 
+def shared_wait_f32(address: int, tag: int) -> Any:
+    """As for an integer."""
+    return np.int32(shared_wait(address, tag)).view(np.float32)
+
+
 def shared_wait_above(address: int, value: int) -> None:
-    """Joins the barriers of the others, which would else wait for this thread."""
-    left = 10000
+    """Raises if nobody asks for a claim beyond the value."""
+    end = time.monotonic() + 5
     while shared_load_i32(address) <= value:
-        syncthreads()
-        left -= 1
-        if not left:
+        time.sleep(0.0005)
+        if time.monotonic() > end:
             raise RuntimeError(f"nobody asks for a claim beyond {value}")
+
+
+def make_wait_tagged(n: int) -> Callable[..., tuple[Any, ...]]:
+    """As in ``device``: words of other warps of this block, which tell them as soon as they run."""
+    return lambda address, limit, tag: tuple(
+        shared_wait_f32(address + 8 * i, tag) if i < limit else np.float32(0.0) for i in range(n)
+    )
 
 
 def store_clock(address: int) -> None:

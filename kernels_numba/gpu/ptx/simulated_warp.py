@@ -1,7 +1,6 @@
 """Twins of the functions of ``warp`` for Numba's CUDA simulator; see ``simulated``.
 
-A warp is 32 neighbouring threads; its exchanges go through memory and barriers, so all threads of the block that work on
-rows must reach them together.
+A warp is 32 neighbouring threads; its exchanges go through memory and barriers of the warp.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels_numba.gpu.ptx.simulator import exchange, syncthreads, thread
+from kernels_numba.gpu.ptx.simulator import exchange, meet, thread
 
 
 def device_function(function: Any) -> Any:
@@ -24,13 +23,18 @@ def thread_index() -> int:
     return int(thread().threadIdx.x)
 
 
+def sync_warp() -> None:
+    """Barrier of this thread's warp."""
+    meet(f"warp {thread_index() >> 5}", 32)
+
+
 def all_lanes(value: Any) -> list[Any]:
     """Values of the 32 threads of this thread's warp."""
     tid = thread_index()
     exchange[tid] = value
-    syncthreads()
+    sync_warp()
     lanes = [exchange[(tid & ~31) + i] for i in range(32)]
-    syncthreads()
+    sync_warp()
     return lanes
 
 
@@ -85,8 +89,3 @@ def ballot(predicate: bool) -> int:
 def match_any(value: int) -> int:
     """As in ``warp``."""
     return sum(1 << i for i, lane in enumerate(all_lanes(int(value))) if lane == int(value))
-
-
-def sync_warp() -> None:
-    """As in ``warp``."""
-    syncthreads()

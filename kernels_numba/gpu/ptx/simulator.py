@@ -22,6 +22,9 @@ sys.setswitchinterval(2e-4)
 _buffers: list[tuple[int, int]] = []
 _shared: list[int] = []
 exchange: dict[int, Any] = {}
+_meetings: dict[str, threading.Barrier] = {}
+_lock = threading.Lock()
+_PATIENCE = 60.0  # seconds until a thread that does not come is taken for lost
 
 
 @contextmanager
@@ -35,6 +38,9 @@ def allowed(*arrays: np.ndarray, shared_bytes: int) -> Iterator[None]:
     try:
         yield
     finally:
+        for one in _meetings.values():
+            one.abort()  # threads that still wait there end
+        _meetings.clear()
         _buffers.clear()
         exchange.clear()
 
@@ -58,6 +64,13 @@ def shared_memory() -> int:
 def thread() -> Any:
     """The simulator's thread object of the caller: it knows its indices and how to wait for its block."""
     return threading.current_thread()
+
+
+def meet(name: str, n_threads: int) -> None:
+    """Barrier of ``n_threads`` threads of the block, which the others take no part in."""
+    with _lock:
+        place = _meetings.setdefault(name, threading.Barrier(n_threads))
+    place.wait(_PATIENCE)
 
 
 def syncthreads() -> None:
