@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ActivationName = Literal["silu", "gelu_tanh"]
 Projection = Literal["gate", "up"]
@@ -71,6 +74,65 @@ def combine(values: NDArray[np.floating], indices: NDArray[np.integer], w_down_t
     for i in range(0, len(indices), rows):
         y += values[i : i + rows].astype(np.float64) @ w_down_t[indices[i : i + rows]].astype(np.float64)
     return y
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A projection at a low rank, ``U (V^T x)``, and what it misses.
+
+    Parameters
+    ----------
+    v : Tensor, shape (d_model, rank), dtype of the weights
+    u : Tensor, shape (d_ff, rank), dtype of the weights
+    residual : Tensor, shape (d_ff,), fp32
+        Mean square of what is missed of each neuron's quantity.
+    """
+
+    v: Tensor
+    u: Tensor
+    residual: Tensor
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A gated predictor: what the square of a product of projections is expected to be, from a low rank of each.
+
+    Parameters
+    ----------
+    gate, up : LowRank or None
+        At least one; their ranks may differ. A weight of each neuron in the square is the caller's to put into one of them: its
+        root into U, itself into the residual.
+    act : bool
+        The gate counts behind the activation function, and so does its residual.
+    """
+
+    gate: LowRank | None
+    up: LowRank | None
+    act: bool = True
+
+    def logits(self, x: Tensor, activation: str) -> Tensor:
+        """``sqrt((act(g^)^2 + residual) * (u^^2 + residual))``, what the threshold is set on.
+
+        Parameters
+        ----------
+        x : Tensor, shape (n_tokens, d_model), fp32 or fp64
+            All is computed in its dtype.
+        activation : "silu" or "gelu_tanh"
+
+        Returns
+        -------
+        Tensor, shape (n_tokens, d_ff)
+        """
+        from torch.nn.functional import gelu, silu
+
+        square = x.new_ones(())
+        for part, acts in ((self.gate, self.act), (self.up, False)):
+            if part is not None:
+                guess = (x @ part.v.to(x.dtype)) @ part.u.to(x.dtype).T
+                if acts:
+                    guess = silu(guess) if activation == "silu" else gelu(guess, approximate="tanh")
+                square = square * (guess.square() + part.residual)
+        return square.sqrt()
 
 
 @dataclass(frozen=True)

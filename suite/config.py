@@ -146,6 +146,8 @@ class AccuracyBlock(Section):
 
     ``fit_seeds`` and ``fit_sources``: seeds and texts of this block's fits in place of the matrix' own, which still
     decide the documents and the main rows; what differs in them alone is shown beside the main rows, on equal documents.
+    ``predictors``: kinds of this block's predictors in place of the matrix' own. ``min_parameters``, ``max_parameters``:
+    the block is for models of so many parameters by their names, the second excluded; a name without a size says 0.
     """
 
     methods: list[MethodConfig] = Field(min_length=1)
@@ -155,6 +157,9 @@ class AccuracyBlock(Section):
     tasks: list[TaskConfig] = Field(min_length=1)
     fit_seeds: list[Seed] = []
     fit_sources: list[str] = []
+    predictors: list[Predictor] = []
+    min_parameters: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
+    max_parameters: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     @field_validator("methods", "tasks", mode="before")
     @classmethod

@@ -335,6 +335,17 @@ CLAIMS = Table(
         *_columns("verdict reason", "text", "status"),
     ),
 )
+EQUAL_BYTES = Table(
+    "equal_bytes.csv",
+    (
+        *_columns("model dtype scope method label", "text", "setting", since=3),
+        Column("bytes_share", "number", "setting", "share", since=3),
+        *_columns("task metric", "listed", "setting", since=3),
+        *_columns("sparsity_less sparsity_more part_more", "number", "derived", "share", since=3),
+        *_columns("value delta_dense delta_ci_low delta_ci_high", "number", "derived", since=3),
+        Column("reason", "text", "status", since=3),
+    ),
+)
 ACTIVATIONS = Table(
     "activations.csv",
     (
@@ -367,6 +378,7 @@ TABLES = (
         SPARSITY,
         PREDICTOR,
         CLAIMS,
+        EQUAL_BYTES,
         ACTIVATIONS,
         CIF_CAF,
     ),

@@ -9,8 +9,8 @@ from suite.registry import METHODS
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for room in ("suite", "kernels_numba", "baselines") for path in (ROOT / room).rglob("*.py"))
-# labels, and the definitions of the paper's claims
-MAY_NAME_METHODS = {"suite/report/style.py", "suite/report/claims.py"}
+# labels, and the definitions of the paper's claims and of what the suite expects of its own methods
+MAY_NAME_METHODS = {f"suite/report/{name}.py" for name in ("style", "claims", "expectations")}
 
 
 def length(function):

@@ -367,7 +367,7 @@ def select_top_k(score: Tensor, k: int) -> Tensor:
 def _cuda_top_k() -> Callable[[Tensor, int], Tensor] | None:
     """Kernel of the selection, None where Numba has no CUDA target: `torch.topk` gives the same set, more slowly."""
     try:
-        from kernels_numba.gpu.topk import keep_top_k
+        from kernels_numba.gpu.masking import keep_top_k
     except ImportError:
         return None
     return keep_top_k

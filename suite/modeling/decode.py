@@ -17,6 +17,7 @@ from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
 from suite.modeling.modes import PredictorState
 
 if TYPE_CHECKING:
+    from kernels_numba.reference import Gated
     from suite.modeling.scope import Tokens
 
 # of the weights that there are kernels for, by device
@@ -218,9 +219,7 @@ def decode_kernels(
     mlps, values = find_gated_mlps(model), thresholds.tolist()
     scales = [method.neuron_scale(known) for known in calibrated] if calibrated else [None] * len(mlps)
     on_cuda = mlps[0].weights()[2].is_cuda
-    # ternary and gated predictors have no kernel of their own
-    low_rank = bool(getattr(predictor, "v", None)) and not getattr(predictor, "predicted", ())
-    if predictor is not None and not (on_cuda and low_rank):
+    if predictor is not None and not (on_cuda and chooses_on_cuda(predictor)):
         given = _cuda_given if on_cuda else _cpu_given
         return ListedKernels([given(mlp, predictor, value) for mlp, value in zip(mlps, values, strict=True)])
     first = method.first_projection or ""
@@ -289,6 +288,22 @@ def _cuda_given(mlp: GatedMLP, predictor: PredictorState, threshold: float) -> L
     return run
 
 
+def chooses_on_cuda(predictor: PredictorState) -> bool:
+    """Whether a CUDA kernel computes the logits too: of low-rank matrices, and of a gated predictor with one part a projection."""
+    predicted = getattr(predictor, "predicted", ())
+    return bool(getattr(predictor, "v", None)) and not {"gate", "act"} <= set(predicted)
+
+
+def gated_parts(predictor: Any, layer: int, dtype: torch.dtype) -> Gated:
+    """A layer of a gated predictor as its kernel takes it."""
+    from kernels_numba.reference import Gated, LowRank
+
+    named = predictor.predicted
+    v, u, residual = predictor.v[layer].to(dtype).chunk(len(named), 1), predictor.u[layer].to(dtype), predictor.residual
+    parts = {name: LowRank(v[j], u[j], residual[layer][j]) for j, name in enumerate(named)}
+    return Gated(parts.get("act", parts.get("gate")), parts.get("up"), act="act" in parts)
+
+
 def cuda_layers(
     mlps: Sequence[GatedMLP],
     first: str,
@@ -298,7 +313,8 @@ def cuda_layers(
     *,
     deterministic: bool = False,
 ) -> list[Any]:
-    """CUDA layers that find their active sets themselves: a low-rank predictor's, else the first projection's."""
+    """CUDA layers that find their active sets themselves: a predictor's, else the first projection's."""
+    from kernels_numba.gpu.host.gated import GatedPredictorLayer
     from kernels_numba.gpu.host.layers import PredictorLayer, ThresholdLayer, transpose_down
 
     layers: list[Any] = []
@@ -308,6 +324,10 @@ def cuda_layers(
         if predictor is None:
             options: dict[str, Any] = {"first": first, "scale": scale, "deterministic": deterministic}
             layers.append(ThresholdLayer(*weights, activation=mlp.activation, threshold=threshold, **options))
+            continue
+        if getattr(predictor, "predicted", ()):
+            gated = gated_parts(predictor, mlp.layer, w_up.dtype)
+            layers.append(GatedPredictorLayer(*weights, gated, activation=mlp.activation, threshold=threshold))
             continue
         v, u = predictor.v[mlp.layer], predictor.u[mlp.layer]  # type: ignore[attr-defined]
         v, u = v.T.to(w_up.dtype).contiguous(), u.to(w_up.dtype).contiguous()

@@ -13,7 +13,7 @@ from suite.errors import InputError
 from suite.methods.base import NEURONS, SITES, Activations, Calibrated, Method, PredictorInput, Quantity, Site, SiteName
 from suite.modeling.decode import DecodeKernels
 from suite.modeling.gated_mlp import GatedMLP
-from suite.modeling.modes import PredictorState, Select, nan_tokens
+from suite.modeling.modes import PredictorState, Select, Selection, drop_kernel, nan_tokens
 from suite.modeling.scope import Explicit, Prompt, Tokens
 
 
@@ -58,13 +58,15 @@ class Counter:
 
     def __init__(self, site: Site, device: torch.device) -> None:
         self.site = site
-        self.nan_tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.both = torch.zeros(2, dtype=torch.int64, device=device)  # entries kept; tokens whose scores are NaN
+        self.kept, self.nan_tokens = self.both[0], self.both[1]
         self.reset()
 
     def reset(self) -> None:
         """Zero the counters of neurons, which forgets no fault."""
-        self.kept = torch.zeros_like(self.nan_tokens)
-        self.n_tokens = torch.zeros_like(self.nan_tokens)
+        with torch.inference_mode():  # which the counters may have been made in
+            self.kept.zero_()
+        self.n_tokens: int | Tensor = 0
 
 
 class SparseLayer:
@@ -137,7 +139,7 @@ class SparseLayer:
         alive = None if tokens.alive is None else tokens.alive.to(vector.device)
         counter.n_tokens += len(tokens.documents) if alive is None else alive.sum()
         if self._select is None:
-            counter.kept = counter.n_tokens * site.width
+            counter.kept.copy_(torch.as_tensor(counter.n_tokens * site.width))
             return vector
         index = tokens.index if isinstance(tokens.index, slice) else tokens.index.to(vector.device)
         activations = Activations(
@@ -152,22 +154,39 @@ class SparseLayer:
             prompts=(lambda: self._prompts(index, vector.shape)) if self._method.needs_prompt else None,
         )
         if self._predictor is None:
-            score = self._score(counter, activations)
+            score = self._score(activations)
         else:
             seen = activations.block if self.reads == "block" else activations.input
             score = self._predictor.logits(site.layer, seen)
+        if self._dropped_by_kernel(counter, vector, index, alive, score):
+            return vector
+        counter.nan_tokens += nan_tokens(score, activations)
         keep = self._select(site, score)
         if self._method.needs_prompt:  # sums of 0: no token came before, and what is dense is counted so
             keep = keep | (activations.prompt == 0).all(-1, keepdim=True)
         counter.kept += keep.sum() if alive is None else (keep.sum(-1) * alive).sum()
         return _zero_dropped(vector, index, keep if alive is None else keep | ~alive[:, None])
 
-    def _score(self, counter: Counter, activations: Activations) -> Tensor:
+    def _dropped_by_kernel(
+        self, counter: Counter, vector: Tensor, index: slice | Tensor, alive: Tensor | None, score: Tensor
+    ) -> bool:
+        """Whether a kernel has done the rest: one launch where the lines below it in `_sparsify` are some twenty."""
+        drop, select = drop_kernel() if vector.is_cuda else None, self._select
+        if drop is None or not isinstance(select, Selection) or self._method.needs_prompt or vector.requires_grad:
+            return False
+        if score.dtype == torch.float64 or not vector.is_contiguous():
+            return False
+        cut = select.cut(counter.site)
+        first, rows = (index.start or 0, None) if isinstance(index, slice) else (0, index)
+        flat = vector.flatten(0, -2)
+        drop(score, flat, counter.both, k=cut.k, threshold=cut.threshold, first=first, rows=rows, alive=alive)
+        return True
+
+    def _score(self, activations: Activations) -> Tensor:
         score = self._method.score(activations)
         wanted = (len(activations.documents), activations.site.width)
         if score.shape != wanted:
             raise InputError(f"method {self._method.name}: score has shape {tuple(score.shape)}, not {wanted}")
-        counter.nan_tokens += nan_tokens(score, activations)
         return score
 
     def _add_prompt(self, product: Tensor, prompt: Prompt) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -219,23 +221,50 @@ def placed_predictor(model: nn.Module, state: PredictorState) -> PredictorState:
     return state.to(mlp.weights()[2].device)
 
 
-def threshold_selection(method: Method, thresholds: Tensor) -> Select:
+@dataclass(frozen=True)
+class Cut:
+    """What a site keeps of a token: its k largest scores, or with k = 0 all that are not below the threshold."""
+
+    k: int = 0
+    threshold: float = -math.inf
+
+
+class Selection:
+    """Selection by a cut for each site: a `Select` that a kernel can stand in for.
+
+    Parameters
+    ----------
+    cut : callable (site) -> Cut
+    """
+
+    def __init__(self, cut: Callable[[Site], Cut]) -> None:
+        self.cut = cut
+
+    def __call__(self, site: Site, score: Tensor) -> Tensor:
+        """Kept set, bool, of scores (n_tokens, site.width)."""
+        cut = self.cut(site)
+        return select_top_k(score, cut.k) if cut.k else select_threshold(score, cut.threshold)
+
+
+def threshold_selection(method: Method, thresholds: Tensor) -> Selection:
     """Selection by one threshold a site and layer, shape (n_sites * n_layers,)."""
     values = site_thresholds(method, thresholds)
-
-    def select(site: Site, score: Tensor) -> Tensor:
-        return select_threshold(score, values[site.name, site.layer])
-
-    return select
+    return Selection(lambda site: Cut(threshold=values[site.name, site.layer]))
 
 
-def top_k_selection(method: Method) -> Select:
+def top_k_selection(method: Method) -> Selection:
     """Selection of the ideal mode: exactly k entries of each token."""
+    return Selection(cache(lambda site: Cut(kept_count(site.width, method.sparsity_at(site)))))
 
-    def select(site: Site, score: Tensor) -> Tensor:
-        return select_top_k(score, kept_count(site.width, method.sparsity_at(site)))
 
-    return select
+@cache
+def drop_kernel() -> Callable[..., None] | None:
+    """Kernel that drops, counts and looks for NaN in one launch; None where Numba has no CUDA target."""
+    try:
+        from kernels_numba.gpu.masking import drop
+    except ImportError:
+        return None
+    return drop
 
 
 def nan_tokens(score: Tensor, activations: Activations) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -20,6 +21,12 @@ def distinct_names(refs: Sequence[ModelRef]) -> dict[str, str]:
     places = {spec: full[spec] if parts in crowded else parts for spec, parts in short.items()}
     others = set(places.values())
     return {spec: _shortest_tail(place, others - {place}) for spec, place in places.items()}
+
+
+def named_parameters(name: str) -> float | None:
+    """Parameters of a model by its name (``...-8B-...``); None where it names no size."""
+    found = re.findall(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([MmBb])(?![A-Za-z0-9])", name)
+    return float(found[-1][0]) * (1e6 if found[-1][1] in "Mm" else 1e9) if found else None
 
 
 def _parts(ref: ModelRef, *, full: bool) -> tuple[str, ...]:

@@ -76,7 +76,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def pair_rows(quality: Quality, first: str, second: str) -> dict[tuple[str, str, str], list[Row]]:
     """Comparisons of two methods by (model, dtype, scope): a family, which Holm's rule corrects together."""
     pairs: dict[tuple[Any, ...], Row] = {}
-    for blocks, compare in ((quality.summary_blocks, _compared), (quality.perplexity_blocks, _compared_texts)):
+    for blocks, compare in ((quality.summary_blocks, _compared), (quality.perplexity_blocks, compared_texts)):
         for block, settings in blocks:
             tasks = quality.tasks_of(block)
             for one in (s for s in settings if s.method == first):
@@ -108,7 +108,8 @@ def _compared(quality: Quality, one: Average, other: Average, tasks: Sequence[st
         yield Comparison(AVERAGE, average, p_value(average))
 
 
-def _compared_texts(quality: Quality, one: Average, other: Average, _tasks: Sequence[str]) -> Iterator[Comparison]:
+def compared_texts(quality: Quality, one: Average, other: Average, _tasks: Sequence[str] = ()) -> Iterator[Comparison]:
+    """Log-ratio of every perplexity that both settings have."""
     for column in sorted(one.cells.keys() & other.cells.keys()):
         base = cell_value(other.cells[column])
         if cell_value(one.cells[column]) is None or not base:

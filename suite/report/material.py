@@ -8,6 +8,8 @@ from functools import cached_property
 
 import pandas as pd
 
+from suite.report.claims import make_claims
+from suite.report.equal_bytes import equal_bytes
 from suite.report.quality import Quality
 from suite.report.results import Results
 from suite.report.speed import with_speed_up
@@ -28,6 +30,16 @@ class Material:
     def speed(self) -> pd.DataFrame:
         """Speed rows with speed-ups."""
         return with_speed_up(self.results.speed)
+
+    @cached_property
+    def claims(self) -> pd.DataFrame:
+        """Rows of claims.csv."""
+        return make_claims(self.quality, self.speed)
+
+    @cached_property
+    def equal_bytes(self) -> pd.DataFrame:
+        """Rows of equal_bytes.csv; none where no practical setting is measured on a task of an average."""
+        return equal_bytes(self.quality, self.speed)
 
     @property
     def in_domain(self) -> Mapping[str, bool]:

@@ -12,11 +12,12 @@ from typing import Any
 
 import pandas as pd
 
+from suite import schema
 from suite.errors import InputError
 from suite.evaluation.tasks import DECODE_PERPLEXITY, PACK_TASKS
 from suite.files import refuse_links, remove_parts, write_atomically
 from suite.report import style
-from suite.report.claims import NOT_SETTLED, UNTESTED, make_claims
+from suite.report.claims import NOT_SETTLED, UNTESTED
 from suite.report.figures import FIGURES
 from suite.report.findings import duels_table, summary
 from suite.report.material import Material
@@ -87,13 +88,14 @@ def write_report(folder: str | Path) -> Path:
 
 def report_of(material: Material) -> Report:
     """The report of a run: every table and figure that it has something for."""
-    claims = make_claims(material.quality, material.speed)
     tables = {table.name: text for table in TABLES if (text := table.markdown(material))}
     frames = {figure.name: frame for figure in FIGURES if not (frame := figure.frame(material)).empty}
-    texts = {"claims.csv": csv_text(claims)}
+    texts = {schema.CLAIMS.file: csv_text(material.claims)}
+    if not material.equal_bytes.empty:
+        texts[schema.EQUAL_BYTES.file] = csv_text(material.equal_bytes)
     texts |= {f"tables/{name}.md": without_html(text) for name, text in tables.items()}
     texts |= {f"figures/{name}.csv": csv_text(frame) for name, frame in frames.items()}
-    texts["REPORT.md"] = without_html(_page(material, claims, tables, set(frames)))
+    texts["REPORT.md"] = without_html(_page(material, tables, set(frames)))
     return Report(texts, frames)
 
 
@@ -108,7 +110,7 @@ def _remove_stale(folder: Path, names: set[str], manifest: Mapping[str, Any]) ->
             path.unlink()
 
 
-def _page(material: Material, claims: pd.DataFrame, tables: Mapping[str, str], shown: set[str]) -> str:
+def _page(material: Material, tables: Mapping[str, str], shown: set[str]) -> str:
     results = material.results
     title = results.manifest.get("title") or results.name
     parts = [f"# {title}\n\nRun `{results.name}`. {_state(material)}\n"]
@@ -120,7 +122,7 @@ def _page(material: Material, claims: pd.DataFrame, tables: Mapping[str, str], s
         f"points, of perplexities as they are.\n\n{duels_table(material.quality)}"
     )
     parts.append(_sources_text(material))
-    parts.append(f"## Claims of the abstract\n\n{_claims_text(claims)}")
+    parts.append(f"## Claims of the abstract\n\n{_claims_text(material.claims)}")
     figures = "\n".join(figure.markdown() for figure in FIGURES if figure.name in shown)
     parts.append("## Figures\n\n" + (figures or "None yet.\n"))
     parts.append("## Tables\n")

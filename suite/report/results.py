@@ -42,6 +42,7 @@ class Results:
     sparsity: pd.DataFrame
     predictor: pd.DataFrame
     claims: pd.DataFrame
+    equal_bytes: pd.DataFrame
     cif_caf: pd.DataFrame
     activations: pd.DataFrame
     phases: pd.DataFrame

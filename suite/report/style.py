@@ -57,10 +57,15 @@ class Look:
 LOOKS = {
     "dense": Look("#000000", "", "-"),
     "random": Look("#999999", "", "-"),
+    "static": Look("#777777", "1"),
+    "griffin": Look("#8c564b", "<"),
     "dejavu": Look("#CC79A7", "v"),
     "dejavu-abs": Look("#D55E00", "^"),
     "cats": Look("#E69F00", "s"),
+    "chess": Look("#b8860b", "p"),
     "m-countdown": Look("#0072B2", "o"),
+    "m-countdown-cw": Look("#332288", "h"),
+    "md-countdown": Look("#882255", "*"),
     "d-countdown": Look("#009E73", "D"),
     "s-countdown": Look("#56B4E9", "P"),
     "given": Look("#7a5195", "X"),
@@ -72,7 +77,7 @@ QUANTITIES = {
     "abs_act": ("|act(g)|", "cats"),
     "abs_product": ("|v|", "d-countdown"),
 }
-_OTHERS = (Look("#8c564b", "<"), Look("#2f4b7c", ">"), Look("#665191", "h"), Look("#556b2f", "*"))
+_OTHERS = (Look("#a0522d", "d"), Look("#2f4b7c", ">"), Look("#665191", "H"), Look("#556b2f", "8"))
 
 
 def styled() -> AbstractContextManager[None]:

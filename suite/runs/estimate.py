@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import psutil
 from suite import settings
 from suite.devices import DTYPE_BYTES, Device
 from suite.evaluation.tasks import LOCAL_TASKS, OWN_EXAMPLES
+from suite.modeling.names import named_parameters
 from suite.runs.cells.accuracy import AccuracyCell
 from suite.runs.cells.analysis import AnalysisCell
 from suite.runs.cells.matrix import Matrix, ModelCell
@@ -188,10 +188,9 @@ def _fit_seconds(fit: FitRequest, world: Models) -> float:
 
 def parameters(ref: ModelRef) -> float | None:
     """Parameters of a model: from its name (``...-8B-...``), else from the size of its files at 2 bytes each."""
-    found = re.findall(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([MmBb])(?![A-Za-z0-9])", ref.name)
-    if found:
-        number, unit = found[-1]
-        return float(number) * (1e6 if unit in "Mm" else 1e9)
+    found = named_parameters(ref.name)
+    if found is not None:
+        return found
     return ref.size_bytes / 2 if ref.size_bytes else None
 
 

@@ -45,6 +45,8 @@ def requests_of(
 ) -> Iterator[FitRequest]:
     """The fits of one practical setting: thresholds by every estimator, or every predictor."""
     text, predictor = config.calibration, config.predictor
+    if block.predictors:
+        predictor = predictor.model_copy(update={"predictors": block.predictors})
     common = (model.id, model.dtype, method.name, method.params, sparsity)
     if not method_class(method.name).needs_predictor:
         for estimator, source in product(text.estimators, block.fit_sources or [text.source]):

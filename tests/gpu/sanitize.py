@@ -8,7 +8,7 @@ from tests.gpu.test_layers import Weights, check
 
 if __name__ == "__main__":
     for dtype in (torch.bfloat16, torch.float32):
-        for method in ("up", "gate", "cw", "chess", "predictor"):
+        for method in ("up", "gate", "cw", "chess", "predictor", "gated", "gated-gate"):
             weights = Weights(576, 264, dtype)
             x = weights.x(1)
             threshold = float(weights.scores(method, x, "silu").median())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -13,11 +15,13 @@ from suite.decoding.graphs import captured
 from suite.decoding.sparse import SparseMethod
 from suite.decoding.step import DecodeModel
 from suite.modeling.attach import attach
+from suite.modeling.gated_mlp import find_gated_mlps
 from suite.registry import get_method
 from suite.speed.decode_check import check, check_dense
 from tests.conftest import CONFIGS, decode_state, tiny_model
 
 METHODS = [("cats", ""), ("m-countdown", ""), ("d-countdown", "low-rank"), ("d-countdown", "ternary")]
+METHODS += [("d-countdown", "gated"), ("dejavu-abs", "gated")]
 SCALED = ["m-countdown-cw", "chess"]  # a factor a neuron
 METHODS += [(name, "") for name in SCALED]
 
@@ -41,6 +45,8 @@ def test_generates_what_masked_generates(architecture, name, kind, rows, cache):
         found = {}
         for backend in ("masked", "numba"):
             method, state = get_method(name, sparsity=0.5), decode_state(name, kind)
+            if kind == "gated":
+                state = replace(state, activation=find_gated_mlps(model)[0].activation)
             with attach(model, method, state, scope="paper", backend=backend) as attached:
                 found[backend] = *generate(model, rows, cache_implementation=cache), attached.sparsity()
         masked, numba = found["masked"], found["numba"]

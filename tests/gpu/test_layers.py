@@ -12,11 +12,14 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from kernels_numba.gpu.host.down_proj import DownProjection, sparse_down_proj
+from kernels_numba.gpu.host.gated import GatedPredictorLayer
 from kernels_numba.gpu.host.layers import GivenLayer, PredictorLayer, ThresholdLayer, transpose_down
+from kernels_numba.reference import Gated, LowRank
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 FIRST = {"up": "up", "gate": "gate", "cw": "up", "chess": "gate"}
 SCALED = ("cw", "chess")  # with a factor a neuron
+PREDICTORS = ("predictor", "gated", "gated-gate")
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
 
@@ -31,6 +34,10 @@ class Weights:
         self.down_t, self.v, self.u = transpose_down(self.down), normal(rank, d_model), normal(d_ff, rank)
         self.scale = torch.exp(-4 * torch.rand(d_ff, device="cuda", generator=generator))  # fp32, over two decades
         self.scale[::20] = 0
+        own = max(1, rank // 3)  # of up, so that the parts differ
+        matrices = {"gate": (self.v.T, self.u), "up": (normal(own, d_model).T, normal(d_ff, own))}
+        parts = {name: LowRank(*pair, self.scale * 2.0 ** -len(name)) for name, pair in matrices.items()}
+        self.gated = {"gated": Gated(**parts), "gated-gate": Gated(parts["gate"], None, act=False)}
         self.dtype, self.d_model, self.d_ff = dtype, d_model, d_ff
 
     def x(self, n, seed=1):
@@ -43,6 +50,8 @@ class Weights:
         return act, up
 
     def scores(self, method, x, activation):
+        if method in self.gated:
+            return self.gated[method].logits(x.double(), activation)
         if method == "predictor":
             return (x.double() @ self.v.double().T) @ self.u.double().T
         act, up = self.products(x, activation)
@@ -50,10 +59,11 @@ class Weights:
         return magnitudes * self.scale if method in SCALED else magnitudes
 
     def layer(self, method, activation, threshold, *, deterministic=False):
-        if method == "predictor":
-            return PredictorLayer(
-                self.gate, self.up, self.down_t, self.v, self.u, activation=activation, threshold=threshold
-            )
+        if method in PREDICTORS:
+            kind, given = PredictorLayer, (self.v, self.u)
+            if method in self.gated:
+                kind, given = GatedPredictorLayer, (self.gated[method],)
+            return kind(self.gate, self.up, self.down_t, *given, activation=activation, threshold=threshold)
         options = {"first": FIRST[method], "scale": self.scale if method in SCALED else None}
         options |= {"activation": activation, "threshold": threshold, "deterministic": deterministic}
         return ThresholdLayer(self.gate, self.up, self.down_t, **options)
@@ -90,7 +100,8 @@ SHAPES += [(dtype, "silu", 576, 1536) for dtype in DTYPES] + [(torch.float32, "g
 
 
 # the method, and whether a layer that could claim rows while it runs is told not to
-ORDERS = [(method, deterministic) for method in FIRST for deterministic in (False, True)] + [("predictor", False)]
+ORDERS = [(method, deterministic) for method in FIRST for deterministic in (False, True)]
+ORDERS += [(method, False) for method in PREDICTORS]
 
 
 @pytest.mark.parametrize(("dtype", "activation", "d_model", "d_ff"), SHAPES)
@@ -117,7 +128,7 @@ def test_edge_counts(method, deterministic, kept):
         assert mask.sum().item() == (2000 if kept == "all" else kept)
 
 
-@pytest.mark.parametrize("method", [*FIRST, "predictor"])
+@pytest.mark.parametrize("method", [*FIRST, *PREDICTORS])
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("d_model", [4096, 5120, 64])
 def test_batch_keeps_each_tokens_own_set(method, n, d_model):
@@ -128,6 +139,16 @@ def test_batch_keeps_each_tokens_own_set(method, n, d_model):
         check(weights, layer, method, "silu", x)
     one = torch.cat([layer(x[i : i + 1]) for i in range(n)])
     agrees(layer(x), one.double(), 1504, torch.bfloat16, d_model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [256, 512, 800])  # of the gate, and a third of it: no zeros between them, or some
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_gated_predictors_of_many_ranks(dtype, rank, n):
+    weights = Weights(1024, 1000, dtype, rank=rank)
+    x = weights.x(n)
+    layer = weights.layer("gated", "gelu_tanh", float(weights.scores("gated", x, "gelu_tanh").quantile(0.7013)))
+    check(weights, layer, "gated", "gelu_tanh", x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -149,7 +170,7 @@ def test_given_and_op(dtype, count):
     agrees(one[None], values.double()[:1, :count] @ weights.down.double()[:, used].T, count, dtype, 1024)
 
 
-@pytest.mark.parametrize("method", ["up", "cw", "chess", "predictor"])
+@pytest.mark.parametrize("method", ["up", "cw", "chess", *PREDICTORS])
 def test_nan_spreads(method):
     weights = Weights(512, 512, torch.float32)
     x = weights.x(1)
@@ -166,7 +187,7 @@ def test_graph_replays_with_changing_inputs_under_load(method, deterministic):
     inputs = torch.cat([weights.x(1, seed) for seed in range(50)])
     eager = torch.cat([layer(inputs[i : i + 1]) for i in range(50)])
     # one order of sums gives the same bits; two orders, twice the bound at most
-    one_order = deterministic or method == "predictor"
+    one_order = deterministic or method in PREDICTORS
     limits = (0 if one_order else 2 * bound(2048, torch.bfloat16, 1024)) * eager.abs().amax(1).double()
     graph, stream, busy = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.Stream()
     with torch.cuda.graph(graph, stream=stream):

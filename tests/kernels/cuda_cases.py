@@ -24,6 +24,14 @@ from kernels_numba.gpu.ptx import simulated, simulator
 from kernels_numba.reference import activate, relative_error
 
 BASE = {"d_model": 40, "d_ff": 24, "dtype": "float32", "rows": 2, "neurons": 2, "depth": 2}
+
+
+def gated(*, act=0, gate=0, up=0, **changes):
+    """Plan of a gated predictor with these ranks."""
+    predicted = tuple((name, rank) for name, rank in (("act", act), ("gate", gate), ("up", up)) if rank)
+    return Plan("predictor", **BASE | changes, rank=act + gate + up, predicted=predicted)
+
+
 CASES = {
     "m": Plan("threshold", **BASE, n_blocks=1),
     "m-blocks": Plan("threshold", **BASE, n_blocks=3),
@@ -65,6 +73,12 @@ CASES = {
     ),  # two warps a row of U
     "d-gelu": Plan("predictor", **BASE | {"neurons": 1}, rank=8, activation="gelu_tanh", n_blocks=1),
     "d-batch": Plan("predictor", **BASE, rank=24, batch=2, n_blocks=1),
+    "gated": gated(act=24, up=9, n_blocks=1),
+    "gated-blocks": gated(act=5, up=24, d_ff=40, neurons=1, activation="gelu_tanh", batch=2, n_blocks=3),
+    "gated-wide": gated(act=129, up=8, d_ff=8, rows=16, neurons=4, depth=1, n_blocks=1),  # two warps and one a row of U
+    "gated-bf16": gated(act=8, up=9, dtype="bfloat16", n_blocks=1),
+    "gated-batch": gated(act=24, up=9, batch=4, neurons=1, n_blocks=1),
+    "gated-gate": gated(gate=24, n_blocks=1),
     "given": Plan("given", **BASE, n_blocks=1),
     "given-blocks": Plan("given", **BASE, n_blocks=5),
     "given-wide": Plan("given", **BASE | {"d_model": 136, "d_ff": 8, "depth": 1}, n_blocks=3),  # two warps in each sum
@@ -95,12 +109,14 @@ class Problem:
         shapes = {"gate": (f, d), "up": (f, d), "down": (f, d), "v": (max(1, plan.rank), d), "x": (plan.batch, d)}
         for name, shape in (*shapes.items(), ("residual", (plan.batch, d)), ("u", (f, max(1, plan.rank_padded)))):
             values = rng.standard_normal(shape) * (1.0 if name in ("x", "residual") else shape[1] ** -0.5)
-            if name == "u":
-                values[:, plan.rank :] = 0
+            if name == "u" and plan.rank:
+                values *= np.concatenate([np.arange(padded) < rank for rank, padded in plan.parts])
             self.raw[name], self.exact[name] = stored(values, plan.dtype)
         self.at_threshold = False
         self.scale = np.exp(rng.uniform(-4, 1, f)).astype(np.float32)  # a factor a neuron, over two decades
         self.scale[rng.permutation(f)[: f // 12]] = 0
+        # mean squares that approximations miss, over two decades
+        self.missed = np.exp(rng.uniform(-4, 1, (len(plan.predicted), f))).astype(np.float32)
         self.values = rng.standard_normal((plan.batch, f)).astype(np.float32)
         self.indices = rng.permutation(f).astype(np.int32)
         self.count = np.array([kept], np.int32)
@@ -125,6 +141,7 @@ class Problem:
     def make_scores_whole(self) -> None:
         """Scores 1 to d_ff (times a power of 2), exact in every dtype, with a threshold that one of them is equal to."""
         self.at_threshold = True
+        self.missed[:] = 0
         self.scale = np.float32(2.0) ** np.random.default_rng(2).integers(-3, 3, self.plan.d_ff).astype(np.float32)
         ranks = np.random.default_rng(1).permutation(self.plan.d_ff) + 1.0
         if self.plan.kind == "predictor":
@@ -141,12 +158,26 @@ class Problem:
     def scores(self) -> np.ndarray:
         """(batch, d_ff), float64."""
         e = self.exact
+        if self.plan.predicted:
+            return np.sqrt(np.prod(self.expected_squares(), axis=0))
         if self.plan.kind == "predictor":
             return (e["x"] @ e["v"].T) @ e["u"][:, : self.plan.rank].T
         gate = self.plan.first == "gate"
         dots = e["x"] @ e["gate" if gate else "up"].T
         magnitudes = np.abs(activate(dots, self.plan.activation) if gate else dots)
         return magnitudes * self.scale if self.plan.scaled else magnitudes
+
+    def expected_squares(self) -> list[np.ndarray]:
+        """Of each quantity of a gated predictor, (batch, d_ff), float64."""
+        found, first, column = [], 0, 0
+        for (name, rank), (_, padded), missed in zip(
+            self.plan.predicted, self.plan.parts, self.missed.astype(np.float64), strict=True
+        ):
+            z = self.exact["x"] @ self.exact["v"][first : first + rank].T
+            guess = z @ self.exact["u"][:, column : column + rank].T
+            found.append(np.square(activate(guess, self.plan.activation) if name == "act" else guess) + missed)
+            first, column = first + rank, column + padded
+        return found
 
     @property
     def threshold(self) -> float:
@@ -184,8 +215,8 @@ class Problem:
         if plan.kind in ("given", "down"):
             buffers |= {"a": raw["gate"], "b": raw["up"], "indices": self.indices, "count": self.count}
             buffers |= {"values": self.values}
-        if plan.scaled:
-            buffers |= {"values": self.scale}
+        if plan.scaled or plan.predicted:
+            buffers |= {"values": self.scale if plan.scaled else self.missed}
         arguments = [buffers[n].ctypes.data if n in buffers else 0 for n in ARGUMENTS[:12]]
         arguments += [
             plan.d_ff,

@@ -27,6 +27,7 @@ PLANS = {
     "m-gelu-bf16-sm80": "('threshold', 3584, 14336, 'bfloat16', 'gelu_tanh', n_blocks=108, capability=(8, 0))",
     "cats-pair-bf16-sm86": "('threshold', 5120, 13824, 'bfloat16', 'silu', first='gate', batch=2, n_blocks=82, capability=(8, 6))",
     "d-bf16-sm90": "('predictor', 5120, 17920, 'bfloat16', 'silu', rank=512, n_blocks=132, capability=(9, 0))",
+    "gated-bf16-sm90": "('predictor', 4096, 14336, 'bfloat16', 'silu', rank=512, predicted=(('act', 256), ('up', 256)), **H100)",
     "d-batch8-fp32-sm90": "('predictor', 4096, 14336, 'float32', 'silu', rank=512, batch=8, n_blocks=132, capability=(9, 0))",
     "given-gelu-fp32-sm80": "('given', 3584, 14336, 'float32', 'gelu_tanh', n_blocks=108, capability=(8, 0))",
     "cats-batch8-fp16-sm86": "('threshold', 576, 1536, 'float16', 'silu', first='gate', batch=8, n_blocks=82, capability=(8, 6))",
@@ -82,9 +83,9 @@ def test_ptx(compiled: tuple[str, str]) -> None:
     assert "ld.shared.v4.b32" in text
     # the others' order of sums depends on the active set alone
     assert ("atom." in text) == (name in ("m-bf16-sm90", "cw-bf16-sm90", "m-gelu-bf16-sm80", "cats-pair-bf16-sm86"))
-    # a kernel without factors has no trace of them
+    # a kernel without factors or residuals has no trace of them
     assert (re.search(r"cp\.async\.ca\.shared\.global \[\S+\], \[\S+\], 4;", text) is not None) == (
-        "scaled=True" in PLANS[name]
+        "scaled=True" in PLANS[name] or "predicted=" in PLANS[name]
     )
     assert_clean(text)
 

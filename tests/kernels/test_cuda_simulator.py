@@ -26,6 +26,8 @@ GROUPS = {
     "predictor": ["d:5", "d:0", "d:24", "d-gelu:1"],
     "dealt": ["d-blocks:40", "d-blocks:0"],
     "dealt unevenly": ["d-blocks:96", "d-uneven:40", "d-pairs:30:1"],
+    "gated": ["gated:5", "gated:0", "gated-gate:9=", "gated-wide:5", "gated-batch:5:3"],
+    "gated, several blocks and narrow": ["gated-blocks:15", "gated-bf16:7"],
     "listed": [
         "given:0",
         "given:24",

@@ -11,6 +11,8 @@ from suite.report.quality import Quality
 from suite.report.results import load_results
 from suite.report.tables import TABLES
 
+OF_ONE_MODEL = [one for one in FIGURES if one.name != "loss_against_size"]  # which compares models
+
 
 def material(run: Path) -> Material:
     """A run folder, loaded."""

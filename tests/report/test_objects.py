@@ -11,7 +11,7 @@ from suite.report.figures import FIGURES
 from suite.report.methods import is_dense, is_floor, method_order, sources
 from suite.report.objects import Block, Content, ReportFigure, ReportTable
 from suite.report.tables import TABLES
-from tests.report.parts import material
+from tests.report.parts import OF_ONE_MODEL, material
 from tests.report.synthetic import manifest, write_run
 
 
@@ -28,8 +28,8 @@ def test_names_are_unique_and_the_page_has_them_in_order(reported):
         names = [one.name for one in objects]
         assert len(set(names)) == len(names)
     page = (reported / "REPORT.md").read_text()
-    assert re.findall(r"^!\[(\w+)\]", page, flags=re.M) == [one.name for one in FIGURES]
-    for one in FIGURES:
+    assert re.findall(r"^!\[(\w+)\]", page, flags=re.M) == [one.name for one in OF_ONE_MODEL]
+    for one in OF_ONE_MODEL:
         assert one.caption in page
     written = {path.stem for path in reported.glob("tables/*.md")}
     titles = [one.title for one in TABLES if one.inline and one.name in written]
@@ -38,7 +38,7 @@ def test_names_are_unique_and_the_page_has_them_in_order(reported):
 
 def test_the_data_of_a_figure_has_the_columns_that_it_names(reported, tmp_path):
     run = material(reported)
-    for one in FIGURES:
+    for one in OF_ONE_MODEL:
         frame = one.frame(run)
         assert list(frame.columns) == list(one.columns), one.name
         assert list(pd.read_csv(reported / "figures" / f"{one.name}.csv", nrows=0)) == list(one.columns)

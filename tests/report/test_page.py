@@ -19,7 +19,7 @@ from suite.report.page import report_of, write_report
 from suite.report.rebuild import rebuild_problems
 from suite.report.results import load_results
 from suite.runs.view.manifest import file_hashes
-from tests.report.parts import figure, material
+from tests.report.parts import OF_ONE_MODEL, figure, material
 from tests.report.synthetic import accuracy_row, hand_run, hits, manifest, speed_rows, write_run
 
 DENSE = ("dense", "none", 0.0, 0.0)
@@ -44,7 +44,7 @@ def test_every_part_is_there(reported):
     assert "no CUDA device" in page
     for target in re.findall(r"\]\(([^)]+)\)", page):
         assert (reported / target).is_file(), target
-    assert {p.stem for p in (reported / "figures").glob("*.png")} == {one.name for one in FIGURES}
+    assert {p.stem for p in (reported / "figures").glob("*.png")} == {one.name for one in OF_ONE_MODEL}
     assert len(load_results(reported).claims) > 20
     assert not re.search(r"\bnan\b", page)
 

@@ -19,12 +19,12 @@ def test_every_setting_once_and_dense_once_per_model_and_task():
     assert sorted(dense) == [("a", "decode_perplexity"), ("a", "t1"), ("b", "decode_perplexity"), ("b", "t1")]
 
 
-def test_embedded_profile_has_30_settings_on_5_tasks():
+def test_embedded_profile_has_33_settings_on_5_tasks():
     from suite.config import load_config
 
     found = expand(load_config("embedded"), FakeWorld())
-    assert len({(c.method, c.mode, c.sparsity) for c in found}) == 30
-    assert len(found) == 30 * 5
+    assert len({(c.method, c.mode, c.sparsity, c.fit and c.fit.options) for c in found}) == 33
+    assert len(found) == 33 * 5
 
 
 def test_one_model_at_a_time_and_dense_of_a_task_first():
@@ -83,6 +83,38 @@ def test_a_block_has_fits_of_its_own_seeds_and_texts_on_the_documents_of_the_run
     assert {c.seed for c in found} == {0}
     assert len({c.base for c in found}) == 1
     assert [c.decided_seed for c in found] == [0, 0, 0, *[1, 1, 2, 2] * 2]
+
+
+def test_a_block_has_predictors_of_its_own():
+    block = {"methods": ["d-countdown"], "modes": ["practical"], "sparsities": [0.5], "tasks": ["t1"]}
+    found = cells(models=[{"id": "a"}], accuracy=[block, block | {"predictors": ["gated"]}])
+    assert [c.fit.options.predictor for c in found if c.fit] == ["low-rank", "gated"]
+
+
+def test_a_block_is_for_models_of_its_size():
+    small, large = {**SPARSE, "max_parameters": 1e9}, {**SPARSE, "sparsities": [0.6], "min_parameters": 1e9}
+    models = [{"id": name} for name in ("a-270M", "b-1B", "c-1.5B-it", "nameless")]
+    found = cells(models=models, accuracy=[small, large])
+    assert {(c.model, c.sparsity) for c in found} == {
+        ("a-270M", 0.5), ("b-1B", 0.6), ("c-1.5B-it", 0.6), ("nameless", 0.5),
+    }  # fmt: skip
+
+
+def test_gpu_profile_has_the_same_documents_for_models_of_every_size():
+    from suite.config import load_config
+
+    config = load_config("gpu-accuracy").model_dump()
+    config["models"] = [{"id": name} for name in ("a-135M", "b-1.5B")]
+    found = expand(matrix(**{name: config[name] for name in ("models", "accuracy")}), FakeWorld())
+    tasks = {(c.task.name, c.task.limit) for c in found}
+    assert len(tasks) == len({name for name, _ in tasks})  # a task of two limits would be two in every table
+    for model in ("a-135M", "b-1.5B"):
+        own = {
+            c.method
+            for c in found
+            if c.model == model and (c.mode, c.sparsity, c.scope) == ("practical", 0.8, "scored")
+        }
+        assert {"cats", "chess", "m-countdown", "m-countdown-cw", "md-countdown", "d-countdown"} <= own
 
 
 def test_name_and_title_do_not_change_the_key():
@@ -144,7 +176,7 @@ def test_decode_rows_of_real_weights_share_the_fits_of_the_matrix():
     fits = {cell.fit_key for cell in expand(config, world)}
     decode = [cell for cell in expand_speed(config, world) if cell.case.level == "decode"]
     sparse = [cell for cell in decode if cell.case.method != "dense"]
-    assert len(sparse) == 2
+    assert len(sparse) == 3
     assert {cell.fit_key for cell in sparse} <= fits
     assert {cell.fit_key for cell in decode if cell not in sparse} == {None}
     assert sparse[0].key_fields["fit"] == sparse[0].fit_key

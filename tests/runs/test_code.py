@@ -75,7 +75,7 @@ EDITS = {
     ("kernels_numba/gpu/decode/attention.py", "", "#\n"): {SPEED},
     ("kernels_numba/gpu/host/layers.py", "", "#\n"): {SPEED},  # accuracy is computed masked
     ("kernels_numba/cpu_kernels.py", "", "#\n"): {SPEED},
-    ("kernels_numba/gpu/topk.py", "", "#\n"): CELLS | {REPORT},  # but it selects
+    ("kernels_numba/gpu/masking.py", "", "#\n"): CELLS | {REPORT},  # but it selects
     ("suite/modeling/decode.py", "", "#\n"): ACCURACY | {SPEED},
     ("suite/modeling/decode_probe.py", "", "#\n"): ACCURACY,
     ("suite/runs/work/worker.py", "", "#\n"): CELLS,

@@ -133,13 +133,14 @@ def test_model_without_gated_mlp_is_refused_by_name(world, tmp_path, capsys):
 def test_embedded_profile_in_small_and_its_repetition(tmp_path):
     """One document a task, three methods; repeated from the store without torch."""
     config = load_config("embedded").model_dump(mode="json")
+    config["accuracy"] = [config["accuracy"][i] for i in (0, 2, 4)]  # ideal, thresholds, a predictor
     config["accuracy"][0]["methods"] = [{"name": name} for name in ("dense", "m-countdown", "d-countdown")]
+    config["accuracy"][1]["methods"] = [{"name": name} for name in ("cats", "m-countdown")]
     for block in config["accuracy"]:
         block["sparsities"] = [0.8]
         for task in block["tasks"]:
             task["limit"] = 2
     config["calibration"]["max_tokens"] = 256
-    config["accuracy"][2]["methods"] = [{"name": "d-countdown"}]
     config["predictor"] |= {"max_tokens": 1024, "rounds": 1}
     config["analysis"] |= {"documents": 2, "new_tokens": 4}
     config["speed"] = config["speed"][:1]

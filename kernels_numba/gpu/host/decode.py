@@ -10,8 +10,8 @@ from numba import cuda
 from kernels_numba.gpu.decode import add_rms_norm, attention
 from kernels_numba.gpu.decode.add_rms_norm import NormPlan
 from kernels_numba.gpu.decode.attention import AttentionPlan
+from kernels_numba.gpu.masking import current_stream
 from kernels_numba.gpu.ptx import vectors
-from kernels_numba.gpu.topk import current_stream
 
 if TYPE_CHECKING:
     from torch import Tensor

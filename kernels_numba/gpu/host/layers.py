@@ -28,7 +28,7 @@ from kernels_numba.gpu.host.active_set import active_neurons
 from kernels_numba.gpu.host.checks import NAMES, check_factors, check_list, check_range, check_weight, unavailable
 from kernels_numba.gpu.host.jit import Launch, Loaded, load_kernel
 from kernels_numba.gpu.host.tuning import device_facts, launch_tokens, tuned_plan
-from kernels_numba.gpu.mlp.plan import MAX_BATCH, STAMPS, TRACED, Kind, Plan
+from kernels_numba.gpu.mlp.plan import MAX_BATCH, STAMPS, TRACED, Kind, Plan, Quantity
 
 
 def transpose_down(w_down: Tensor, *, keep_dense: bool = True) -> Tensor:
@@ -57,6 +57,7 @@ class Layer:
         first: Literal["gate", "up"] = "up",
         deterministic: bool = False,
         scaled: bool = False,
+        predicted: tuple[tuple[Quantity, int], ...] = (),
     ) -> None:
         if not isinstance(w_down_t, Tensor) or w_down_t.dim() != 2:
             raise ValueError("w_down_t must be a matrix (d_ff, d_model): pass transpose_down(w_down)")
@@ -70,6 +71,7 @@ class Layer:
         self._changes: dict[str, Any] = {}
         self._options: dict[str, Any] = {
             "activation": activation, "rank": rank, "first": first, "deterministic": deterministic, "scaled": scaled,
+            "predicted": predicted,
         }  # fmt: skip
         self._addresses: dict[str, int | float] = {"down": w_down_t.data_ptr()}
         self._launches: dict[int, tuple[Loaded, Launch, Tensor]] = {}
@@ -217,7 +219,7 @@ def extent(value: Tensor) -> tuple[int, int]:
     return value.data_ptr(), value.numel() * value.element_size()
 
 
-class _ChoosingLayer(Layer):
+class ChoosingLayer(Layer):
     """A layer that finds its active neurons itself."""
 
     def __init__(self, w_down_t: Tensor, activation: str, threshold: float, **options: Any) -> None:
@@ -241,7 +243,7 @@ class _ChoosingLayer(Layer):
         return active_neurons(*self.last_launch, token)
 
 
-class ThresholdLayer(_ChoosingLayer):
+class ThresholdLayer(ChoosingLayer):
     """CATS (``first="gate"``, score ``abs(act(g))``) and M-COUNTDOWN (``first="up"``, score ``abs(u)``).
 
     Parameters
@@ -304,7 +306,7 @@ class ThresholdLayer(_ChoosingLayer):
         return self._run(x, out, residual)
 
 
-class PredictorLayer(_ChoosingLayer):
+class PredictorLayer(ChoosingLayer):
     """Methods with a low-rank predictor: a neuron is active unless its logit ``(x V^T) U^T`` is below the threshold.
 
     Parameters as `ThresholdLayer`, and

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
-from kernels_numba.gpu.mlp.plan import Kind, Plan, shared_limit
+from kernels_numba.gpu.mlp.plan import Kind, Plan, Quantity, shared_limit
 
 _REGISTERS = 65536  # of an SM
 _BLOCK_RESERVED = 1024  # shared memory the system keeps for every block
@@ -46,6 +46,7 @@ def tuned_plan(
     value_dtype: str = "float32",
     deterministic: bool = False,
     scaled: bool = False,
+    predicted: tuple[tuple[Quantity, int], ...] = (),
 ) -> Plan:
     """Plan of a layer on a device with ``n_blocks`` SMs.
 
@@ -61,7 +62,7 @@ def tuned_plan(
     plan = Plan(
         kind, d_model, d_ff, dtype=dtype, activation=activation, first=first, rank=rank, batch=batch,
         n_blocks=n_blocks, capability=capability, value_dtype=value_dtype, deterministic=deterministic,
-        scaled=scaled,
+        scaled=scaled, predicted=predicted,
     )  # fmt: skip
     if d_model <= 0 or d_model % 8 or d_ff <= 0 or d_ff % 8 or dtype not in ("bfloat16", "float16", "float32"):
         plan.check()
@@ -72,11 +73,12 @@ def tuned_plan(
             half = replace(plan, depth=depth, resident=2, overlap=True)
             if half.shared.total + _BLOCK_RESERVED <= (limit + _BLOCK_RESERVED) // 2:
                 return half.check()
-    for depth in (3, 2, 1):
-        whole = replace(plan, depth=depth, overlap=capability >= (9, 0))
+    # a gated predictor of 8 tokens at d_model 4096 in fp32 is 304 bytes too large with 4 rows a packet
+    for depth, rows in ((3, plan.rows), (2, plan.rows), (1, plan.rows), (1, min(2, plan.rows))):
+        whole = replace(plan, depth=depth, rows=rows, overlap=capability >= (9, 0))
         if whole.shared.total <= limit:
             return whole.check()
-    return replace(plan, depth=1).check()
+    return whole.check()
 
 
 def device_facts(device: Any) -> tuple[int, tuple[int, int]]:

@@ -26,7 +26,8 @@ from kernels_numba.gpu.mlp.work_queue import make_claim, make_clear_slots
 
 # Addresses, 0 where a kind does not use one: x, dense (first projection, or V of the predictor), U, a and b (other
 # projections), W_down transposed, residual, y, workspace, indices, values (coefficients; of ``threshold`` the factors of the
-# neurons), count, distance of two tokens' values; then the threshold and the number of tokens.
+# neurons, of a gated predictor what each part misses), count, distance of two tokens' values; then the threshold and the
+# number of tokens.
 ARGUMENTS = (
     "x", "dense", "u", "a", "b", "down", "residual", "y", "workspace", "indices", "values", "count", "value_stride",
     "threshold", "n_tokens",
@@ -107,7 +108,7 @@ def make_predictor_kernel(plan: Plan, dev: Any) -> Callable[..., None]:
         found, epoch, share = 0, 0, zeros()
         clear(shared, tid)
         if selects:
-            found, epoch = select(shared, ws, x, dense, u, first, mine, threshold, n_tokens, block, tid)
+            found, epoch = select(shared, ws, x, dense, u, values, first, mine, threshold, n_tokens, block, tid)
             stamp(ws, block, 3, tid)
         elif sums:
             epoch = read_epoch(ws, block)

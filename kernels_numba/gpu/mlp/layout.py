@@ -13,6 +13,7 @@ class Shared(NamedTuple):
     x: int  # the tokens, each laid out as a slot
     z: int  # V x of all tokens, fp32
     scratch: int  # two areas in turn for the warps' parts of a block's sums
+    residuals: int  # of a gated predictor, of the block's own rows
     logits: int  # the warps' parts of the logits of the block's own rows
     claims: int  # claimed packets on their way from the claiming warp, then how many are asked for
     begins: int  # of each packet in the ring its first row, or its first place in the work list

@@ -11,6 +11,7 @@ from kernels_numba.gpu.mlp.layout import Shared, Workspace, offsets
 from kernels_numba.gpu.ptx.dtypes import BYTES, elements
 
 Kind = Literal["threshold", "predictor", "given", "down"]
+Quantity = Literal["gate", "act", "up"]
 Phase = Literal["project", "select", "sparse", "reduce"]
 PHASES: tuple[Phase, ...] = ("project", "select", "sparse", "reduce")  # project: z = V x of a predictor
 MAX_BATCH = 8
@@ -77,6 +78,9 @@ class Plan:
         more rows (``work_queue``). The other kinds are deterministic either way.
     scaled : bool
         ``threshold``: the score is the magnitude times a factor of the neuron, fp32.
+    predicted : tuple of (quantity, rank)
+        ``predictor``: one or two quantities, each approximated at a rank of its own, that a gated predictor's logit is made
+        of; ``act`` is the gate behind the activation function. The ranks add up to ``rank``. None: the logit is U (V x).
     """
 
     kind: Kind
@@ -100,6 +104,7 @@ class Plan:
     trace: bool = False
     deterministic: bool = False
     scaled: bool = False
+    predicted: tuple[tuple[Quantity, int], ...] = ()
 
     # geometry of a row ------------------------------------------------------------------------------------------------
     @property
@@ -162,9 +167,16 @@ class Plan:
 
     # predictor --------------------------------------------------------------------------------------------------------
     @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """Columns of U of each dot product, and with zeros added to a whole number of warps; a gated predictor may have two."""
+        warp = 32 * self.vector
+        ranks = [rank for _, rank in self.predicted] or [self.rank]
+        return tuple((rank, warp * math.ceil(rank / warp)) for rank in ranks)
+
+    @property
     def rank_padded(self) -> int:
-        """Rank with zero columns added so that a row of U is a whole number of warps wide."""
-        return 32 * self.vector * math.ceil(self.rank / (32 * self.vector))
+        """Columns of a row of U, those with zeros too."""
+        return sum(padded for _, padded in self.parts)
 
     @property
     def rank_pieces(self) -> int:
@@ -288,6 +300,7 @@ class Plan:
             "x": self.batch * self.slot_bytes,
             "z": self.batch * self.rank_padded * 4,
             "scratch": 2 * self.scratch_floats * 4,
+            "residuals": len(self.predicted) * self.block_rows * 4,
             "logits": self.logit_packets * self.logit_slots * self.batch * self.logit_warps * 4 if self.rank else 0,
             "claims": (CLAIMS + 1) * 8 if self.claims else 0,
             "begins": self.depth * 4 if self.kind == "threshold" else 0,
@@ -349,6 +362,10 @@ class Plan:
             raise ValueError(f"activation {self.activation!r}: the CUDA kernels know silu and gelu_tanh")
         if (self.kind == "predictor") != (self.rank > 0):
             raise ValueError(f"rank={self.rank} of kind {self.kind}: a predictor, and nothing else, has a rank > 0")
+        if self.predicted and (len(self.predicted) > 2 or sum(rank for _, rank in self.predicted) != self.rank):
+            raise ValueError(
+                f"predicted={self.predicted}: one or two quantities, whose ranks add up to rank={self.rank}"
+            )
         if self.scaled and self.kind != "threshold":
             raise ValueError(f"scaled of kind {self.kind}: only a threshold on a projection takes a factor a neuron")
         if self.batch not in (1, 2, 4, 8):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from kernels_numba.gpu.mlp.grid_barrier import make_flags
 from kernels_numba.gpu.mlp.plan import Plan
 from kernels_numba.gpu.mlp.reduce import make_block_sum
 from kernels_numba.gpu.mlp.ring import make_ring, make_tokens
+from kernels_numba.gpu.mlp.sparse_rows import make_activation
 from kernels_numba.gpu.mlp.trace import make_stamp
 
 
@@ -47,11 +49,54 @@ def make_logits(plan: Plan, dev: Any) -> Any:
     return logits
 
 
+def make_logit(plan: Plan, dev: Any) -> SimpleNamespace:
+    """``logit(...)``: of row ``i`` from the warps' parts of its dot products; ``copy_residuals(...)``: what that takes.
+
+    A gated predictor approximates one or two quantities, each by some warps of a row of U, and its logit is the root of the
+    product of ``q^2 + residual``, what their squares are expected to be. The residuals of the block's rows are
+    asked for before the weights: loaded when they are needed they would come 3 to 10 us late.
+    """
+    predicted, row_warps, zero = [name for name, _ in plan.predicted], plan.rank_pieces // 32, np.float32(0.0)
+    first_warps, two, acts = plan.parts[0][1] // plan.vector // 32, len(predicted) == 2, predicted[:1] == ["act"]
+    n, d_ff, rows, threads, at = len(predicted), plan.d_ff, plan.block_rows, plan.threads, plan.shared
+    activation = make_activation(plan, dev)
+
+    @dev.device_function
+    def total(parts, begin, end):
+        found = zero
+        for w in range(begin, end):
+            found += dev.shared_load_f32(parts + w * 4)
+        return found
+
+    @dev.device_function
+    def expected(shared, guess, i):
+        return guess * guess + dev.shared_load_f32(shared + at.residuals + i * 4)
+
+    @dev.device_function
+    def logit(shared, parts, i):
+        found = total(parts, 0, first_warps)
+        if n:
+            square = expected(shared, activation(found) if acts else found, i)
+            if two:
+                square *= expected(shared, total(parts, first_warps, row_warps), rows + i)
+            found = dev.sqrt(square)
+        return found
+
+    @dev.device_function
+    def copy_residuals(shared, residuals, first, end, tid):
+        if n:
+            for i in range(tid, end, threads):
+                for j in range(n):
+                    dev.copy4(shared + at.residuals + (j * rows + i) * 4, residuals + (j * d_ff + first + i) * 4)
+
+    return SimpleNamespace(logit=logit, copy_residuals=copy_residuals)
+
+
 def make_keep(plan: Plan, dev: Any) -> Any:
     """``keep(...)``, when all packets of U have passed: the block's work list, told to the others, and its length."""
     tokens, warps, groups, at, area = plan.batch, plan.warps, -(-plan.block_rows // 32), plan.shared, plan.workspace
     per_slot, n_slots, per_packet = plan.logit_rows, plan.logit_slots, plan.logit_rows * plan.logit_slots
-    used, row_warps, zero = plan.logit_warps, plan.rank_pieces // 32, np.float32(0.0)
+    used, row_warps, logit = plan.logit_warps, plan.rank_pieces // 32, make_logit(plan, dev).logit
 
     @dev.device_function
     def keep(shared, workspace, first, end, threshold, n_tokens, epoch, block, tid):
@@ -63,10 +108,8 @@ def make_keep(plan: Plan, dev: Any) -> Any:
                 slot_row = i // per_packet * n_slots + i % per_packet // per_slot
                 for t in range(tokens):
                     parts = shared + at.logits + ((slot_row * tokens + t) * used + i % per_slot * row_warps) * 4
-                    logit = zero
-                    for w in range(row_warps):
-                        logit += dev.shared_load_f32(parts + w * 4)
-                    if t < n_tokens and not (logit < threshold):
+                    value = logit(shared, parts, i)
+                    if t < n_tokens and not (value < threshold):
                         keepers |= 1 << t
             kept = dev.ballot(keepers != 0)
             if warp == g % warps and keepers != 0:
@@ -100,8 +143,9 @@ def make_fill_select(plan: Plan, dev: Any) -> Any:
 
 def make_project(plan: Plan, dev: Any) -> Any:
     """``project(...)``: entries of z from a packet of V, told to all blocks; returns the scratch parity."""
-    rows, tokens, padded, n_blocks = plan.rows, plan.batch, plan.rank_padded, plan.n_blocks
+    rows, tokens, rank, padded, n_blocks = plan.rows, plan.batch, plan.rank, plan.rank_padded, plan.n_blocks
     at, area, scratch_bytes, width = plan.shared, plan.workspace, plan.scratch_floats * 4, 32 // plan.dense_sums
+    split, begin = plan.parts[0]  # the second part of z begins where that of a row of U does
     dot = dev.make_rows_dot(plan.dtype, rows, plan.batch, plan.chunks, plan.slot_bytes, plan.chunk_bytes)
     block_sum = make_block_sum(plan, dev, plan.dense_sums)
 
@@ -113,8 +157,10 @@ def make_project(plan: Plan, dev: Any) -> Any:
         number = (tid & 31) // width
         i = g * rows + number // tokens
         if tid < 32 and tid % width == 0 and i < z_end:
-            place = workspace + area.z + ((number % tokens) * padded + block + i * n_blocks) * 8
-            dev.store_tagged_f32(place, total, epoch)
+            entry = block + i * n_blocks
+            if split < rank and entry >= split:
+                entry += begin - split
+            dev.store_tagged_f32(workspace + area.z + ((number % tokens) * padded + entry) * 8, total, epoch)
         return parity
 
     return project
@@ -123,14 +169,15 @@ def make_project(plan: Plan, dev: Any) -> Any:
 def make_receive_z(plan: Plan, dev: Any) -> Any:
     """``receive_z(...)``: z of all tokens from all blocks into shared memory, with a barrier on both sides."""
     threads, tokens, padded, rank = plan.threads, plan.batch, plan.rank_padded, plan.rank
-    at, area, zero = plan.shared, plan.workspace, np.float32(0.0)
+    at, area, zero, (split, begin) = plan.shared, plan.workspace, np.float32(0.0), plan.parts[0]
+    two = len(plan.parts) == 2
 
     @dev.device_function
     def receive_z(shared, workspace, epoch, tid):
         dev.syncthreads()
         for i in range(tid, tokens * padded, threads):
-            value = zero
-            if i % padded < rank:
+            value, column = zero, i % padded
+            if column < split or (two and begin <= column < begin + rank - split):
                 value = dev.wait_tagged_f32(workspace + area.z + i * 8, epoch)
             dev.shared_store_f32(shared + at.z + i * 4, value)
         dev.syncthreads()
@@ -148,17 +195,20 @@ def make_predictor_select(plan: Plan, dev: Any) -> Any:
     n_blocks, per_packet, wait = plan.n_blocks, plan.logit_rows * plan.logit_slots, dev.make_copy_wait(plan.depth - 1)
     fill, project, receive_z = make_fill_select(plan, dev), make_project(plan, dev), make_receive_z(plan, dev)
     logits, keep, stamp = make_logits(plan, dev), make_keep(plan, dev), make_stamp(plan, dev)
+    copy_residuals = make_logit(plan, dev).copy_residuals
     tokens, read_epoch = make_tokens(plan, dev), make_flags(plan, dev).epoch
     load_x, copy_x = tokens.load_x, tokens.copy_x
 
     @dev.device_function
-    def select(shared, workspace, x, v, u, first, end, threshold, n_tokens, block, tid):
+    def select(shared, workspace, x, v, u, residuals, first, end, threshold, n_tokens, block, tid):
         z_end = (rank - block + n_blocks - 1) // n_blocks if projects and block < rank else 0
         z_steps = (z_end + rows - 1) // rows
         steps = z_steps + ((end + per_packet - 1) // per_packet if chooses else 0)
         ring, parity = 0, 0
         if not overlap:
             copy_x(shared, x, n_tokens, tid)
+        if chooses:
+            copy_residuals(shared, residuals, first, end, tid)
         for p in range(depth):
             fill(shared + at.ring + p * packet_bytes, p, z_steps, steps, z_end, v, u, first, end, block, tid)
         if overlap:

@@ -89,6 +89,7 @@ shared_wait_above = instruction(
 store_clock = instruction("{ .reg .b64 t; mov.u64 t, %clock64; st.global.b64 [$0], t; }", types.void, types.int64)
 exp2 = instruction("ex2.approx.f32 $0, $1;", types.float32, types.float32, pure=True)
 divide = instruction("div.full.f32 $0, $1, $2;", types.float32, types.float32, types.float32, pure=True)
+sqrt = instruction("sqrt.rn.f32 $0, $1;", types.float32, types.float32, pure=True)
 popcount = instruction("popc.b32 $0, $1;", types.int32, types.int32, pure=True)
 
 

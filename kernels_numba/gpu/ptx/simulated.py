@@ -132,6 +132,12 @@ def divide(a: Any, b: Any) -> Any:
         return np.float32(a) / np.float32(b)
 
 
+def sqrt(x: Any) -> Any:
+    """Root in fp32."""
+    with np.errstate(all="ignore"):
+        return np.sqrt(np.float32(x))
+
+
 def popcount(value: int) -> int:
     """Set bits of the low 32."""
     return (int(value) & 0xFFFFFFFF).bit_count()

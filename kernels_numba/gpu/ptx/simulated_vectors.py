@@ -27,13 +27,27 @@ from kernels_numba.gpu.ptx.simulated import (  # noqa: F401  kernels reach every
     store_f32,
     widen,
 )
-from kernels_numba.gpu.ptx.simulated_warp import all_lanes, device_function, lane_xor, thread_index  # noqa: F401
+from kernels_numba.gpu.ptx.simulated_warp import (  # noqa: F401
+    all_lanes,
+    ballot,
+    device_function,
+    lane_of,
+    lane_xor,
+    match_any,
+    sync_warp,
+    thread_index,
+)
 from kernels_numba.gpu.ptx.simulator import shared_memory, syncthreads, view  # noqa: F401
 
 
 def prefetch(address: int) -> None:
     """Only the address is looked at."""
     view(address, ctypes.c_uint32)
+
+
+def add_i64(address: int, value: int) -> None:
+    """One thread of one block at a time."""
+    view(address, ctypes.c_int64)[0] += int(value)
 
 
 def atomic_add_acq_rel(address: int, value: int) -> int:

@@ -80,3 +80,13 @@ def lane_of(value: int, lane: int) -> int:
 def ballot(predicate: bool) -> int:
     """As in ``warp``."""
     return sum(1 << i for i, lane in enumerate(all_lanes(bool(predicate))) if lane)
+
+
+def match_any(value: int) -> int:
+    """As in ``warp``."""
+    return sum(1 << i for i, lane in enumerate(all_lanes(int(value))) if lane == int(value))
+
+
+def sync_warp() -> None:
+    """As in ``warp``."""
+    syncthreads()

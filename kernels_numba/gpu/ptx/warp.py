@@ -114,3 +114,15 @@ def lane_of(context: Any, value: Any, lane: Any) -> Any:
 def ballot(predicate: bool) -> int:
     """Bit l is set if lane l's predicate holds."""
     return cuda.ballot_sync(_FULL_WARP, predicate)
+
+
+@device_function
+def match_any(value: int) -> int:
+    """Lanes, a bit each, whose 32-bit integer is this lane's."""
+    return cuda.match_any_sync(_FULL_WARP, value)
+
+
+@device_function
+def sync_warp() -> None:
+    """What the lanes wrote to shared memory is seen by all of them."""
+    cuda.syncwarp(_FULL_WARP)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from suite.report.figures import coefficients, decode, kernels, layers, predictors, quality, speed_up, tradeoff
+from suite.report.figures import coefficients, decode, kernels, layers, predictors, quality, size, speed_up, tradeoff
 from suite.report.objects import ReportFigure
 
 FIGURES: tuple[ReportFigure, ...] = (
     *tradeoff.FIGURES,
     *quality.FIGURES,
+    *size.FIGURES,
     *speed_up.FIGURES,
     *coefficients.FIGURES,
     *predictors.FIGURES,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from suite.config import AccuracyBlock, MatrixConfig, MethodConfig, ModelConfig, Scope
 from suite.errors import InputError, named
 from suite.evaluation.tasks import ROLLING_TASKS, TaskSpec
+from suite.modeling.names import named_parameters
 from suite.registry import get_method, method_class
 from suite.runs.cells.base import ID_LENGTH, Cell, World
 from suite.runs.cells.guard import refuse_evaluated_text
@@ -140,6 +141,9 @@ def _refuse_twins(cells: Sequence[AccuracyCell]) -> None:
 def _block_cells(
     config: MatrixConfig, world: World, model: ModelConfig, seed: int, block: AccuracyBlock, place: str
 ) -> Iterator[AccuracyCell]:
+    size = named_parameters(world.model_name(model.id)) or 0
+    if size < block.min_parameters or (block.max_parameters is not None and size >= block.max_parameters):
+        return
     for task_config in world.members(block.tasks):
         prepared = prepare_task(task_config, world, f"{place}.tasks")
         scopes = _scopes(prepared.spec, block)

@@ -9,13 +9,12 @@ import numpy as np
 
 from suite import schema
 from suite.evaluation.groups import Weighting, average, average_error, averaged_metrics, shares
-from suite.evaluation.results import WEIGHT
 from suite.runs.cells.accuracy import AccuracyCell
 from suite.runs.cells.groups import GroupCells
-from suite.statistics import Units, bootstrap_interval, is_log_space, resampling_group
+from suite.runs.view.pairs import Samples, paired
+from suite.statistics import Units, bootstrap_interval, is_log_space
 
 Row = dict[str, Any]
-Samples = Mapping[str, Mapping[str, float]]  # value by document by metric
 _OF_THE_SETTING = ("run_id", *schema.GROUPS.settings, "batch_size")
 
 
@@ -80,7 +79,10 @@ def _interval(
     """Interval of the difference to dense: documents are resampled within each task; none where values are not means."""
     if any(row.get("aggregation") for _, _, row in found):
         return {}
-    tasks = [_units(weighting.metric, chain, samples[cell.id], samples[dense.id]) for cell, dense, _ in found]
+    pairs = [paired(samples[cell.id], samples[dense.id], weighting.metric, chain) for cell, dense, _ in found]
+    tasks = [Units.of(*pair) for pair in pairs if pair is not None]
+    if len(tasks) < len(found):
+        return {}
     share = shares([row["n_samples"] for _, _, row in found], by_size=weighting.by_size)
     made = np.exp if is_log_space(weighting.metric) else np.asarray
 
@@ -89,14 +91,3 @@ def _interval(
 
     _, low, high = bootstrap_interval(tasks, difference)
     return {"delta_ci_low": low, "delta_ci_high": high}
-
-
-def _units(metric: str, chain: str, own: Samples, base: Samples) -> Units:
-    name = next(name for name in (f"{metric},{chain}", metric) if name in own)
-    documents = sorted(own[name])
-    weights = [samples.get(name + WEIGHT, {}) for samples in (own, base)]
-    return Units.of(
-        [[samples[name][d] for d in documents] for samples in (own, base)],
-        [[weight.get(d, 1.0) for d in documents] for weight in weights],
-        [resampling_group(d) for d in documents],
-    )

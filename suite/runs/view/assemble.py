@@ -11,7 +11,6 @@ from typing import Any
 
 from suite import schema
 from suite.errors import InputError
-from suite.evaluation.results import WEIGHT
 from suite.methods.base import NEURONS
 from suite.methods.cost import share_of_sites
 from suite.registry import method_class
@@ -19,8 +18,9 @@ from suite.runs.cells.accuracy import AccuracyCell
 from suite.runs.cells.matrix import Matrix
 from suite.runs.store import Record
 from suite.runs.view.aggregates import aggregate_rows
+from suite.runs.view.pairs import paired
 from suite.runs.view.scrub import Scrubber
-from suite.statistics import paired_delta, paired_delta_of_resampled, resampling_group
+from suite.statistics import paired_delta, paired_delta_of_resampled
 
 Row = dict[str, Any]
 _OF_THE_KEY = ("device_name", "driver_version")  # measured rows have them too, the driver of a CPU as ""
@@ -117,25 +117,14 @@ class Assembly:
         record = self._records[dense.key] if dense else None
         if dense is None or record is None or record["status"] != "ok" or cell.mode == "none":
             return {}
-        metric = str(row["metric"])
         if row.get("aggregation"):
             return self._resampled_delta(cell, dense, row)
-        for name in (f"{metric},{row.get('filter')}", metric):
-            own, base = (self._samples_of(c).get(name, {}) for c in (cell, dense))
-            if own and own.keys() == base.keys():
-                break
-        else:
+        metric = str(row["metric"])
+        pair = paired(self._samples_of(cell), self._samples_of(dense), metric, str(row.get("filter")))
+        if pair is None:
             return {}
-        documents = sorted(own)
-        weights = [self._samples_of(c).get(name + WEIGHT, {}) for c in (cell, dense)]
-        delta, low, high = paired_delta(
-            [own[d] for d in documents],
-            [weights[0].get(d, 1.0) for d in documents],
-            [base[d] for d in documents],
-            [weights[1].get(d, 1.0) for d in documents],
-            metric,
-            [resampling_group(d) for d in documents],
-        )
+        own, base = zip(pair.values, pair.weights, strict=True)
+        delta, low, high = paired_delta(*own, *base, metric, pair.groups)
         return {"delta_dense": delta, "delta_ci_low": low, "delta_ci_high": high}
 
     def _resampled_delta(self, cell: AccuracyCell, dense: AccuracyCell, row: Row) -> Row:

@@ -1,4 +1,4 @@
-"""The CUDA selection of the ideal modes on Numba's simulator against a stable sort: both widths, ties, NaN, infinities."""
+"""The CUDA masking kernel on Numba's simulator against a stable sort and thresholds: both widths, ties, NaN, infinities."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ pytest.importorskip("numba.cuda", reason="needs numba-cuda or numba's own CUDA t
 
 
 @pytest.mark.slow
-def test_selection_equals_a_stable_sort() -> None:
+def test_dropped_as_by_a_stable_sort_and_by_thresholds() -> None:
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.kernels.topk_cases"]
+    command = [sys.executable, "-m", "tests.kernels.masking_cases"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["ok"]
