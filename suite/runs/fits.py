@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from suite.config import AccuracyBlock, MatrixConfig, MethodConfig, ModelConfig
+from suite.config import AccuracyBlock, MatrixConfig, MethodConfig, ModelConfig, PredictorConfig
 from suite.errors import InputError
 from suite.fitting.options import PredictorOptions
 from suite.registry import method_class
@@ -53,24 +53,29 @@ def requests_of(
             yield FitRequest(*common, estimator, source, text.max_tokens, seed)
         return
     sources = block.fit_sources or predictor.sources or [text.source]
-    suited = [
+    for (options, kind), source in product(_predictors(predictor, method.name), sources):
+        yield FitRequest(*common, kind, source, predictor.max_tokens, seed, options)
+
+
+def _predictors(predictor: PredictorConfig, method: str) -> list[tuple[PredictorOptions, str]]:
+    """Predictors that a matrix names and a method can have, each with an estimator of its threshold."""
+    suited: list[tuple[PredictorOptions, str]] = [
         (options, kind)
         for options, kind in product(predictor.options(), predictor.estimators)
         # one in closed form needs to know what it stands in for, and has no logits whose threshold is 0
-        if not options.is_closed_form or (method_class(method.name).predicted and kind != "zero")
+        if not options.is_closed_form or (method_class(method).predicted and kind != "zero")
     ]
     if not suited:
         kinds = ", ".join(dict.fromkeys(one.predictor for one in predictor.options()))
         raise InputError(
-            f"method {method.name!r} has no practical mode with predictors {kinds} and estimators "
+            f"method {method!r} has no practical mode with predictors {kinds} and estimators "
             f"{', '.join(predictor.estimators)}: give another of either, or leave it out"
         )
-    for (options, kind), source in product(suited, sources):
-        yield FitRequest(*common, kind, source, predictor.max_tokens, seed, options)
+    return suited
 
 
 def request_of_case(case: SpeedCase, config: MatrixConfig) -> FitRequest | None:
-    """What a sparse row of a model with real weights decodes with: the first of the matrix' estimators and texts."""
+    """What a sparse row of a model with real weights decodes with: the first that the matrix names."""
     from suite.decoding.shapes import has_weights
 
     if case.level != "decode" or case.mode == "none" or not has_weights(case.model_shape):
@@ -79,8 +84,8 @@ def request_of_case(case: SpeedCase, config: MatrixConfig) -> FitRequest | None:
     estimator: str = text.estimators[0]
     source, max_tokens, options = text.source, text.max_tokens, None
     if method_class(case.method).needs_predictor:
-        estimator, source, max_tokens = predictor.estimators[0], [*predictor.sources, source][0], predictor.max_tokens
-        options = next((one for one in predictor.options() if one.predictor == "low-rank"), PredictorOptions())
+        source, max_tokens = [*predictor.sources, source][0], predictor.max_tokens
+        options, estimator = _predictors(predictor, case.method)[0]
     return FitRequest(
         model=case.model_shape,
         dtype=case.dtype,

@@ -103,7 +103,8 @@ class StepSubject(Subject):
             outcome = check(self._decode, self._method, self._kernels, context.start, real=real)
             self._tell(f"{case.label}: {outcome.summary}")
             facts |= {"extra_memory_mib": self._method.extra_bytes / 2**20}
-            facts |= {"predictor": "low-rank"} if case.rank is not None else {}
+            if (predictor := self._method.predictor) is not None:  # one with random matrices has no kind
+                facts |= {"predictor": getattr(predictor, "predictor", "low-rank")}
         passed = {} if outcome.reason else {"jit_s": context.jit_s, "decode_check": outcome.row}
         return Check(outcome.error, outcome.reason, facts | passed)
 

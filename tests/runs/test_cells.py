@@ -182,6 +182,25 @@ def test_decode_rows_of_real_weights_share_the_fits_of_the_matrix():
     assert sparse[0].key_fields["fit"] == sparse[0].fit_key
 
 
+def test_decode_rows_take_the_first_predictor_that_the_matrix_names_and_the_method_can_have():
+    from suite.runs.cells.speed import expand_speed
+
+    predictor = {
+        "predictors": ["gated", "low-rank"],
+        "ranks": [9, None],
+        "rounds": 3,
+        "estimators": ["zero", "calibrated"],
+    }
+    speed = {"shapes": ["embedded"], "methods": ["dejavu", "d-countdown"], "sparsities": [0.5], "level": "decode"}
+    config = matrix(speed=[speed | {"backends": ["numba-cpu"]}], predictor=predictor)
+    found = {cell.case.method: cell for cell in expand_speed(config, FakeWorld()) if cell.fit}
+    told = {
+        name: (cell.fit.options.predictor, cell.case.rank, cell.fit.options.rounds, cell.fit.estimator)
+        for name, cell in found.items()
+    }
+    assert told == {"dejavu": ("low-rank", 9, 3, "zero"), "d-countdown": ("gated", 9, 3, "calibrated")}
+
+
 def test_decode_rows_of_random_weights_need_no_fit():
     from suite.config import load_config
     from suite.runs.cells.speed import expand_speed

@@ -63,8 +63,8 @@ def expand_speed(config: MatrixConfig, world: World) -> list[TimedCell]:
 def _timed(case: SpeedCase, config: MatrixConfig, world: World) -> TimedCell:
     device, seed = world.speed_device(case.device), config.seeds[0]
     fit = request_of_case(case, config) if device else None  # where nothing can run, no model need be there
-    if fit is not None and fit.options is not None and fit.options.rank is not None:
-        case = replace(case, rank=fit.options.rank)
+    if fit is not None and fit.options is not None:
+        case = replace(case, rank=fit.options.rank_for(case.d_model))
     fit_key = world.fit_key(fit) if fit is not None else None
     return TimedCell(
         case=case,
