@@ -3,8 +3,8 @@
 ``kernels_numba.reference``
     The gated MLP in float64, and the error a right kernel may have.
 ``kernels_numba.cpu``
-    ``ThresholdLayer`` (CATS, M-COUNTDOWN, either with a factor a neuron), ``GivenLayer`` (a given active set),
-    ``sparse_down_proj``, ``transpose_down``.
+    ``ThresholdLayer`` (CATS, M-COUNTDOWN, either with a factor a neuron, given or made by a low rank), ``GivenLayer`` (a
+    given active set), ``sparse_down_proj``, ``transpose_down``.
 ``kernels_numba.gpu``
     The same for CUDA devices; its README.md walks one launch from x to y.
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kernels_numba import cpu_kernels
 from kernels_numba.checks import check_apart, checked_threshold
-from kernels_numba.reference import ACTIVATIONS
+from kernels_numba.reference import ACTIVATIONS, LowRank
 
 Array = TypeVar("Array", torch.Tensor, NDArray[Any])
 AnyArray = torch.Tensor | NDArray[Any]
@@ -147,6 +147,27 @@ class _Layer:
         return list(source.reshape(-1, self.d_model)), list(target.reshape(-1, self.d_model)), out
 
 
+class _Approximation:
+    """Bound matrices of a low rank."""
+
+    def __init__(self, low_rank: LowRank, d_model: int, d_ff: int) -> None:
+        v = _view("v of low_rank", low_rank.v, (d_model, None), strided=True)
+        if not 1 <= v.shape[1] <= d_model:
+            raise ValueError(f"v of low_rank has rank {v.shape[1]}: must be 1 to d_model={d_model}")
+        self._v_t = np.ascontiguousarray(v.T)
+        self._u = _view("u of low_rank", low_rank.u, (d_ff, v.shape[1]))
+        self._residual = _view("residual of low_rank", low_rank.residual, (d_ff,))
+        self._z = np.zeros(v.shape[1], dtype=np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        return self._v_t.nbytes + self._u.nbytes + self._residual.nbytes + self._z.nbytes
+
+    def fill(self, scale: NDArray[Any], x: NDArray[Any], activated: bool, kind: int, threads: int) -> None:
+        """Factors of a token; ``activated`` where the gate is approximated."""
+        cpu_kernels.low_rank_scale(self._v_t, self._u, self._residual, x, activated, kind, self._z, scale, threads)
+
+
 class ThresholdLayer(_Layer):
     """Gated MLP that computes one projection densely and uses the neurons whose score is not below a threshold.
 
@@ -164,6 +185,9 @@ class ThresholdLayer(_Layer):
         A neuron is kept unless its score is below it; -inf keeps all.
     scale : Tensor or array, shape (d_ff,), fp32, optional
         Factor of each neuron in its score: ``abs(u_i) * scale_i`` or ``abs(act(g_i)) * scale_i``, an fp32 product.
+    low_rank : LowRank of fp32 tensors, optional, in place of ``scale``
+        Of the other projection: makes the factors of each token, ``sqrt(act(U V^T x)^2 + residual)``, with ``first="gate"``
+        ``sqrt((U V^T x)^2 + residual)``. V is kept transposed, a copy.
     threads : int, optional
         Default: all of numba's.
 
@@ -175,7 +199,7 @@ class ThresholdLayer(_Layer):
     Raises
     ------
     ValueError
-        Wrong dtype, device, shape, contiguity or name, or a threshold that is NaN or not a number.
+        Wrong dtype, device, shape, contiguity or name, a threshold that is NaN or not a number, or both kinds of factors.
     """
 
     def __init__(
@@ -188,6 +212,7 @@ class ThresholdLayer(_Layer):
         first: str,
         threshold: float,
         scale: AnyArray | None = None,
+        low_rank: LowRank | None = None,
         threads: int | None = None,
     ) -> None:
         super().__init__(w_gate, w_up, w_down_t, activation=activation, threads=threads)
@@ -195,7 +220,12 @@ class ThresholdLayer(_Layer):
             raise ValueError(f"first={first!r}: must be 'up' (M-COUNTDOWN) or 'gate' (CATS)")
         self.first = first
         self.threshold = threshold
+        if scale is not None and low_rank is not None:
+            raise ValueError("scale and low_rank were given: both are the factors of the neurons, pass one")
         self.scale = None if scale is None else _view("scale", scale, (self.d_ff,))
+        self._low_rank = None if low_rank is None else _Approximation(low_rank, self.d_model, self.d_ff)
+        if self._low_rank is not None:
+            self.scale = np.zeros(self.d_ff, dtype=np.float32)  # of the token under way
         self._indices = np.zeros(self.d_ff, dtype=np.int32)
         self._counts = np.zeros(self.threads, dtype=np.int64)
         self._last = 0
@@ -217,18 +247,25 @@ class ThresholdLayer(_Layer):
 
     @property
     def extra_bytes(self) -> int:
-        """Memory beyond the dense layer's: the transposed ``W_down``, the factors and the workspaces."""
+        """Memory beyond the dense layer's: the transposed ``W_down``, the factors or what makes them, and the workspaces."""
         factors = 0 if self.scale is None else self.scale.nbytes
+        factors += 0 if self._low_rank is None else self._low_rank.nbytes
         return super().extra_bytes + self._indices.nbytes + self._counts.nbytes + factors
 
-    def __call__(self, x: Array, out: Array | None = None) -> Array:
-        """``y`` of the shape and kind of ``x`` (..., d_model), fp32; token by token, each with its own active set."""
+    def __call__(self, x: Array, out: Array | None = None, *, seen: Array | None = None) -> Array:
+        """``y`` of the shape and kind of ``x`` (..., d_model), fp32; token by token, each with its own active set.
+
+        ``seen``, shape of x, is what the low rank reads, where that is not x itself.
+        """
         rows, targets, result = self._rows(x, out)
+        read = rows if seen is None else _view("seen", seen, tuple(x.shape)).reshape(-1, self.d_model)
         gate_first = self.first == "gate"
         first, second = (self.w_gate, self.w_up) if gate_first else (self.w_up, self.w_gate)
         numba.set_num_threads(self.threads)
         self.count = 0
-        for row, target in zip(rows, targets, strict=True):
+        for row, target, reads in zip(rows, targets, read, strict=True):
+            if self._low_rank is not None and self.scale is not None:
+                self._low_rank.fill(self.scale, reads, not gate_first, self._kind, self.threads)
             self._last = cpu_kernels.threshold_layer(
                 first,
                 second,

@@ -124,6 +124,40 @@ def choose_scaled(first, x, threshold, scale, gate_first, kind, indices, values,
 
 
 @njit(cache=True, fastmath=FLAGS)
+def scale_chunk(u, z, residual, activated, kind, scale):  # type: ignore[no-untyped-def]
+    """One thread's factors ``sqrt(act(U z)^2 + residual)``; without the activation function unless ``activated``."""
+    for i in range(len(u)):
+        guess = dot(u[i], z)
+        if activated:
+            guess = activate(guess, kind)
+        scale[i] = math.sqrt(guess * guess + residual[i])
+
+
+@njit(cache=True, parallel=True, fastmath=FLAGS)
+def low_rank_scale(v_t, u, residual, x, activated, kind, z, scale, threads):  # type: ignore[no-untyped-def]
+    """Factor of each neuron by a low rank: ``z = V^T x`` first, whose rows the threads share, then ``scale``.
+
+    Parameters
+    ----------
+    v_t, u : array, shape (rank, d_model) and (d_ff, rank), fp32
+    residual, scale : array, shape (d_ff,), fp32
+    x : array, shape (d_model,), fp32
+    activated : bool
+        Whether the gate is approximated, behind whose activation function the residual is.
+    z : array, shape (rank,), fp32
+    """
+    rank, d_ff = len(v_t), len(u)
+    for t in prange(threads):
+        low, high = t * rank // threads, (t + 1) * rank // threads
+        part, rows = z[low:high], v_t[low:high]
+        for i in range(part.size):
+            part[i] = dot(rows[i], x)
+    for t in prange(threads):
+        low, high = t * d_ff // threads, (t + 1) * d_ff // threads
+        scale_chunk(u[low:high], z, residual[low:high], activated, kind, scale[low:high])
+
+
+@njit(cache=True, fastmath=FLAGS)
 def threshold_chunk(first, second, w_down_t, x, threshold, scale, gate_first, kind, indices, values, y, start):  # type: ignore[no-untyped-def]
     """One thread's neurons: dense rows of ``first``, then for those kept a row of ``second`` and one of ``w_down_t``.
 

@@ -78,14 +78,14 @@ def combine(values: NDArray[np.floating], indices: NDArray[np.integer], w_down_t
 
 @dataclass(frozen=True)
 class LowRank:
-    """A projection at a low rank, ``U (V^T x)``, and what it misses.
+    """A projection approximated by a low rank, ``W ~ U V^T``, and what that misses of it.
 
     Parameters
     ----------
-    v : Tensor, shape (d_model, rank), dtype of the weights
-    u : Tensor, shape (d_ff, rank), dtype of the weights
+    v : Tensor, shape (d_model, rank), the weights' dtype
+    u : Tensor, shape (d_ff, rank), the weights' dtype
     residual : Tensor, shape (d_ff,), fp32
-        Mean square of what is missed of each neuron's quantity.
+        Expected square of the error of ``act(g)`` where it is the gate's, of ``u`` where it is up's.
     """
 
     v: Tensor
@@ -133,6 +133,27 @@ class Gated:
                     guess = silu(guess) if activation == "silu" else gelu(guess, approximate="tanh")
                 square = square * (guess.square() + part.residual)
         return square.sqrt()
+
+
+def low_rank_scale(low_rank: LowRank, x: NDArray[np.floating], activation: str | None) -> Float64:
+    """Factor of each neuron in a score, ``sqrt(act(U V^T x)^2 + residual)`` in float64.
+
+    Parameters
+    ----------
+    x : array, shape (d_model,)
+        What the approximation reads.
+    activation : of the model where the gate is approximated; None for up
+
+    Returns
+    -------
+    array, shape (d_ff,), float64
+    """
+    v, u, residual = (part.double().cpu().numpy() for part in (low_rank.v, low_rank.u, low_rank.residual))
+    guess = u @ (x.astype(np.float64) @ v)
+    if activation is not None:
+        guess = activate(guess, activation)
+    found: Float64 = np.sqrt(np.square(guess) + residual)
+    return found
 
 
 @dataclass(frozen=True)
@@ -252,21 +273,25 @@ def wrongly_selected(
     threshold: float,
     d_model: int,
     scale: NDArray[np.floating] | None = None,
+    rank: int = 0,
 ) -> NDArray[np.int64]:
     """Neurons that a kernel kept or dropped against the reference although their score is clear of the threshold.
 
     Scores within the rounding error of a dot product of length d_model, ``4 u sqrt(d_model) max(score)``, or within 4 ulp
     of the threshold may fall on either side. With factors of the neurons, ``scale`` (d_ff,), a score is the given one
-    times the factor, and so is its error.
+    times the factor, and so is its error. Factors made by a low rank of ``rank``, here in float64, have errors of their own
+    in the kernel: those of sums of d_model and of rank terms.
     """
     kept = np.zeros(len(reference_scores), dtype=bool)
     kept[np.asarray(active)] = True
     factor = np.ones(1) if scale is None else scale.astype(np.float64)
     finite = reference_scores[np.isfinite(reference_scores)]
     largest = float(finite.max()) if len(finite) else 0.0
-    band = UNIT_ROUNDOFF["float32"] * np.maximum(
-        4.0 * math.sqrt(d_model) * largest * factor, 8.0 * abs(threshold) if math.isfinite(threshold) else 0.0
-    )
+    sums = 4.0 * math.sqrt(d_model) * largest * factor
+    if rank:  # of act(g^), whose slope is at most 1.13, so that the largest factor is as large as what is summed
+        error = 4.0 * 1.13 * (math.sqrt(d_model) + math.sqrt(rank)) * float(np.nanmax(factor))
+        sums = sums + error * np.nan_to_num(reference_scores)
+    band = UNIT_ROUNDOFF["float32"] * np.maximum(sums, 8.0 * abs(threshold) if math.isfinite(threshold) else 0.0)
     with np.errstate(invalid="ignore"):
         scores = reference_scores * factor
         close = np.abs(scores - threshold) <= band

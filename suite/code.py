@@ -32,7 +32,7 @@ WORK = {
 }
 # Kernels for decode steps, which accuracy and its analysis never call: both are always masked. What decides so is hashed,
 # what it would import is not followed; the kernel that selects for the masked backend is `suite.methods.base`'s own.
-_DECODE = ("suite.modeling.decode", "suite.modeling.decode_probe")
+_DECODE = ("suite.modeling.decode", "suite.modeling.decode_layers", "suite.modeling.decode_probe")
 CLOSED: dict[str, tuple[str, ...]] = {"accuracy": _DECODE, "analysis": _DECODE}
 _QUOTED = re.compile(rf"""["']((?:{"|".join(_HOUSE)})(?:\.\w+)+)["']""")
 

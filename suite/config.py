@@ -168,11 +168,14 @@ class AccuracyBlock(Section):
 
 
 class SpeedBlock(Section):
-    """Cells of speed: shapes x methods x sparsities x dtypes x backends x batch sizes x threads (x contexts of decode)."""
+    """Cells of speed: shapes x methods x sparsities x dtypes x backends x batch sizes x threads (x contexts of decode).
+
+    ``predictors`` and ``predictor_inputs``: of methods that have a predictor, and what gated ones read.
+    """
 
     level: Literal["op", "layer", "decode"] = "layer"
     shapes: list[str] = Field(min_length=1)
-    methods: list[str] = Field(min_length=1)
+    methods: list[MethodConfig] = Field(min_length=1)
     sparsities: list[Sparsity] = Field(min_length=1)
     dtypes: list[Dtype] = Field(default=["float32"], min_length=1)
     backends: list[Literal["torch", "numba-cpu", "numba-cuda"]] = Field(default=["torch", "numba-cpu"], min_length=1)
@@ -183,6 +186,13 @@ class SpeedBlock(Section):
     )
     clocks: list[Literal["wall", "event", "graph"]] = Field(default=["wall"], min_length=1)
     contexts: list[Count] = Field(default=[128], min_length=1)
+    predictors: list[Literal["low-rank", "gated"]] = Field(default=["low-rank"], min_length=1)
+    predictor_inputs: list[PredictorInput] = Field(default=["mlp"], min_length=1)
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _bare_names(cls, items: Any) -> Any:
+        return _named(items)
 
 
 class AnalysisConfig(Section):

@@ -243,6 +243,7 @@ SPEED = Table(
         Column("sparsity_realized", "number", "measured", "share"),
         Column("predictor", "text", "setting"),
         Column("rank", "whole", "setting"),
+        *_columns("predictor_input exact_projection", "text", "setting", since=3),
         *_columns("backend variant", "text", "setting"),
         Column("threads", "whole", "setting"),
         *_columns("batch_size context_tokens", "whole", "setting", "tokens"),

@@ -10,7 +10,8 @@ import transformers
 
 from suite.fitting.artifacts import Fit, PredictorFit
 from suite.methods.base import NEURONS, Activations, Calibrated, Factor, Site
-from suite.registry import method_class
+from suite.modeling.gated_mlp import find_gated_mlps
+from suite.registry import get_method, method_class
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -179,12 +180,31 @@ def predictor_fit(name="d-countdown", sparsity=0.5, *, kind="low-rank", threshol
     )
 
 
-def decode_state(name, kind="low-rank"):
-    """State of a practical mode that drops about half of the neurons of the tiny models."""
+def decode_method(name, kind="", sparsity=0.5):
+    """A method for `decode_state` of the same kind, which of one with factors says what is exact and what they read."""
+    exact, _, read = kind.partition(" ")
+    options = {"rank": 8, "exact": exact, "predictor_input": read} if get_method(name).factors else {}
+    return get_method(name, sparsity=sparsity, **options)
+
+
+def decode_state(name, kind="low-rank", model=None):
+    """State of a practical mode that drops about half of the neurons of the tiny models; None of one that takes none.
+
+    ``kind`` is of a predictor, or of factors, as in ``up mlp``; of a gated predictor ``gated block`` says what it reads,
+    and ``model`` has its activation function.
+    """
     method = method_class(name)
+    if method.fixed_set:
+        return None
+    if get_method(name).factors:
+        thresholds = torch.tensor([0.6, 0.1] if kind.startswith("up") else [0.3, 0.02])
+        return random_fit(decode_method(name, kind), thresholds=thresholds)
     if not method.needs_predictor:
         generator = torch.Generator().manual_seed(6)
         fields = {"thresholds": torch.tensor([0.3, 0.1]), "estimator": "calibrated", "key": "ab" * 32}
         extras = {f"moments.{one}": 4 * torch.rand(2, D_FF, generator=generator) for one in method.moments}
         return Fit(method=method.name, sparsity=0.5, extras=extras, **fields)
-    return predictor_fit(name, kind=kind, threshold=1.5 if kind == "gated" else 0.3)  # logits of gated ones are roots
+    kind, _, read = kind.partition(" ")
+    more = {"predictor_input": read} if read else {}
+    more |= {"activation": find_gated_mlps(model)[0].activation} if model is not None and kind == "gated" else {}
+    return predictor_fit(name, kind=kind, threshold=1.5 if kind == "gated" else 0.3, **more)  # of gated: roots

@@ -22,7 +22,7 @@ from suite.decoding.parts import CHUNK, Heads, Parts
 from suite.errors import InputError
 from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
 
-Mlp = Callable[[int, Tensor], Tensor]  # (layer, x of shape (1, d_model)) -> y
+Mlp = Callable[[int, Tensor, Tensor], Tensor]  # (layer, x, the block's input behind its first norm), (1, d_model) -> y
 
 
 def fuse(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
@@ -200,7 +200,7 @@ class DecodeModel:
         self.token.fill_(token)
         self.position.fill_(position)
 
-    def dense(self, layer: int, x: Tensor) -> Tensor:
+    def dense(self, layer: int, x: Tensor, _block: Tensor) -> Tensor:
         """The dense MLP: two products."""
         product = self.parts.act(self.parts.linear(x, *self._gate_up[layer]), self.mlps[layer].activation)
         return self.parts.linear(product, *self._down[layer])
@@ -212,9 +212,10 @@ class DecodeModel:
         x = self.parts.norm(hidden, self._norms[0].before_attention)
         following = [norms.before_attention for norms in self._norms[1:]] + [self._last_norm]
         for layer, (norms, after) in enumerate(zip(self._norms, following, strict=True)):
-            y = self.attentions[layer](x, self.position, self.parts)
+            block = x
+            y = self.attentions[layer](block, self.position, self.parts)
             hidden, x = self.parts.add_norm(hidden, y, norms.after_attention, norms.before_mlp)
-            hidden, x = self.parts.add_norm(hidden, mlp(layer, x), norms.after_mlp, after)
+            hidden, x = self.parts.add_norm(hidden, mlp(layer, x, block), norms.after_mlp, after)
         return x
 
     def logits(self, hidden: Tensor, *, wide: bool = False) -> Tensor:

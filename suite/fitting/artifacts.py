@@ -20,6 +20,7 @@ from suite.files import write_atomically
 from suite.fitting.options import Predictor
 from suite.methods.base import Calibrated, Factor, PredictorInput, Quantity
 from suite.methods.cost import gated_share, low_rank_share, ternary_share
+from suite.modeling.gated_logits import gated_logits
 from suite.modeling.gated_mlp import activation
 
 _SUFFIX = ".safetensors"
@@ -210,17 +211,10 @@ class PredictorFit:
             Products of the stored values summed in fp32, as the kernels do: logits rounded to bf16 would tie at the
             threshold.
         """
-        u = self.u[layer].float()
         if self.predicted:
-            hidden = (x.float() @ self.v[layer].float()).view(len(x), len(u), -1)
-            square: Tensor | None = None
-            for j, name in enumerate(self.predicted):
-                guess = hidden[:, j] @ u[j].T
-                guess = activation(self.activation)(guess) if name == "act" else guess
-                part = guess.square() + self.residual[layer][j]
-                square = part if square is None else square * part
-            assert square is not None
-            return square.sqrt()
+            matrices = self.v[layer], self.u[layer], self.residual[layer]
+            return gated_logits(x, matrices, self.predicted, activation(self.activation))
+        u = self.u[layer].float()
         if self.scale is not None:
             return (x.float() @ u.T) * self.scale[layer]
         return x.float() @ self.v[layer].float() @ u.T

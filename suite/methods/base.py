@@ -219,7 +219,7 @@ class Method(ABC):
     modes : modes that exist for it (``none`` for methods without a ranking).
     sites : where it sets entries to zero, in the order of the forward pass; it scores at each.
     first_projection : projections computed densely before neurons are ranked: one, "both", or None. With one, the
-        practical mode of its magnitude, or of that times `neuron_scale`, has kernels.
+        practical mode of its magnitude, or of that times `neuron_scale` or what `low_rank` says, has kernels.
     needs_predictor : True if the practical mode needs a trained predictor of the kept set; then it has no other site.
     moments : quantities whose mean squares over calibration tokens the fit holds, for `Activations.moments`.
     needs_prompt : True if it ranks by `Activations.prompt`.
@@ -301,6 +301,14 @@ class Method(ABC):
         Returns
         -------
         Tensor, shape (d_ff,), fp32, or None
+        """
+        return None
+
+    def low_rank(self, calibrated: Calibrated) -> Factor | None:
+        """The factor of the other projection, in a score ``abs(exact projection) sqrt(q^2 + residual)``; None if it is no such.
+
+        ``q`` is what the factor, of what the fit knows of the layer, gives of `predictor_input`; it and `exact_projection`
+        stand behind the activation function where they are the gate's.
         """
         return None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from suite.errors import InputError
-from suite.methods.base import THIS_SUITE, Activations, Method, PredictorInput, Projection
+from suite.methods.base import THIS_SUITE, Activations, Calibrated, Factor, Method, PredictorInput, Projection
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +55,11 @@ class MdCountdown(Method):
     def factors(self) -> Mapping[Projection, int]:
         """The other projection."""
         return {"up" if self.exact == "gate" else "gate": self.rank}
+
+    def low_rank(self, calibrated: Calibrated) -> Factor | None:
+        """The factor of the projection that is not exact."""
+        (other,) = self.factors
+        return calibrated.factors[other]
 
     def score(self, activations: Activations) -> Tensor:
         """Root of the expected ``v_i^2``, fp32."""

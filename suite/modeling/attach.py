@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from suite.errors import InputError
 from suite.methods.base import Calibrated, Method, Mode
-from suite.modeling.decode import DecodeKernels, Fallback, decode_kernels, why_not_numba
+from suite.modeling.decode import DecodeKernels, Fallback, why_not_numba
+from suite.modeling.decode_layers import decode_kernels
 from suite.modeling.decode_probe import why_not_equal
 from suite.modeling.gated_mlp import block_norm, find_gated_mlps
 from suite.modeling.generating import with_right_prefill, without_compile
@@ -159,7 +160,7 @@ def sparsified(
         )
     mlps = find_gated_mlps(model)
     rule, run = ScopeRule(model, scope), Run()
-    fallback = None if kernels is None else Fallback(model, kernels)
+    fallback = None if kernels is None else Fallback(model, kernels, steps_only=method.needs_prompt)
     layers = [
         SparseLayer(
             mlp, method, select, run, predictor=predictor, calibrated=calibrated[mlp.layer] if calibrated else None
@@ -253,7 +254,9 @@ def attach(
         masked computes densely and then masks: the definition. numba computes passes whose every token is in scope
         with kernels that skip what is dropped, equal up to rounding, at the price of a transposed copy of every
         W_down: on the CPU (fp32) passes of one token, on a GPU of up to 8, which share the rows of the union of their
-        active sets. All other passes are masked; a decode step too wide for the kernels says so once by a warning.
+        active sets; only one where a choice that reads the block's input is made by torch. All other passes are masked; a
+        decode step too wide for the kernels says so once by a warning. Of methods with a fixed set the kept neurons are
+        gathered, once or once a prompt, and torch multiplies them: on any device, in any dtype, at any batch.
         auto: numba where it is possible.
     deterministic : bool
         CUDA kernels whose sums have one order, so that equal inputs give equal bits; slower for methods that select by a
@@ -284,7 +287,7 @@ def attach(
         refused = why_not_numba(model, method, mode, state)
         if refused and backend == "numba":
             raise InputError(f"backend numba cannot run here: {refused}; use backend masked")
-        if not refused and thresholds is not None:
+        if not refused:
             options: dict[str, Any] = {"calibrated": calibrated, "deterministic": deterministic}
             kernels = decode_kernels(model, method, thresholds, predictor, **options)
             refused = why_not_equal(model, method, thresholds, predictor, kernels, calibrated)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import replace
+from itertools import product
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,17 +14,24 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from suite.devices import dtype_name
-from suite.methods.base import NEURONS, Activations, Calibrated, Method, Mode, Site, select_threshold
+from suite.methods.base import (
+    NEURONS,
+    Activations,
+    Calibrated,
+    Factor,
+    Method,
+    Mode,
+    Site,
+)
 from suite.modeling.gated_mlp import GatedMLP, find_gated_mlps
 from suite.modeling.modes import PredictorState
 
 if TYPE_CHECKING:
-    from kernels_numba.reference import Gated
     from suite.modeling.scope import Tokens
 
 # of the weights that there are kernels for, by device
 KERNEL_DTYPES: dict[str, tuple[str, ...]] = {"cpu": ("float32",), "cuda": ("bfloat16", "float16", "float32")}
-Listing = Callable[[Tensor], tuple[Tensor, Tensor, int | Tensor]]
+Listing = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, int | Tensor]]
 # A graph replays launches on a layer's workspace and transposed W_down: who captured one may replay it as long as the
 # model's own weights exist.
 _captured: WeakKeyDictionary[nn.Module, list[DecodeKernels]] = WeakKeyDictionary()
@@ -39,8 +48,8 @@ class DecodeKernels(Protocol):
 
     most: int
 
-    def run(self, layer: int, x: Tensor) -> Tensor:
-        """The MLP's output, shape and dtype of x (..., d_model)."""
+    def run(self, layer: int, x: Tensor, block: Tensor | None = None) -> Tensor:
+        """The MLP's output, shape and dtype of x (..., d_model); ``block``, of the same shape, for a choice that reads it."""
 
     def kept(self, layers: Sequence[int], n_tokens: int) -> Tensor:
         """Neurons used for each token of the last pass, shape (len(layers), n_tokens), int64; does not wait."""
@@ -49,12 +58,20 @@ class DecodeKernels(Protocol):
         """Neurons used for the first token of the last pass, ascending, int64; waits."""
 
 
+@runtime_checkable
+class PromptKernels(DecodeKernels, Protocol):
+    """Kernels whose sets are fixed by what came before a pass."""
+
+    def gather(self, layer: int, keep: Tensor) -> None:
+        """Fix the sets of the rows of a batch, (n_rows, d_ff), bool."""
+
+
 class ListedKernels:
     """Kernels for one token that know their active set when they return.
 
     Parameters
     ----------
-    layers : callables x -> (y, list of neurons, how many of the list are used), one a layer
+    layers : callables (x, block) -> (y, list of neurons, how many of the list are used), one a layer
     """
 
     most = 1
@@ -63,9 +80,9 @@ class ListedKernels:
         self._layers = layers
         self._used: dict[int, tuple[Tensor, int | Tensor]] = {}
 
-    def run(self, layer: int, x: Tensor) -> Tensor:
+    def run(self, layer: int, x: Tensor, block: Tensor | None = None) -> Tensor:
         """As the protocol."""
-        y, *self._used[layer] = self._layers[layer](x)  # type: ignore[assignment]
+        y, *self._used[layer] = self._layers[layer](x, block)  # type: ignore[assignment]
         return y
 
     def kept(self, layers: Sequence[int], n_tokens: int) -> Tensor:
@@ -85,14 +102,30 @@ class ChoosingKernels:
     Parameters
     ----------
     layers : ThresholdLayer or PredictorLayer, one a layer
+    factors : of factors of a low rank that read the block's input, which no kernel does: torch makes those of one token, in
+        the memory of its layer's ``scale``. One a layer, their matrices in fp32
+    activation : of the model where the factors approximate the gate, else None
     """
 
-    def __init__(self, layers: Sequence[Any]) -> None:
-        self.layers = layers
-        self.most = min(layer.launch_tokens for layer in layers)
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        factors: Sequence[Factor] = (),
+        activation: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.layers, self._factors, self._activation = layers, factors, activation
+        self.most = 1 if factors else min(layer.launch_tokens for layer in layers)
 
-    def run(self, layer: int, x: Tensor) -> Tensor:
+    @property
+    def copies(self) -> list[Tensor]:
+        """What it holds beside its layers."""
+        held = [part for factor in self._factors for part in (factor.v, factor.u)]
+        return [*held, *(layer.scale for layer in self.layers if self._factors)]
+
+    def run(self, layer: int, x: Tensor, block: Tensor | None = None) -> Tensor:
         """As the protocol."""
+        if self._factors and block is not None:
+            self.layers[layer].scale.copy_(low_rank_scale(self._factors[layer], block, self._activation)[0])
         y: Tensor = self.layers[layer](x.contiguous())
         return y
 
@@ -111,14 +144,16 @@ class ChoosingKernels:
 class Fallback:
     """Decides pass by pass whether the kernels compute it, and says once if a decode step is too wide for them."""
 
-    def __init__(self, model: nn.Module, kernels: DecodeKernels) -> None:
+    def __init__(self, model: nn.Module, kernels: DecodeKernels, *, steps_only: bool = False) -> None:
         self.kernels = kernels
-        self._model = model
+        self._model, self._steps_only = model, steps_only
         self._said = False
 
     def takes(self, tokens: Tokens | None) -> bool:
-        """Whether the kernels compute a pass: every token in scope, and no more than they hold."""
-        if tokens is None or not isinstance(tokens.index, slice) or tokens.index != slice(0, tokens.total):
+        """Whether the kernels compute a pass: every token in scope, and no more than they hold; a step, if they need a prompt."""
+        if tokens is None or (self._steps_only and not tokens.step):
+            return False
+        if not isinstance(tokens.index, slice) or tokens.index != slice(0, tokens.total):
             return False
         if tokens.total > self.kernels.most:
             if tokens.step and not self._said:
@@ -141,11 +176,15 @@ def why_not_numba(model: nn.Module, method: Method, mode: Mode, state: object) -
     """Reason why the kernels cannot stand in for this method on this model; empty if they can."""
     if method.sites != (NEURONS,):
         return f"its kernels skip neurons, and {method.name} masks {' and '.join(method.sites)}"
-    if mode != "practical":
+    if mode != "practical" and not method.fixed_set:
         return f"it needs a threshold, and the mode is {mode}"
-    if (state.predictor_input if isinstance(state, PredictorState) else method.predictor_input) != "mlp":
-        return "its kernels read the input of the MLP, and the predictor reads that of the block"
     mlps = find_gated_mlps(model)
+    if reason := next(filter(None, (mlp.why_not_plain() for mlp in mlps)), ""):
+        return f"its kernels compute from the weights alone, and {reason}"
+    if any(mlp.has_bias() for mlp in mlps):
+        return "its kernels add no bias"
+    if method.fixed_set:
+        return ""  # torch's own products
     weights = [weight for mlp in mlps for weight in mlp.weights()]
     devices, dtypes = {weight.device for weight in weights}, {weight.dtype for weight in weights}
     if len(devices) > 1:
@@ -155,16 +194,12 @@ def why_not_numba(model: nn.Module, method: Method, mode: Mode, state: object) -
         return f"there are kernels for cpu and cuda, the model is on {device}"
     if not {dtype_name(dtype) for dtype in dtypes} <= set(KERNEL_DTYPES[device.type]):
         return f"its kernels on {device.type} are for {', '.join(KERNEL_DTYPES[device.type])}"
-    if reason := next(filter(None, (mlp.why_not_plain() for mlp in mlps)), ""):
-        return f"its kernels compute from the weights alone, and {reason}"
-    if any(mlp.has_bias() for mlp in mlps):
-        return "its kernels add no bias"
     for mlp in mlps:
         if not all(weight.is_contiguous() for weight in mlp.weights()[:2]):  # W_down is transposed by a copy anyway
             return (
                 f"its kernels read rows, and gate or up of {mlp.module_name} is not contiguous: call contiguous() on it"
             )
-    if not isinstance(state, PredictorState) and not is_magnitude(method):
+    if not isinstance(state, PredictorState) and not has_kernel(method):
         return f"its kernels do not compute the score of {method.name}"
     return _why_not_cuda(mlps[0], len(mlps), device) if device.type == "cuda" else ""
 
@@ -184,18 +219,30 @@ def _why_not_cuda(mlp: GatedMLP, n_layers: int, device: torch.device) -> str:
     return ""
 
 
-def is_magnitude(method: Method) -> bool:
-    """Whether the score is the magnitude of the first projection, times `Method.neuron_scale` if it has one, on a sample."""
+def has_kernel(method: Method) -> bool:
+    """Whether kernels compute the score: the magnitude of a projection, times `Method.neuron_scale` or what `low_rank` says.
+
+    Found on a sample; of a method that leaves a choice to its fit, whatever that is.
+    """
+    if method.candidates:
+        choices = [dict(zip(method.candidates, some, strict=True)) for some in product(*method.candidates.values())]
+        return all(has_kernel(replace(method, **choice)) for choice in choices)
     generator = torch.Generator().manual_seed(0)
-    gate, act, up = (torch.randn(4, 64, generator=generator) for _ in range(3))
-    magnitude = {"gate": act, "up": up}.get(method.first_projection or "")
-    if magnitude is None or method.factors or method.needs_prompt:
+    gate, act, up, block = (torch.randn(4, 64, generator=generator) for _ in range(4))
+    magnitude = {"gate": act, "up": up}.get(method.exact_projection)
+    if magnitude is None or method.needs_prompt:
         return False
-    calibrated = Calibrated(moments={name: torch.rand(64, generator=generator) for name in method.moments})
-    scale = method.neuron_scale(calibrated)
+    v, u = (torch.randn(64, 4, generator=generator) / 8 for _ in range(2))
+    moments: dict[str, Tensor] = {name: torch.rand(64, generator=generator) for name in method.moments}
+    factors: dict[str, Factor] = {name: Factor(v, u, torch.rand(64, generator=generator)) for name in method.factors}
+    calibrated = Calibrated(moments=moments, factors=factors)
+    low_rank, scale = method.low_rank(calibrated), method.neuron_scale(calibrated)
+    if low_rank is not None:
+        seen = block if method.predictor_input == "block" else gate
+        scale = low_rank_scale(low_rank, seen, silu if method.exact_projection == "up" else None)
     expected = magnitude.abs() if scale is None else magnitude.abs() * scale
     keys = torch.arange(4)
-    values = {"input": gate, "gate": gate, "act": act, "up": up, "product": act * up}
+    values = {"input": gate, "gate": gate, "act": act, "up": up, "product": act * up, "block": block}
     site = Site(NEURONS, layer=0, width=64)
     made = Activations(
         site, values, keys, keys, norms=lambda matrix, of: torch.ones(64), act_fn=silu, calibrated=calibrated
@@ -203,133 +250,11 @@ def is_magnitude(method: Method) -> bool:
     return torch.equal(method.score(made).float(), expected)
 
 
-def decode_kernels(
-    model: nn.Module,
-    method: Method,
-    thresholds: Tensor,
-    predictor: PredictorState | None,
-    *,
-    calibrated: Sequence[Calibrated] | None = None,
-    deterministic: bool = False,
-) -> DecodeKernels:
-    """Kernels of every layer; each holds a transposed copy of its layer's ``W_down``.
+def low_rank_scale(factor: Factor, seen: Tensor, activation: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """What stands beside the magnitude in a score of `Method.low_rank`, (n_tokens, d_ff), fp32, of what the factor reads.
 
-    ``calibrated``, what the fit knows of each layer, is what the factors of neurons come from.
+    ``activation``: where it approximates the gate, the model's.
     """
-    mlps, values = find_gated_mlps(model), thresholds.tolist()
-    scales = [method.neuron_scale(known) for known in calibrated] if calibrated else [None] * len(mlps)
-    on_cuda = mlps[0].weights()[2].is_cuda
-    if predictor is not None and not (on_cuda and chooses_on_cuda(predictor)):
-        given = _cuda_given if on_cuda else _cpu_given
-        return ListedKernels([given(mlp, predictor, value) for mlp, value in zip(mlps, values, strict=True)])
-    first = method.first_projection or ""
-    if on_cuda:
-        return ChoosingKernels(cuda_layers(mlps, first, values, predictor, scales, deterministic=deterministic))
-    triples = zip(mlps, values, scales, strict=True)
-    return ListedKernels([_cpu_threshold(mlp, first, value, scale) for mlp, value, scale in triples])
-
-
-def _cpu_threads() -> int:
-    import numba  # late: 1 s, and only this backend needs it
-
-    return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-
-
-def _cpu_threshold(mlp: GatedMLP, first: str, threshold: float, scale: Tensor | None) -> Listing:
-    from kernels_numba.cpu import ThresholdLayer, transpose_down
-
-    w_gate, w_up, w_down = (weight.detach() for weight in mlp.weights())
-    layer = ThresholdLayer(
-        w_gate,
-        w_up,
-        transpose_down(w_down),
-        activation=mlp.activation,
-        first=first,
-        threshold=threshold,
-        scale=scale,
-        threads=_cpu_threads(),
-    )
-
-    def run(x: Tensor) -> tuple[Tensor, Tensor, int]:
-        y = layer(x)
-        return y, torch.from_numpy(layer.active), layer.count
-
-    return run
-
-
-def _cpu_given(mlp: GatedMLP, predictor: PredictorState, threshold: float) -> Listing:
-    """The predictor in torch, as the masked backend computes it, then the kernel for a given set."""
-    from kernels_numba.cpu import GivenLayer, transpose_down
-
-    w_gate, w_up, w_down = (weight.detach() for weight in mlp.weights())
-    layer = GivenLayer(w_gate, w_up, transpose_down(w_down), activation=mlp.activation, threads=_cpu_threads())
-
-    def run(x: Tensor) -> tuple[Tensor, Tensor, int]:
-        keep = select_threshold(predictor.logits(mlp.layer, x.reshape(1, -1)), threshold)
-        listed = keep[0].nonzero()[:, 0]
-        return layer(x, listed), listed, layer.count
-
-    return run
-
-
-def _cuda_given(mlp: GatedMLP, predictor: PredictorState, threshold: float) -> Listing:
-    """The same on a GPU, for predictors that have no kernel of their own; the count stays on the device."""
-    from kernels_numba.gpu.host.layers import GivenLayer, transpose_down
-
-    w_gate, w_up, w_down = (weight.detach() for weight in mlp.weights())
-    layer = GivenLayer(w_gate, w_up, transpose_down(w_down), activation=mlp.activation)
-
-    def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        keep = select_threshold(predictor.logits(mlp.layer, x.reshape(1, -1)), threshold)[0]
-        listed = torch.nonzero_static(keep, size=mlp.d_ff, fill_value=0)[:, 0].int()
-        count = keep.sum(dtype=torch.int32)
-        return layer(x.contiguous(), listed, count.reshape(1)), listed, count
-
-    return run
-
-
-def chooses_on_cuda(predictor: PredictorState) -> bool:
-    """Whether a CUDA kernel computes the logits too: of low-rank matrices, and of a gated predictor with one part a projection."""
-    predicted = getattr(predictor, "predicted", ())
-    return bool(getattr(predictor, "v", None)) and not {"gate", "act"} <= set(predicted)
-
-
-def gated_parts(predictor: Any, layer: int, dtype: torch.dtype) -> Gated:
-    """A layer of a gated predictor as its kernel takes it."""
-    from kernels_numba.reference import Gated, LowRank
-
-    named = predictor.predicted
-    v, u, residual = predictor.v[layer].to(dtype).chunk(len(named), 1), predictor.u[layer].to(dtype), predictor.residual
-    parts = {name: LowRank(v[j], u[j], residual[layer][j]) for j, name in enumerate(named)}
-    return Gated(parts.get("act", parts.get("gate")), parts.get("up"), act="act" in parts)
-
-
-def cuda_layers(
-    mlps: Sequence[GatedMLP],
-    first: str,
-    thresholds: Sequence[float],
-    predictor: PredictorState | None,
-    scales: Sequence[Tensor | None],
-    *,
-    deterministic: bool = False,
-) -> list[Any]:
-    """CUDA layers that find their active sets themselves: a predictor's, else the first projection's."""
-    from kernels_numba.gpu.host.gated import GatedPredictorLayer
-    from kernels_numba.gpu.host.layers import PredictorLayer, ThresholdLayer, transpose_down
-
-    layers: list[Any] = []
-    for mlp, threshold, scale in zip(mlps, thresholds, scales, strict=True):
-        w_gate, w_up, w_down = (weight.detach() for weight in mlp.weights())
-        weights = (w_gate, w_up, transpose_down(w_down))
-        if predictor is None:
-            options: dict[str, Any] = {"first": first, "scale": scale, "deterministic": deterministic}
-            layers.append(ThresholdLayer(*weights, activation=mlp.activation, threshold=threshold, **options))
-            continue
-        if getattr(predictor, "predicted", ()):
-            gated = gated_parts(predictor, mlp.layer, w_up.dtype)
-            layers.append(GatedPredictorLayer(*weights, gated, activation=mlp.activation, threshold=threshold))
-            continue
-        v, u = predictor.v[mlp.layer], predictor.u[mlp.layer]  # type: ignore[attr-defined]
-        v, u = v.T.to(w_up.dtype).contiguous(), u.to(w_up.dtype).contiguous()
-        layers.append(PredictorLayer(*weights, v, u, activation=mlp.activation, threshold=threshold))
-    return layers
+    guess = factor.apply(seen.reshape(-1, seen.shape[-1]))
+    guess = guess if activation is None else activation(guess)
+    return (guess.square() + factor.residual).sqrt()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from suite.errors import InputError
 from suite.methods.base import NEURONS, SITES, Activations, Calibrated, Method, PredictorInput, Quantity, Site, SiteName
-from suite.modeling.decode import DecodeKernels
+from suite.modeling.decode import DecodeKernels, PromptKernels
 from suite.modeling.gated_mlp import GatedMLP
 from suite.modeling.modes import PredictorState, Select, Selection, drop_kernel, nan_tokens
 from suite.modeling.scope import Explicit, Prompt, Tokens
@@ -94,6 +94,7 @@ class SparseLayer:
         self._predictor, self._calibrated = predictor, calibrated
         self._norms = cache(mlp.norm2)
         self._prompt: Tensor | None = None  # (batch, d_ff), fp32
+        self._fixed: Tensor | None = None  # the sums that the kernels' sets are of
         self.block: Tensor | None = None  # (batch, width, d_model), of this pass, where it is asked for
         device = mlp.weights()[2].device
         self.counters = {name: Counter(mlp.site(name), device) for name in method.sites}
@@ -111,7 +112,9 @@ class SparseLayer:
             raise InputError(f"{name} ran outside the forward pass of the attached model: attach to the model you call")
         if run.kernels is not None and not x.requires_grad:
             run.decoded.append(self)
-            return run.kernels.run(self.mlp.layer, x)
+            if self._method.needs_prompt and isinstance(run.kernels, PromptKernels) and run.tokens is not None:
+                self._fix(run.kernels, run.tokens)
+            return run.kernels.run(self.mlp.layer, x, self.block)
         values: dict[Quantity, Tensor] = {"input": x} if self.block is None else {"input": x, "block": self.block}
         values["input"] = self._sparse("mlp.input", values)
         gate, up = self.mlp.gate_up(values["input"])
@@ -142,17 +145,7 @@ class SparseLayer:
             counter.kept.copy_(torch.as_tensor(counter.n_tokens * site.width))
             return vector
         index = tokens.index if isinstance(tokens.index, slice) else tokens.index.to(vector.device)
-        activations = Activations(
-            site=site,
-            values={name: value.flatten(0, -2) for name, value in values.items()},
-            documents=tokens.documents,
-            positions=tokens.positions,
-            norms=self._norms,
-            act_fn=self.mlp.act,
-            rows=index,
-            calibrated=self._calibrated,
-            prompts=(lambda: self._prompts(index, vector.shape)) if self._method.needs_prompt else None,
-        )
+        activations = self._activations(site, values, tokens, index, vector.shape)
         if self._predictor is None:
             score = self._score(activations)
         else:
@@ -161,11 +154,45 @@ class SparseLayer:
         if self._dropped_by_kernel(counter, vector, index, alive, score):
             return vector
         counter.nan_tokens += nan_tokens(score, activations)
+        keep = self._kept(site, score, activations)
+        counter.kept += keep.sum() if alive is None else (keep.sum(-1) * alive).sum()
+        return _zero_dropped(vector, index, keep if alive is None else keep | ~alive[:, None])
+
+    def _activations(
+        self,
+        site: Site,
+        values: Mapping[Quantity, Tensor],
+        tokens: Tokens,
+        index: slice | Tensor,
+        shape: tuple[int, ...],
+    ) -> Activations:
+        return Activations(
+            site=site,
+            values={name: value.flatten(0, -2) for name, value in values.items()},
+            documents=tokens.documents,
+            positions=tokens.positions,
+            norms=self._norms,
+            act_fn=self.mlp.act,
+            rows=index,
+            calibrated=self._calibrated,
+            prompts=(lambda: self._prompts(index, shape)) if self._method.needs_prompt else None,
+        )
+
+    def _kept(self, site: Site, score: Tensor, activations: Activations) -> Tensor:
+        assert self._select is not None
         keep = self._select(site, score)
         if self._method.needs_prompt:  # sums of 0: no token came before, and what is dense is counted so
             keep = keep | (activations.prompt == 0).all(-1, keepdim=True)
-        counter.kept += keep.sum() if alive is None else (keep.sum(-1) * alive).sum()
-        return _zero_dropped(vector, index, keep if alive is None else keep | ~alive[:, None])
+        return keep
+
+    def _fix(self, kernels: PromptKernels, tokens: Tokens) -> None:
+        """Let the kernels gather each row's set, once for every prompt."""
+        if self._prompt is not None and self._fixed is self._prompt and len(self._prompt) == tokens.total:
+            return
+        site, index = self.counters[NEURONS].site, slice(0, tokens.total)
+        activations = self._activations(site, {}, tokens, index, (tokens.total, 1))
+        kernels.gather(self.mlp.layer, self._kept(site, self._method.score(activations), activations))
+        self._fixed = self._prompt
 
     def _dropped_by_kernel(
         self, counter: Counter, vector: Tensor, index: slice | Tensor, alive: Tensor | None, score: Tensor
@@ -191,9 +218,7 @@ class SparseLayer:
 
     def _add_prompt(self, product: Tensor, prompt: Prompt) -> None:
         """Add ``v^2 / norm(v)^2`` of the prompt's tokens in this pass to the sums of their rows."""
-        square = product.detach().float().square()
-        share = square / square.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        sums = (share * prompt.tokens.to(product.device)[:, :, None]).sum(1)
+        sums = (shares_of_norm(product) * prompt.tokens.to(product.device)[:, :, None]).sum(1)
         if prompt.begins:
             self._prompt = sums
         elif self._prompt is not None and len(self._prompt) == len(sums):
@@ -211,6 +236,12 @@ class SparseLayer:
         if isinstance(index, slice):
             index = torch.arange(batch * width, device=self._prompt.device)[index]
         return self._prompt.index_select(0, index // width)
+
+
+def shares_of_norm(product: Tensor) -> Tensor:
+    """``v^2 / norm(v)^2`` of every token, shape of v (..., d_ff), fp32: what `Activations.prompt` sums."""
+    square = product.detach().float().square()
+    return square / square.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _zero_dropped(vector: Tensor, index: slice | Tensor, keep: Tensor) -> Tensor:

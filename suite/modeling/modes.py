@@ -218,6 +218,11 @@ def placed_predictor(model: nn.Module, state: PredictorState) -> PredictorState:
             f"predictor of {state.method} is for layers of (d_model, d_ff) = {state.shape}, the model's are "
             f"({mlp.d_model}, {mlp.d_ff}): fit anew"
         )
+    of = getattr(state, "activation", "")  # a gated one's
+    if of and of != mlp.activation:
+        raise InputError(
+            f"predictor of {state.method} is for activation {of}, the model's is {mlp.activation}: fit anew"
+        )
     return state.to(mlp.weights()[2].device)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,22 +75,35 @@ def _predictors(predictor: PredictorConfig, method: str) -> list[tuple[Predictor
 
 
 def request_of_case(case: SpeedCase, config: MatrixConfig) -> FitRequest | None:
-    """What a sparse row of a model with real weights decodes with: the first that the matrix names."""
+    """What a sparse row of a model with real weights decodes with: the first of the matrix' estimators and texts.
+
+    A predictor is the matrix' first of the case's kind, on the case's input; the matrix' first where it has none of the kind
+    that a case is of by default. None where nothing is fitted.
+    """
     from suite.decoding.shapes import has_weights
 
-    if case.level != "decode" or case.mode == "none" or not has_weights(case.model_shape):
+    if case.level != "decode" or not has_weights(case.model_shape):
+        return None
+    if not (case.made.needs_threshold or case.made.needs_predictor):
         return None
     text, predictor = config.calibration, config.predictor
     estimator: str = text.estimators[0]
     source, max_tokens, options = text.source, text.max_tokens, None
     if method_class(case.method).needs_predictor:
         source, max_tokens = [*predictor.sources, source][0], predictor.max_tokens
-        options, estimator = _predictors(predictor, case.method)[0]
+        suited = _predictors(predictor, case.method)
+        kind = case.predictor or "low-rank"
+        found = next((pair for pair in suited if pair[0].predictor == kind), None)
+        if found is None:
+            found = (PredictorOptions(predictor=kind), "calibrated") if case.predictor else suited[0]
+        options, estimator = found
+        if case.predictor_input:
+            options = replace(options, predictor_input=case.predictor_input)
     return FitRequest(
         model=case.model_shape,
         dtype=case.dtype,
         method=case.method,
-        params={},
+        params=case.params,
         sparsity=case.sparsity,
         estimator=estimator,
         calibration=source,

@@ -13,14 +13,14 @@ import numpy as np
 from suite import schema
 from suite.devices import DTYPE_BYTES
 from suite.errors import InputError
-from suite.methods.base import NEURONS
-from suite.methods.cost import calibrated_bytes, low_rank_weights, read_share
+from suite.methods.base import NEURONS, PredictorInput, Quantity
+from suite.methods.cost import calibrated_bytes, gated_share, low_rank_weights, read_share
 from suite.registry import METHODS, did_you_mean, get_method, method_class
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from suite.methods.base import Projection
+    from suite.methods.base import Method
     from suite.modeling.modes import ThresholdState
 
 Row = dict[str, object]
@@ -47,6 +47,12 @@ class Kernel(Enum):
     THRESHOLD = auto()  # the first projection densely, then the neurons whose magnitude reaches a threshold
     PREDICTOR = auto()  # a predictor, then the neurons that it names
     GIVEN = auto()  # the neurons of a given set alone
+    GATHERED = auto()  # torch's own products over weights of a set that is known before, gathered once
+
+    @property
+    def is_torch(self) -> bool:
+        """Whether torch computes it, on any device."""
+        return self in (Kernel.DENSE, Kernel.GATHERED)
 
     @property
     def mode(self) -> str:
@@ -71,9 +77,11 @@ def kernel_of(method: str) -> Kernel:
     if cls.sites != (NEURONS,):
         raise InputError(f"method {method!r} masks {' and '.join(cls.sites)}: the kernels skip neurons alone")
     if "practical" in cls.modes:
+        if cls.fixed_set:
+            return Kernel.GATHERED
         if cls.needs_predictor:
             return Kernel.PREDICTOR
-        if cls.first_projection in ("gate", "up") and not cls().factors:
+        if cls.first_projection in ("gate", "up"):
             return Kernel.THRESHOLD
         if cls.first_projection:
             raise InputError(f"method {method!r}: no kernel computes its score; leave it out of the speed cases")
@@ -92,14 +100,19 @@ class SpeedCase:
     level : "op" (the down projection alone), "layer" (one gated MLP) or "decode" (a token of a whole model)
     model_shape : name of the shape; d_model, d_ff and activation are its values
     method : registry name or ``module:Class``, or `GIVEN`
-    mode : "none" for dense, "practical" for thresholds and predictors, "ideal" for a given set (exactly k kept)
-    backend : "torch" (dense only), "numba-cpu" or "numba-cuda"
+    params : parameters of the method besides its sparsity
+    mode : "none" for dense, "practical" for thresholds, predictors and fixed sets, "ideal" for a given set (exactly k kept)
+    backend : "torch" (dense, and dense layers of a fixed set), "numba-cpu" or "numba-cuda"
     device : "cpu" or "cuda"
     threads : CPU threads; 0 on a GPU
     variant : "eager"; of dense on a GPU "compile"; of a CUDA kernel "no-overlap" (without programmatic dependent launch),
         of a method that selects by a dense projection "deterministic" (sums in one order), or "trace" (with the clock
         written at every phase)
     clock : "wall" on a CPU, "graph" or "event" on a GPU
+    rank : of a low-rank predictor, of each projection of a gated one, or of the factors that the method's score asks for
+    predictor : "gated" of a predictor of that kind; else None
+    predictor_input : "mlp" or "block" where a gated predictor or a factor reads one of them
+    exact_projection : of a method with factors; None where a fit chooses it
     context_tokens : tokens in the cache, of level "decode" only
     """
 
@@ -110,6 +123,7 @@ class SpeedCase:
     activation: str = "silu"
     dtype: str = "float32"
     method: str
+    params: Mapping[str, Any] = field(default_factory=dict, hash=False)
     mode: str
     sparsity: float = 0.0
     backend: str
@@ -120,6 +134,9 @@ class SpeedCase:
     clock: str = "wall"
     cache: str = "cold"
     rank: int | None = None
+    predictor: Literal["gated"] | None = None
+    predictor_input: PredictorInput | None = None
+    exact_projection: str | None = None
     context_tokens: int | None = None
 
     def key_fields(self) -> dict[str, Any]:
@@ -132,10 +149,19 @@ class SpeedCase:
         return kernel_of(self.method)
 
     @property
-    def first_projection(self) -> Projection | None:
-        """Projection that is computed densely, and whose magnitude the threshold is set on."""
-        first = method_class(self.method).first_projection if self.kernel is Kernel.THRESHOLD else None
-        return first if first != "both" else None
+    def made(self) -> Method:
+        """Its method, but for a given set."""
+        return get_method(self.method, sparsity=self.sparsity, **self.params)
+
+    @property
+    def first_projection(self) -> str:
+        """Projection that is computed densely, and whose magnitude the threshold is set on; "" without a threshold."""
+        return self.made.exact_projection if self.kernel is Kernel.THRESHOLD else ""
+
+    @property
+    def predicted(self) -> tuple[Quantity, ...]:
+        """What its gated predictor approximates; nothing if it has none."""
+        return self.made.predicted if self.predictor == "gated" else ()
 
     @property
     def group(self) -> str:
@@ -147,8 +173,10 @@ class SpeedCase:
     @property
     def label(self) -> str:
         """Short name for progress and logs."""
+        named = "".join(f" {name}={value}" for name, value in self.params.items())
+        named += f" {self.predictor} {self.predictor_input}" if self.predictor else ""
         sparsity = "" if self.kernel is Kernel.DENSE else f" s={self.sparsity:g}"
-        return f"{self.model_shape} {self.level} {self.method}{sparsity} {self.backend}"
+        return f"{self.model_shape} {self.level} {self.method}{named}{sparsity} {self.backend}"
 
 
 States = Mapping[SpeedCase, "ThresholdState"]
@@ -163,10 +191,14 @@ def needed_bytes(case: SpeedCase, realised: float) -> float:
     if case.level == "op":
         return weights * (1.0 - realised) * DTYPE_BYTES[case.dtype]
     elements = 3 * weights * read_share(None if case.method == GIVEN else method_class(case.method), realised)
-    predictor = low_rank_weights(case.rank, case.d_model, case.d_ff) if case.rank else 0
-    needed = (elements + predictor) * DTYPE_BYTES[case.dtype]
+    if case.kernel is Kernel.PREDICTOR and case.rank and not case.predictor:
+        elements += low_rank_weights(case.rank, case.d_model, case.d_ff)
+    needed = elements * DTYPE_BYTES[case.dtype]
+    if case.predictor and case.rank:
+        share = gated_share(case.rank, len(case.predicted), case.d_model, case.d_ff, case.dtype)
+        needed += share * 3 * weights * DTYPE_BYTES[case.dtype]
     if case.kernel is Kernel.THRESHOLD:
-        needed += calibrated_bytes(get_method(case.method), case.d_model, case.d_ff, case.dtype)
+        needed += calibrated_bytes(case.made, case.d_model, case.d_ff, case.dtype)
     return needed
 
 

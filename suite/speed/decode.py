@@ -55,7 +55,7 @@ class Context:
         self.start = int(self.decode.token), int(self.decode.position)
         self.dense = check_dense(self.decode, self.prompt, self.start)
         self.jit_s = time.perf_counter() - start
-        self.methods: dict[tuple[str, int | None], SparseMethod] = {}
+        self.methods: dict[tuple[object, ...], SparseMethod] = {}
         tell(self.dense.summary)
 
     def token_bytes(self, case: SpeedCase, realised: float) -> float:
@@ -83,7 +83,7 @@ class StepSubject(Subject):
         self._context, self._decode, self._method, self._tell = context, context.decode, method, tell
         self._kernels: DecodeKernels | None = None
         self._mlp: Mlp = context.decode.dense
-        self._inputs: list[Tensor] = []
+        self._inputs: list[tuple[Tensor, Tensor]] = []
         self._run: Callable[[], None] = self._step
         self._parts: dict[str, Callable[[], None]] = {name: partial(self._part, name) for name in _PARTS}
         self._part_samples: dict[str, list[float]] = {name: [] for name in _PARTS}
@@ -104,7 +104,9 @@ class StepSubject(Subject):
             self._tell(f"{case.label}: {outcome.summary}")
             facts |= {"extra_memory_mib": self._method.extra_bytes / 2**20}
             if (predictor := self._method.predictor) is not None:  # one with random matrices has no kind
-                facts |= {"predictor": getattr(predictor, "predictor", "low-rank")}
+                facts |= {"predictor": getattr(predictor, "predictor", case.predictor or "low-rank")}
+            if self._method.method.factors:
+                facts |= {"exact_projection": self._method.method.exact_projection}
         passed = {} if outcome.reason else {"jit_s": context.jit_s, "decode_check": outcome.row}
         return Check(outcome.error, outcome.reason, facts | passed)
 
@@ -112,9 +114,9 @@ class StepSubject(Subject):
         """Warm up, count what is kept, and capture graphs on a GPU."""
         layers, kept = range(len(self._decode.mlps)), []
 
-        def watching(layer: int, x: Tensor) -> Tensor:
-            self._inputs.append(x.clone())
-            return self._mlp(layer, x)
+        def watching(layer: int, x: Tensor, block: Tensor) -> Tensor:
+            self._inputs.append((x.clone(), block.clone()))
+            return self._mlp(layer, x, block)
 
         self._decode.rewind(*self._context.start)
         for _ in range(_COUNTED_STEPS):
@@ -138,11 +140,11 @@ class StepSubject(Subject):
         """One part of a step alone; what attention writes at the present position, the next step overwrites."""
         decode = self._decode
         if name == "head":
-            decode.parts.next_token(self._inputs[-1], decode.head)
+            decode.parts.next_token(self._inputs[-1][0], decode.head)
             return
-        for layer, x in enumerate(self._inputs):
+        for layer, (x, block) in enumerate(self._inputs):
             if name == "MLP":
-                self._mlp(layer, x)
+                self._mlp(layer, x, block)
             else:
                 decode.attentions[layer](x, decode.position, decode.parts)
 
@@ -256,7 +258,7 @@ class DecodeRig(Rig):
     def why_not(case: SpeedCase) -> str:
         """As `Rig`."""
         known = KERNEL_DTYPES[case.device]
-        if case.kernel is not Kernel.DENSE and case.dtype not in known:
+        if not case.kernel.is_torch and case.dtype not in known:
             return f"dtype {case.dtype}: the kernels on {case.device} take {', '.join(known)}"
         return why_no_kernel(case)
 
@@ -265,7 +267,8 @@ class DecodeRig(Rig):
         """As `Rig`: the model with a copy of W_down for each method; says what would fit."""
         first, free = cases[0], free_bytes(cases[0].device)
         shape, size = SHAPES[first.model_shape], DTYPE_BYTES[first.dtype]
-        copies = len({case.method for case in cases if case.kernel is not Kernel.DENSE})
+        copied = {_kind(case) for case in cases if not case.kernel.is_torch}
+        copies = len(copied) + sum(3 * (1 - case.sparsity) for case in cases if case.kernel is Kernel.GATHERED)
         weights = shape.n_parameters + copies * shape.n_layers * first.d_model * first.d_ff
         needed = weights * size + _RESERVED
         if needed <= free:
@@ -316,17 +319,27 @@ class DecodeRig(Rig):
 
     def _method(self, case: SpeedCase, context: Context) -> SparseMethod:
         """The case's method by its fit; else with thresholds for the target, on kernels that all its sparsities share."""
+        options: dict[str, Any] = {"params": case.params}
+        options |= {"prompt": context.prompt} if case.made.needs_prompt else {}
         if (state := self.states.get(case)) is not None:
-            return SparseMethod(context.decode, case.method, state=state)
-        key = case.method, case.rank
+            return SparseMethod(context.decode, case.method, state=state, **options)
+        key = _kind(case)
         if key not in context.methods:
-            context.methods[key] = SparseMethod(context.decode, case.method, case.rank, self.seed + 1)
+            if case.predictor:
+                options |= {"gated": True, "predictor_input": case.predictor_input}
+            method = SparseMethod(context.decode, case.method, case.rank, self.seed + 1, **options)
+            context.methods[key] = method
         context.methods[key].calibrate(case.sparsity, context.start)
         return context.methods[key]
 
     def bandwidth(self) -> ReadBandwidth:
         """As `Rig`."""
         return cuda_bandwidth() if self.cases[0].device == "cuda" else cpu_bandwidth(self.cases[0].threads)
+
+
+def _kind(case: SpeedCase) -> tuple[object, ...]:
+    """What cases have in common that share a copy of the weights: all but the sparsity."""
+    return case.method, str(case.params), case.rank, case.predictor, case.predictor_input
 
 
 def is_generate(case: SpeedCase) -> bool:

@@ -97,8 +97,8 @@ def _follow_kernels(
     """Logits of each step, the tokens (one more than steps), and by step the set that each layer used."""
     sets: list[list[Tensor]] = []
 
-    def recorded(layer: int, x: Tensor) -> Tensor:
-        y = kernels.run(layer, x)
+    def recorded(layer: int, x: Tensor, block: Tensor) -> Tensor:
+        y = kernels.run(layer, x, block)
         keep = torch.zeros(1, decode.mlps[layer].d_ff, dtype=torch.bool, device=x.device)
         keep[0, kernels.active(layer)] = True
         sets[-1].append(keep)
@@ -145,8 +145,8 @@ def _shaken(decode: DecodeModel, mlp: Mlp) -> Mlp:
     """The MLP with independent errors of the size of `_rounding` in its outputs."""
     generator, size = torch.Generator(device=decode.device).manual_seed(0), _rounding(decode)
 
-    def run(layer: int, x: Tensor) -> Tensor:
-        y = mlp(layer, x)
+    def run(layer: int, x: Tensor, block: Tensor) -> Tensor:
+        y = mlp(layer, x, block)
         return (y.float() * (1 + size * torch.randn(y.shape, generator=generator, device=y.device))).to(y.dtype)
 
     return run

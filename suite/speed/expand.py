@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal, get_args
 
-from suite.decoding.shapes import shape_of
+from suite.decoding.shapes import has_weights, shape_of
 from suite.errors import InputError
-from suite.registry import did_you_mean
+from suite.methods.base import Method, PredictorInput
+from suite.registry import did_you_mean, get_method
 from suite.speed.case import GIVEN, Kernel, SpeedCase, kernel_of
 
 LEVELS = ("op", "layer", "decode")
 _KERNELS_OF = {"cpu": "numba-cpu", "cuda": "numba-cuda"}
 BACKENDS = ("torch", *_KERNELS_OF.values())
+PREDICTORS = ("low-rank", "gated")
+Named = tuple[str, Mapping[str, Any]]  # a method and its parameters
 _RANK = 512  # of a predictor with random matrices; of a whole model at most half of d_model
 
 
@@ -30,7 +33,7 @@ class _Block:
 
     level: str
     shapes: list[str]
-    methods: list[str]
+    methods: list[Named]
     sparsities: list[float]
     dtypes: list[str]
     backends: list[str]
@@ -39,6 +42,8 @@ class _Block:
     variants: list[str]
     clocks: list[str]
     contexts: list[int]
+    predictors: list[Literal["low-rank", "gated"]]
+    predictor_inputs: list[PredictorInput]
 
     @property
     def devices(self) -> list[str]:
@@ -46,13 +51,13 @@ class _Block:
         found = [device for device, backend in _KERNELS_OF.items() if backend in self.backends]
         return found or ["cpu"]
 
-    def cases(self, shape: str, method: str, device: str, threads: int | str, **axes: Any) -> Iterator[SpeedCase]:
-        """Cases of a method at all its sparsities; the kernel decides backend and mode."""
-        sizes, kernel = shape_of(shape), kernel_of(method)
-        rank = None
-        if kernel is Kernel.PREDICTOR:
-            rank = min(_RANK, sizes.d_model // 2) if self.level == "decode" else _RANK
-        for sparsity in [0.0] if kernel is Kernel.DENSE else self.sparsities:
+    def cases(self, shape: str, named: Named, device: str, threads: int | str, **axes: Any) -> Iterator[SpeedCase]:
+        """Cases of a method at all its sparsities, with every predictor; the kernel decides backend and mode."""
+        sizes, (method, params) = shape_of(shape), named
+        kernel = kernel_of(method)
+        for predictor, sparsity in product(
+            self._choosers(shape, named), [0.0] if kernel is Kernel.DENSE else self.sparsities
+        ):
             yield SpeedCase(
                 level=self.level,
                 model_shape=shape,
@@ -60,19 +65,55 @@ class _Block:
                 d_ff=sizes.d_ff,
                 activation=sizes.activation,
                 method=method,
+                params=params,
                 mode=kernel.mode,
                 sparsity=float(sparsity),
-                backend="torch" if kernel is Kernel.DENSE else _KERNELS_OF[device],
+                backend="torch" if kernel.is_torch else _KERNELS_OF[device],
                 device=device,
                 threads=_thread_count(threads) if device == "cpu" else 0,
-                rank=rank,
+                **predictor,
                 **axes,
+            )
+
+    def _choosers(self, shape: str, named: Named) -> list[dict[str, Any]]:
+        """Fields that say what chooses: each predictor of a method that has one, or the factors of its score."""
+        d_model, kernel = shape_of(shape).d_model, kernel_of(named[0])
+        if kernel is Kernel.GIVEN:
+            return [{}]
+        made = get_method(named[0], **named[1])
+        if kernel is Kernel.PREDICTOR:
+            rank = min(_RANK, d_model // 2) if self.level == "decode" else _RANK
+            found: list[dict[str, Any]] = [{"rank": rank}] if "low-rank" in self.predictors else []
+            if "gated" in self.predictors and made.predicted:  # at the bytes of the low-rank one
+                common = {"rank": max(1, rank // len(made.predicted)), "predictor": "gated"}
+                found += [common | {"predictor_input": read} for read in self.predictor_inputs]
+            return found
+        if not made.factors:
+            return [{}]
+        _check_factors(made, self.level, shape)
+        exact = None if made.candidates else made.exact_projection
+        rank = max(made.factors.values())
+        return [{"rank": rank, "predictor_input": made.predictor_input, "exact_projection": exact}]
+
+
+def _check_factors(made: Method, level: str, shape: str) -> None:
+    """Refuse what the layers of a shape do not allow, and what nothing decides."""
+    d_model = shape_of(shape).d_model
+    if (rank := max(made.factors.values())) > d_model:
+        raise InputError(f"rank {rank} of method {made.name} is above d_model {d_model} of {shape}: give at most that")
+    if level != "decode" and made.predictor_input == "block":
+        raise InputError(f"predictor_input block of method {made.name}: a layer alone has none; use level decode")
+    if level != "decode" or not has_weights(shape):
+        for name, values in made.candidates.items():
+            raise InputError(
+                f"{name} {getattr(made, name)} of method {made.name}: no fit chooses it for a {level} row of {shape}; give "
+                f"{' or '.join(map(str, values))}"
             )
 
 
 def make_cases(
     shapes: Iterable[str],
-    methods: Iterable[str],
+    methods: Iterable[str | Named],
     sparsities: Iterable[float],
     *,
     level: str = "layer",
@@ -83,10 +124,14 @@ def make_cases(
     variants: Iterable[str] = ("eager",),
     clocks: Iterable[str] = ("wall",),
     contexts: Iterable[int] = (128,),
+    predictors: Iterable[str] = ("low-rank",),
+    predictor_inputs: Iterable[str] = ("mlp",),
 ) -> list[SpeedCase]:
     """All cases of a matrix block, those of one group side by side; combinations that mean nothing are left out.
 
-    ``torch`` runs dense only and once, whatever the sparsities; the other backends run the sparse methods. The CPU
+    ``methods`` are names, or pairs of a name and its parameters. ``torch`` runs dense, once, whatever the sparsities, and the
+    dense layers of a fixed set; the other backends run the sparse methods, those with a predictor with each of
+    ``predictors``, a gated one with each of ``predictor_inputs``. The CPU
     knows the clock ``wall`` and the variant ``eager`` only, the GPU every other clock (``wall`` becomes ``graph``);
     the variant ``compile`` is of dense on the GPU, in a graph, ``no-overlap`` and ``trace`` of the CUDA kernels,
     ``deterministic`` of those that have another order of sums without it. Of a whole model sparse methods run in the
@@ -95,9 +140,14 @@ def make_cases(
     Raises
     ------
     InputError
-        Unknown shape, method, level or backend, sparsity outside [0, 1), a case named twice.
+        Unknown shape, method, level or backend, sparsity outside [0, 1), parameters that no case of the level has, a case
+        named twice.
     """
-    axes = (shapes, methods, sparsities, dtypes, backends, batch_sizes, threads, variants, clocks, contexts)
+    named = [(method, {}) if isinstance(method, str) else method for method in methods]
+    axes = (
+        shapes, named, sparsities, dtypes, backends, batch_sizes, threads, variants, clocks, contexts, predictors,
+        predictor_inputs,
+    )  # fmt: skip
     block = _Block(level, *map(list, axes))  # type: ignore[arg-type]
     _check_names(block)
     cases = list(_decode_cases(block) if level == "decode" else _layer_cases(block))
@@ -114,8 +164,8 @@ def _layer_cases(block: _Block) -> Iterator[SpeedCase]:
         clocks = ["wall"] if device == "cpu" else [c if c != "wall" else "graph" for c in block.clocks]
         variants = ["eager"] if device == "cpu" else block.variants
         for backend, method, variant, clock in product(block.backends, block.methods, variants, clocks):
-            kernel = kernel_of(method)
-            if backend == ("torch" if kernel is Kernel.DENSE else _KERNELS_OF[device]) and _exists(
+            kernel = kernel_of(method[0])
+            if backend == ("torch" if kernel.is_torch else _KERNELS_OF[device]) and _exists(
                 block.level, kernel, variant, clock
             ):
                 more = {"dtype": dtype, "batch_size": batch, "variant": variant, "clock": clock}
@@ -130,11 +180,11 @@ def _exists(level: str, kernel: Kernel, variant: str, clock: str) -> bool:
         return kernel is Kernel.DENSE and clock == "graph"
     if variant == "deterministic":
         return kernel is Kernel.THRESHOLD
-    return variant == "eager" or kernel is not Kernel.DENSE
+    return variant == "eager" or not kernel.is_torch
 
 
 def _decode_cases(block: _Block) -> Iterator[SpeedCase]:
-    if block.batch_sizes != [1] or GIVEN in block.methods:
+    if block.batch_sizes != [1] or GIVEN in dict(block.methods):
         raise InputError("level decode: batch size 1 and methods with a practical mode only; leave the others out")
     devices = [device for device, backend in _KERNELS_OF.items() if backend in block.backends]
     for device, shape, dtype, threads, context in product(
@@ -143,19 +193,28 @@ def _decode_cases(block: _Block) -> Iterator[SpeedCase]:
         own = "graph" if device == "cuda" else "eager"
         others = [v for v in block.variants if v == "generate" or (v == "compile" and device == "cuda")]
         for method in block.methods:
-            for variant in [own, *others] if kernel_of(method) is Kernel.DENSE else [own]:
+            for variant in [own, *others] if kernel_of(method[0]) is Kernel.DENSE else [own]:
                 clock = "wall" if device == "cpu" or variant != own else "graph"
                 more = {"dtype": dtype, "variant": variant, "clock": clock, "context_tokens": context}
                 yield from block.cases(shape, method, device, threads, **more)
 
 
 def _check_names(block: _Block) -> None:
-    for kind, names, known in (("level", [block.level], LEVELS), ("backend", block.backends, BACKENDS)):
+    axes: list[tuple[str, list[Any], tuple[str, ...]]] = [
+        ("level", [block.level], LEVELS),
+        ("backend", block.backends, BACKENDS),
+        ("predictor", block.predictors, PREDICTORS),
+        ("predictor_input", block.predictor_inputs, get_args(PredictorInput)),
+    ]
+    for kind, names, known in axes:
         for name in names:
             if name not in known:
                 raise InputError(f"unknown speed {kind} {name!r}{did_you_mean(name, known)}")
-    for method in block.methods:
-        kernel_of(method)
+    for method, params in block.methods:
+        if kernel_of(method) is Kernel.GIVEN and params:
+            raise InputError(f"method {GIVEN!r} of a speed case has no parameters: leave out {', '.join(params)}")
+    if block.level != "decode" and "block" in block.predictor_inputs:
+        raise InputError(f"predictor_input block of level {block.level}: a layer alone has none; use level decode")
     for sparsity in block.sparsities:
         if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
             raise InputError(f"sparsity {sparsity!r} of a speed case: must be a number in [0, 1)")

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels_numba.reference import LowRank
 from suite.decoding.parts import activate
-from suite.methods.base import Calibrated, kept_count
-from suite.modeling.decode import is_magnitude
-from suite.registry import get_method
+from suite.methods.base import Calibrated, Factor, kept_count
+from suite.modeling.decode import has_kernel
+from suite.modeling.gated_logits import gated_logits
+from suite.modeling.gated_mlp import activation
+from suite.modeling.gathered import Weights, apply_gathered, gathered
 from suite.speed.case import Kernel, Progress, Row, SpeedCase, States, phase_row
 from suite.speed.rig import Rig
 
@@ -42,7 +46,7 @@ class LayerData:
     sample : Tensor, shape (16, d_model)
         Inputs that moments are taken over.
     v, u : Tensor, shape (rank, d_model) and (d_ff, rank), or None
-        Of a predictor.
+        Of the largest predictor or factor; a smaller one is its first rows and columns.
     wide : dtype that scores are computed in: fp64 where the weights are narrower than fp32. On a CPU, whose weights are
         fp32, fp64 copies of a Llama layer would take 1.4 GB and seconds.
     """
@@ -94,44 +98,103 @@ class LayerData:
         seen = {"input": self.sample, "act": act, "up": up, "product": act * up}
         return Calibrated(moments={name: value.float().square().mean(0) for name, value in seen.items()})
 
-    def scale(self, case: SpeedCase) -> Tensor | None:
-        """Factor of each neuron in the case's score, shape (d_ff,), fp32; None if it has none."""
-        if case.kernel is not Kernel.THRESHOLD:
-            return None
-        method = get_method(case.method)
-        return method.neuron_scale(self.calibrated if method.moments else Calibrated())
-
-    @property
-    def predictor(self) -> tuple[Tensor, Tensor]:
-        """``v`` and ``u``.
+    def _low_rank(self, rank: int) -> tuple[Tensor, Tensor]:
+        """``v`` and ``u`` of a rank.
 
         Raises
         ------
         ValueError
-            The layer was made without a predictor.
+            The layer was made without them.
         """
         if self.v is None or self.u is None:
             raise ValueError("the layer was made without a predictor: give it a rank")
-        return self.v, self.u
+        if rank not in self._cut:
+            self._cut[rank] = self.v[:rank], self.u[:, :rank].contiguous()
+        return self._cut[rank]
 
-    def logits(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Logits of the predictor, shape (batch, d_ff), in ``dtype``."""
-        v, u = self.predictor
+    @cached_property
+    def _cut(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {}
+
+    def known(self, case: SpeedCase) -> Calibrated:
+        """What a fit would hold for the case's method; what a factor misses is all of its quantity."""
+        method = case.made
+        if not method.needs_calibration:
+            return Calibrated()
+        factors = {}
+        for name, rank in method.factors.items():
+            v, u = self._low_rank(rank)
+            factors[str(name)] = Factor(v.T, u, self.calibrated.moments["act" if name == "gate" else "up"])
+        return replace(self.calibrated, factors=factors)
+
+    def low_rank(self, case: SpeedCase) -> LowRank | None:
+        """What makes the factors of the neurons in the case's score, token by token; None if nothing does."""
+        factor = case.made.low_rank(self.known(case)) if case.kernel is Kernel.THRESHOLD else None
+        return None if factor is None else LowRank(factor.v, factor.u, factor.residual)
+
+    def scale(self, case: SpeedCase, x: Tensor) -> Tensor | None:
+        """Factor of each neuron in the case's score, (d_ff,), fp32, or of each token's by a low rank, (batch, d_ff), wide."""
+        if case.kernel is not Kernel.THRESHOLD:
+            return None
+        if (low := self.low_rank(case)) is None:
+            return case.made.neuron_scale(self.known(case))
+        guess = x.to(self.wide) @ low.v.to(self.wide) @ low.u.to(self.wide).T
+        guess = activate(guess, self.activation) if case.first_projection == "up" else guess
+        return (guess.square() + low.residual).sqrt()
+
+    def of_score(self, case: SpeedCase) -> dict[str, Any]:
+        """What of a threshold kernel's arguments says how the case scores."""
+        found: dict[str, Any] = {"first": case.first_projection}
+        if (low := self.low_rank(case)) is not None:
+            return found | {"low_rank": low}
+        return found | {"scale": self.scale(case, self.x)}
+
+    def predictor(self, case: SpeedCase) -> tuple[Tensor, ...]:
+        """``v`` and ``u`` of its low-rank predictor; of a gated one as `gated_logits` takes them, with ``residual``."""
+        n = len(case.predicted)
+        v, u = self._low_rank((case.rank or 0) * max(n, 1))
+        if not n:
+            return v, u
+        moments = self.calibrated.moments
+        residual = torch.stack([moments["act" if name == "gate" else name] for name in case.predicted])
+        return v.T, u.view(n, case.d_ff, -1), residual
+
+    def logits(self, case: SpeedCase, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Logits of the case's predictor, shape (batch, d_ff), in ``dtype``."""
+        v, u, *residual = self.predictor(case)
+        if residual:
+            act = activation(self.activation)
+            return gated_logits(x, (v, u, residual[0]), case.predicted, act, dtype)
         return functional.linear(functional.linear(x.to(dtype), v.to(dtype)), u.to(dtype))
+
+    def predictor_bytes(self, case: SpeedCase) -> int:
+        """Memory of the case's predictor."""
+        return sum(part.numel() * part.element_size() for part in self.predictor(case))
 
     def magnitudes(self, case: SpeedCase, x: Tensor) -> Tensor:
         """What the case's threshold is set on but for the factor of each neuron, shape (batch, d_ff), wide."""
         if case.kernel is Kernel.PREDICTOR:
-            return self.logits(x, self.wide)
+            return self.logits(case, x, self.wide)
         act, up = self.own if x is self.x else self.projections(x)
         return (up if case.first_projection == "up" else act).abs()
 
     def threshold(self, case: SpeedCase) -> float:
         """Half-way between the last score kept and the first dropped, over all tokens of the batch; -inf if all are kept."""
-        scores, scale = self.magnitudes(case, self.x).double(), self.scale(case)
+        scores, scale = self.magnitudes(case, self.x).double(), self.scale(case, self.x)
         scores = (scores if scale is None else scores * scale).flatten().sort(descending=True).values
         kept = kept_count(case.d_ff, case.sparsity) * len(self.x)
         return -math.inf if kept == len(scores) else float((scores[kept - 1] + scores[kept]) / 2)
+
+    def gathered(self, case: SpeedCase) -> tuple[Tensor, Weights]:
+        """A set of k neurons, which is `given`'s, and the dense matrices of it."""
+        listed = self.given(case)
+        keep = torch.zeros(1, case.d_ff, dtype=torch.bool, device=listed.device)
+        keep[0, listed.long()] = True
+        return listed, gathered((self.w_gate, self.w_up, self.w_down), keep)
+
+    def apply_gathered(self, x: Tensor, weights: Weights) -> Tensor:
+        """Output of all tokens by what `gathered` gives."""
+        return apply_gathered(x, weights, activation(self.activation))
 
     def given(self, case: SpeedCase) -> Tensor:
         """The k neurons with the largest ``abs(v)`` of the first token, ascending, int32."""
@@ -173,7 +236,8 @@ class LayerRig(Rig):
         self, n_layers: int, draw_of: Callable[[int], Draw], transpose: Transpose, wide: torch.dtype
     ) -> None:
         """Fill `layers`; ``draw_of`` gives what draws the matrices of a layer."""
-        rank = max((case.rank for case in self.cases if case.rank is not None), default=None)
+        ranks = [case.rank * max(len(case.predicted), 1) for case in self.cases if case.rank is not None]
+        rank = max(ranks, default=None)
         for index in range(n_layers):
             self.tell(f"weights of layer {index}")
             self.layers.append(LayerData.random(self.cases[0], rank, draw_of(index), transpose, wide))
@@ -181,6 +245,6 @@ class LayerRig(Rig):
 
 def why_no_kernel(case: SpeedCase) -> str:
     """Reason why no kernel computes the score of the case's method; "" if one does."""
-    if case.kernel is Kernel.THRESHOLD and not is_magnitude(get_method(case.method)):
+    if case.kernel is Kernel.THRESHOLD and not has_kernel(case.made):
         return f"the kernels do not compute the score of {case.method}: not abs(act(g)) or abs(u), nor times a factor"
     return ""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from kernels_numba import cpu as kernels
-from kernels_numba.reference import Reference, combine, error_bound, relative_error, wrongly_selected
+from kernels_numba.reference import Reference, combine, error_bound, low_rank_scale, relative_error, wrongly_selected
 from suite.methods.base import select_threshold
 from suite.modeling.decode import KERNEL_DTYPES
 from suite.speed.case import Check, Kernel, Row, SpeedCase, needed_bytes
@@ -78,11 +78,13 @@ def _bind(case: SpeedCase, data: LayerData) -> _Bound:
     """Bind a case to a layer's weights; sparsity is set for the layer's own input."""
     if case.kernel is Kernel.DENSE:
         return _bind_dense(case, data)
+    if case.kernel is Kernel.GATHERED:
+        return _bind_gathered(case, data)
     weights = (data.w_gate, data.w_up, data.w_down_t)
     options: dict[str, Any] = {"activation": case.activation, "threads": case.threads}
     if case.kernel is Kernel.THRESHOLD:
         threshold = data.threshold(case)
-        options |= {"first": case.first_projection or "", "scale": data.scale(case)}
+        options |= data.of_score(case)
         layer = kernels.ThresholdLayer(*weights, threshold=threshold, **options)
         return _Bound(layer, lambda: layer.active, layer.extra_bytes, layer.threshold)
     if case.level == "op":
@@ -100,12 +102,22 @@ def _bind_predictor(case: SpeedCase, data: LayerData, given: kernels.GivenLayer)
     last = [np.empty(0, dtype=np.int64)]
 
     def call(x: Array, out: Array) -> None:
-        keep = select_threshold(data.logits(torch.from_numpy(x)[None], torch.float32), float(threshold))
+        keep = select_threshold(data.logits(case, torch.from_numpy(x)[None], torch.float32), float(threshold))
         last[0] = keep[0].nonzero()[:, 0].numpy()
         given(x, last[0], out)
 
-    predictor = sum(m.numel() * m.element_size() for m in data.predictor)
-    return _Bound(call, lambda: last[0], given.extra_bytes + predictor, float(threshold))
+    return _Bound(call, lambda: last[0], given.extra_bytes + data.predictor_bytes(case), float(threshold))
+
+
+def _bind_gathered(case: SpeedCase, data: LayerData) -> _Bound:
+    """A dense layer of k neurons."""
+    listed, weights = data.gathered(case)
+    active = listed.numpy()
+
+    def call(x: Array, out: Array) -> None:
+        torch.from_numpy(out).copy_(data.apply_gathered(torch.from_numpy(x)[None], weights)[0])
+
+    return _Bound(call, lambda: active, sum(weight.nbytes for weight in weights))
 
 
 def _bind_projection(case: SpeedCase, data: LayerData) -> _Bound:
@@ -149,7 +161,7 @@ class CpuSubject(Subject):
         out.fill(np.nan)
         start = time.perf_counter()
         bound.call(self._inputs[0], out)  # compiles or loads the kernel, and leaves another input's state behind
-        jit_s = time.perf_counter() - start if self.case.kernel is not Kernel.DENSE else None
+        jit_s = None if self.case.kernel.is_torch else time.perf_counter() - start
         out.fill(np.nan)
         bound.call(self._fresh, out)
         active = bound.active()
@@ -159,12 +171,21 @@ class CpuSubject(Subject):
         if not error <= limit:
             reason = f"check failed: error {error:.3g} over the bound {limit:.3g} against float64"
         elif bound.threshold is not None and active is not None:
-            scale = self._layers[0].scale(self.case)
-            factors = None if scale is None else scale.numpy()
-            wrong = wrongly_selected(self._magnitudes(), active, bound.threshold, self.case.d_model, factors)
+            wrong = self._wrong(active, bound.threshold)
             if len(wrong):
                 reason = f"check failed: {len(wrong)} neurons wrongly kept or dropped, first {wrong[0]}"
         return Check(error, reason, {"jit_s": jit_s, "extra_memory_mib": bound.extra_bytes / 2**20})
+
+    def _wrong(self, active: NDArray[np.integer], threshold: float) -> NDArray[np.int64]:
+        """Neurons that were kept or dropped against the scores of the fresh input in float64."""
+        case, data = self.case, self._layers[0]
+        low, factors = data.low_rank(case), None
+        if low is not None:
+            factors = low_rank_scale(low, self._fresh, data.activation if case.first_projection == "up" else None)
+        elif (scale := data.scale(case, data.x)) is not None:
+            factors = scale.double().numpy()
+        rank = low.v.shape[1] if low is not None else 0
+        return wrongly_selected(self._magnitudes(), active, threshold, case.d_model, factors, rank)
 
     def _expected(self, active: NDArray[np.integer] | None) -> tuple[NDArray[np.float64], float]:
         """Output on an active set in float64, and the error that a right kernel may have."""
@@ -180,8 +201,8 @@ class CpuSubject(Subject):
     def _magnitudes(self) -> NDArray[np.float64]:
         """What the threshold is set on but for the factor of each neuron, of the fresh input, in float64."""
         if self.case.kernel is Kernel.PREDICTOR:
-            return self._layers[0].logits(torch.from_numpy(self._fresh)[None], torch.float64)[0].numpy()
-        return self._reference.scores(self.case.first_projection or "gate")
+            return self._layers[0].logits(self.case, torch.from_numpy(self._fresh)[None], torch.float64)[0].numpy()
+        return self._reference.scores("up" if self.case.first_projection == "up" else "gate")
 
     def prepare(self) -> None:
         """Bind the other layers, and count the neurons used on each layer's own input."""

@@ -65,6 +65,7 @@ class Bound:
     values: Tensor | None = None
     threshold: float | None = None
     again: Callable[[Tensor, Tensor], Callable[[], None]] | None = None
+    copies: int = 0  # bytes of copied weights beside those of a kernel's layer
 
     def active(self, token: int) -> Tensor | None:
         """Active neurons of a token in the last call; None if dense."""
@@ -73,7 +74,7 @@ class Bound:
 
 def bind(case: SpeedCase, data: LayerData) -> Bound:
     """Bind a case to a layer's weights; the sparsity is set for the layer's own input."""
-    kinds = {Kernel.DENSE: _bind_dense, Kernel.GIVEN: _bind_given}
+    kinds = {Kernel.DENSE: _bind_dense, Kernel.GIVEN: _bind_given, Kernel.GATHERED: _bind_gathered}
     bound = kinds.get(case.kernel, _bind_choosing)(case, data)
     if bound.layer is not None and case.variant in _VARIANTS:
         bound.layer.change_plan(**_VARIANTS[case.variant])
@@ -107,14 +108,22 @@ def _bind_given(case: SpeedCase, data: LayerData) -> Bound:
     )  # fmt: skip
 
 
+def _bind_gathered(case: SpeedCase, data: LayerData) -> Bound:
+    """A dense layer of k neurons."""
+    listed, weights = data.gathered(case)
+    copies = sum(weight.nbytes for weight in weights)
+    return Bound(lambda x, out: data.apply_gathered(x, weights), listed=listed, copies=copies)
+
+
 def _bind_choosing(case: SpeedCase, data: LayerData) -> Bound:
     """A kernel that finds its active set itself: by a predictor or by the first projection."""
     weights, threshold = (data.w_gate, data.w_up, data.w_down_t), data.threshold(case)
     options: dict[str, Any] = {"activation": case.activation, "threshold": threshold}
     if case.kernel is Kernel.PREDICTOR:
-        layer: Any = kernels.PredictorLayer(*weights, *data.predictor, **options)
+        layer: Any = kernels.PredictorLayer(*weights, *data.predictor(case), **options)
     else:
-        layer = kernels.ThresholdLayer(*weights, first=case.first_projection or "", scale=data.scale(case), **options)
+        options |= data.of_score(case)
+        layer = kernels.ThresholdLayer(*weights, **options)
     return Bound(lambda x, out: layer(x, out), layer, threshold=threshold, again=lambda x, out: layer.bind(x, out))
 
 
@@ -127,8 +136,8 @@ def _expected(case: SpeedCase, bound: Bound, data: LayerData, x: Tensor) -> tupl
     act, up = data.projections(x)
     product, counts, wrong = act * up, [], ""
     magnitudes = None if bound.threshold is None else data.magnitudes(case, x).cpu().numpy()
-    scale = data.scale(case)
-    factors = None if scale is None else scale.cpu().numpy()
+    scale, rank = data.scale(case, x), case.rank or 0
+    factors = None if scale is None else scale.expand(len(x), -1).cpu().numpy()
     for token in range(len(x)):
         active = bound.active(token)
         if active is None:
@@ -141,7 +150,10 @@ def _expected(case: SpeedCase, bound: Bound, data: LayerData, x: Tensor) -> tupl
         if magnitudes is not None and bound.threshold is not None:
             # a projection of length d_model, or rank on top of it, rounds differently in fp32: scores close by may differ
             found = active.cpu().numpy()
-            bad = wrongly_selected(magnitudes[token], found, bound.threshold, case.d_model, factors)
+            one = None if factors is None else factors[token]
+            bad = wrongly_selected(
+                magnitudes[token], found, bound.threshold, case.d_model, one, rank if factors is not None else 0
+            )
             if len(bad):
                 wrong = f"check failed: {len(bad)} neurons wrongly kept or dropped, first {bad[0]}"
     return product @ down.T, counts, wrong
@@ -188,6 +200,8 @@ class CudaSubject(Subject):
         facts: Row = {"jit_s": jit_s, "n_layers": len(self._layers)}
         if bound.layer is not None:
             facts["extra_memory_mib"] = bound.layer.extra_bytes / 2**20
+        elif bound.copies:
+            facts["extra_memory_mib"] = bound.copies / 2**20
         return Check(error, reason, facts | {"peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20})
 
     def _limit(self, most_active: int) -> float:
@@ -262,6 +276,8 @@ class CudaRig(LayerRig):
             return f"batch size {case.batch_size}: the CUDA kernels take 1 to {_MOST_TOKENS} tokens"
         if case.dtype not in KERNEL_DTYPES["cuda"]:
             return f"dtype {case.dtype}: the CUDA kernels take {', '.join(KERNEL_DTYPES['cuda'])}"
+        if case.predictor:
+            return "no kernel computes a gated predictor within a layer: time it at level decode"
         return why_no_kernel(case)
 
     def batches(self) -> Iterator[Sequence[SpeedCase]]:

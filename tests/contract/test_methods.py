@@ -3,13 +3,17 @@
 import dataclasses
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
+from kernels_numba.reference import low_rank_scale
 from suite.errors import InputError
 from suite.methods.base import NEURONS, Calibrated, Factor, Method, Site, kept_count, select_top_k
 from suite.modeling.attach import attach
+from suite.modeling.decode import has_kernel
 from suite.modeling.gated_mlp import find_gated_mlps
 from suite.registry import METHODS, get_method, method_class
 from tests.conftest import D_FF, PAD, WIDTH, State, activations, logits, predictor_fit, random_fit, tiny_model
@@ -370,6 +374,39 @@ def test_a_scale_of_the_neurons_makes_the_score_of_the_first_projection(name, dt
     assert (scale.shape, scale.dtype) == ((D_FF,), torch.float32)
     first = {"gate": inputs.act, "up": inputs.up}[method.first_projection]
     assert torch.equal(method.score(inputs), first.abs().float() * scale)
+
+
+def variants(name):
+    """The method with every value of what its fit or its user chooses of a factor."""
+    method = get_method(name)
+    values = {"exact": ("up", "gate"), "predictor_input": ("mlp", "block")}
+    names = [one for one in values if one in method.parameters()]
+    return [
+        dataclasses.replace(method, **dict(zip(names, chosen, strict=True)))
+        for chosen in product(*map(values.get, names))
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ALL)
+def test_a_low_rank_makes_the_score_of_the_first_projection(name, dtype):
+    """In float64 from its matrices, as the reference of the kernels has it."""
+    for method in variants(name):
+        inputs = activations(dtype=dtype)
+        low = method.low_rank(inputs.calibrated)
+        if low is None:
+            continue
+        assert method.neuron_scale(inputs.calibrated) is None
+        seen = inputs.block if method.predictor_input == "block" else inputs.input
+        act = "silu" if method.exact_projection == "up" else None
+        scale = torch.from_numpy(np.stack([low_rank_scale(low, token, act) for token in seen.double().numpy()]))
+        first = {"gate": inputs.act, "up": inputs.up}[method.exact_projection]
+        # fp32 sums of 32 and of 4 products, an activation, a root
+        rounding = (32 + 4 + 8) * torch.finfo(torch.float32).eps
+        torch.testing.assert_close(
+            method.score(inputs).double(), first.abs().double() * scale, rtol=rounding, atol=rounding
+        )
+        assert has_kernel(method)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -81,7 +81,7 @@ def test_an_mlp_of_ones_own_is_used():
     dense = decode.hidden(decode.dense)
     seen = []
 
-    def half(layer, x):
+    def half(layer, x, block):
         seen.append((layer, tuple(x.shape)))
         gate, up = decode.mlps[layer].gate_up(x)
         product = decode.mlps[layer].act(gate) * up
@@ -91,6 +91,29 @@ def test_an_mlp_of_ones_own_is_used():
     assert not torch.allclose(decode.hidden(half), dense, atol=1e-3)
     assert torch.equal(decode.hidden(decode.dense), dense)  # the cache is written anew at the same position
     assert seen == [(0, (1, mlp.d_model)), (1, (1, mlp.d_model))]
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_an_mlp_gets_its_blocks_normed_input_too(architecture):
+    """What `input_layernorm` of its block gives of the token, known before attention."""
+    model, ids = build(architecture, attn_implementation="eager"), prompt(6)
+    decode, expected, found = DecodeModel(model, 32), {}, []
+    decode.prefill(ids)
+
+    def dense(layer, x, block):
+        found.append(block)
+        return decode.dense(layer, x, block)
+
+    with torch.inference_mode():
+        decode.hidden(dense)
+        for layer, block in enumerate(model.model.layers):
+            block.input_layernorm.register_forward_hook(
+                lambda _m, _a, out, n=layer: expected.__setitem__(n, out[:, -1])
+            )
+        model(input_ids=torch.cat([ids, decode.token[None]], 1), use_cache=False)
+    assert len(found) == len(expected) == 2
+    for layer, block in enumerate(found):
+        torch.testing.assert_close(block, expected[layer], rtol=1e-4, atol=1e-4)  # fp32, at most a layer
 
 
 def test_too_long_is_refused():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import transformers
@@ -15,15 +13,14 @@ from suite.decoding.graphs import captured
 from suite.decoding.sparse import SparseMethod
 from suite.decoding.step import DecodeModel
 from suite.modeling.attach import attach
-from suite.modeling.gated_mlp import find_gated_mlps
-from suite.registry import get_method
 from suite.speed.decode_check import check, check_dense
-from tests.conftest import CONFIGS, decode_state, tiny_model
+from tests.conftest import CONFIGS, decode_method, decode_state, tiny_model
 
 METHODS = [("cats", ""), ("m-countdown", ""), ("d-countdown", "low-rank"), ("d-countdown", "ternary")]
-METHODS += [("d-countdown", "gated"), ("dejavu-abs", "gated")]
 SCALED = ["m-countdown-cw", "chess"]  # a factor a neuron
-METHODS += [(name, "") for name in SCALED]
+METHODS += [(name, "") for name in (*SCALED, "griffin", "static")]
+METHODS += [("md-countdown", kind) for kind in ("up mlp", "gate mlp", "up block", "gate block")]
+METHODS += [("d-countdown", "gated"), ("d-countdown", "gated block"), ("dejavu-abs", "gated")]
 
 
 def generate(model, rows, **options):
@@ -44,9 +41,7 @@ def test_generates_what_masked_generates(architecture, name, kind, rows, cache):
         dense = generate(model, rows)
         found = {}
         for backend in ("masked", "numba"):
-            method, state = get_method(name, sparsity=0.5), decode_state(name, kind)
-            if kind == "gated":
-                state = replace(state, activation=find_gated_mlps(model)[0].activation)
+            method, state = decode_method(name, kind), decode_state(name, kind, model)
             with attach(model, method, state, scope="paper", backend=backend) as attached:
                 found[backend] = *generate(model, rows, cache_implementation=cache), attached.sparsity()
         masked, numba = found["masked"], found["numba"]
@@ -58,9 +53,18 @@ def test_generates_what_masked_generates(architecture, name, kind, rows, cache):
         model.cpu()
 
 
-@pytest.mark.parametrize("name", ["m-countdown", "d-countdown", *SCALED])
+LOW_RANK = [
+    {"rank": 16, "exact": exact, "predictor_input": read} for exact in ("up", "gate") for read in ("mlp", "block")
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [(name, {}) for name in ("m-countdown", "d-countdown", *SCALED)] + [("md-countdown", one) for one in LOW_RANK],
+    ids=str,
+)
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen2", "phi3"])
-def test_graph_of_a_step(architecture, name):
+def test_graph_of_a_step(architecture, name, params):
     """Replays after the cache moved, for a second prompt and another length, equal eager steps token by token."""
     sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "pad_token_id": 0}
@@ -68,7 +72,7 @@ def test_graph_of_a_step(architecture, name):
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture](**sizes), dtype=torch.bfloat16)
     decode = DecodeModel(model.eval(), 300)
-    method = SparseMethod(decode, name, 64 if name == "d-countdown" else None, 0)
+    method = SparseMethod(decode, name, 64 if name == "d-countdown" else None, 0, params=params)
     graph = None
     for n_tokens in (40, 11, 270):
         prompt = torch.randint(0, 256, (1, n_tokens), device="cuda")

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from kernels_numba import cpu, cpu_kernels
-from kernels_numba.reference import Reference, combine, error_bound, relative_error, wrongly_selected
+from kernels_numba.reference import (
+    LowRank,
+    Reference,
+    combine,
+    error_bound,
+    low_rank_scale,
+    relative_error,
+    wrongly_selected,
+)
 
 THREADS = sorted({1, min(2, numba.config.NUMBA_NUM_THREADS)})
 SHAPES = [(8, 8), (24, 40), (72, 200), (64, 1), (1, 64), (13, 37), (129, 255), (576, 1536)]
@@ -105,6 +113,55 @@ def test_a_factor_decides_by_the_fp32_product(first, activation):
     layer.threshold = np.nextafter(0.0, 1.0, dtype=np.float32)
     layer(x)
     assert list(layer.active) == list(np.flatnonzero(whole != 139))
+
+
+def approximation(d_model, d_ff, rank, seed=5):
+    """A low rank of random matrices; a twentieth of the residuals are 0, as those of dead neurons."""
+    rng = np.random.default_rng(seed)
+    v = rng.standard_normal((d_model, rank), dtype=np.float32) / np.float32(d_model**0.5)
+    u = rng.standard_normal((d_ff, rank), dtype=np.float32) / np.float32(rank**0.5)
+    residual = np.exp(rng.uniform(-8, 0, d_ff)) * (rng.random(d_ff) > 0.05)
+    return LowRank(torch.from_numpy(v), torch.from_numpy(u), torch.from_numpy(residual.astype(np.float32)))
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize(
+    ("d_model", "d_ff", "rank"), [(8, 8, 1), (13, 37, 13), (64, 1, 3), (72, 200, 16), (576, 1536, 64)]
+)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("first", ["up", "gate"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_factors_of_a_low_rank(d_model, d_ff, rank, activation, first, threads, elsewhere):
+    """Of each token, by what the layer or another vector tells of the other projection."""
+    gate, up, down_t, x = make(d_model, d_ff)
+    low, seen = approximation(d_model, d_ff, rank), make(d_model, d_ff, seed=1)[3]
+    reference = Reference.of(gate, up, down_t, x, activation)
+    scale = low_rank_scale(low, seen if elsewhere else x, activation if first == "up" else None)
+    magnitudes = reference.scores(first)
+    options = {"activation": activation, "first": first, "threads": threads, "low_rank": low}
+    layer = cpu.ThresholdLayer(gate, up, down_t, threshold=0.0, **options)
+    layer(make(d_model, d_ff, seed=2)[3])  # leaves nothing behind
+    for kept in sorted({0, 1, d_ff // 10, d_ff // 2, d_ff}):
+        layer.threshold = between(magnitudes * scale, kept)
+        out = np.full(d_model, np.nan, dtype=np.float32)
+        assert layer(x, out, **({"seen": seen} if elsewhere else {})) is out
+        assert not len(wrongly_selected(magnitudes, layer.active, layer.threshold, d_model, scale, rank))
+        assert abs(layer.count - kept) <= 1
+        check(out, reference, layer.active)
+    plain = cpu.ThresholdLayer(gate, up, down_t, threshold=0.0, activation=activation, first=first, threads=threads)
+    assert layer.extra_bytes - plain.extra_bytes == 4 * (rank * (d_model + d_ff + 1) + 2 * d_ff)
+
+
+def test_tokens_of_a_batch_have_factors_of_their_own():
+    gate, up, down_t, _ = (torch.from_numpy(part) for part in make(24, 40))
+    x, seen = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(0)).unbind()
+    low = approximation(24, 40, 4)
+    layer = cpu.ThresholdLayer(gate, up, down_t, activation="silu", first="up", threshold=0.3, low_rank=low)
+    y = layer(x, seen=seen)
+    assert torch.equal(y, torch.stack([layer(one, seen=read) for one, read in zip(x, seen, strict=True)]))
+    assert not torch.equal(y, layer(x))
+    assert torch.isnan(layer(x, seen=torch.full_like(x, math.nan))).logical_not().all()  # kept, and x is finite
+    assert layer.count == 3 * 40
 
 
 def test_factors_of_one_change_nothing():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kernels_numba import cpu
+from kernels_numba.reference import LowRank
 from suite.errors import InputError
 from suite.modeling.attach import attach
 from suite.registry import get_method
@@ -29,6 +30,10 @@ def threshold_layer(gate=GATE, up=UP, down_t=DOWN_T, **options):
 
 def given(active, x=X, out=None):
     return cpu.GivenLayer(GATE, UP, DOWN_T, activation="silu")(x, active, out)
+
+
+def low_rank(rank=2, **parts):
+    return LowRank(**{"v": torch.ones(24, rank), "u": torch.ones(40, rank), "residual": torch.ones(40)} | parts)
 
 
 BAD = {
@@ -54,6 +59,22 @@ BAD = {
     "short scale": (lambda: threshold_layer(scale=torch.ones(39)), r"scale has shape \(39,\): expected \(40\)"),
     "fp64 scale": (lambda: threshold_layer(scale=np.ones(40)), "scale has dtype float64: convert it to float32"),
     "number as scale": (lambda: threshold_layer(scale=0.5), "scale is a float: pass a torch tensor"),
+    "both factors": (
+        lambda: threshold_layer(scale=torch.ones(40), low_rank=low_rank()),
+        "scale and low_rank were given",
+    ),
+    "rank above d_model": (lambda: threshold_layer(low_rank=low_rank(rank=25)), "rank 25: must be 1 to d_model=24"),
+    "no rank": (lambda: threshold_layer(low_rank=low_rank(rank=0)), "rank 0: must be 1 to d_model=24"),
+    "other u": (lambda: threshold_layer(low_rank=low_rank(u=torch.ones(40, 3))), r"u of low_rank has shape \(40, 3\)"),
+    "bf16 v": (
+        lambda: threshold_layer(low_rank=low_rank(v=torch.ones(24, 2).bfloat16())),
+        "v of low_rank has dtype bf",
+    ),
+    "short residual": (
+        lambda: threshold_layer(low_rank=low_rank(residual=torch.ones(1))),
+        "residual of low_rank has sha",
+    ),
+    "short seen": (lambda: threshold_layer(low_rank=low_rank())(X, seen=torch.ones(23)), r"seen has shape \(23,\)"),
     "bool threads": (lambda: threshold_layer(threads=True), "threads=True"),
     "no threads": (lambda: threshold_layer(threads=0), "threads=0"),
     "many threads": (lambda: threshold_layer(threads=10**6), "threads=1000000"),

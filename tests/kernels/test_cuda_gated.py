@@ -15,7 +15,7 @@ from kernels_numba.gpu.host import gated as host_gated
 from kernels_numba.gpu.host import layers
 from kernels_numba.gpu.mlp.plan import Plan
 from kernels_numba.reference import Gated, LowRank
-from suite.modeling.decode import chooses_on_cuda, cuda_layers, gated_parts
+from suite.modeling.decode_layers import chooses_on_cuda, cuda_predicting, gated_parts
 from suite.modeling.gated_mlp import find_gated_mlps
 from tests.conftest import D_FF, D_MODEL, predictor_fit, tiny_model
 from tests.kernels.test_cuda_host import FakeLaunch, host, matrix  # noqa: F401  the fixture of both
@@ -69,7 +69,7 @@ def test_one_kernel_stands_in_for_each_projection_once():
 
 def test_layers_of_a_model_are_bound_to_its_fit():
     mlps, fit = find_gated_mlps(tiny_model("gemma2")), predictor_fit("s-countdown", kind="gated", rank=8)
-    made = cuda_layers(mlps, "", [0.25, 0.75], fit, [None, None])
+    made = cuda_predicting(mlps, [0.25, 0.75], fit)
     for number, one in enumerate(made):
         one(torch.randn(2, D_MODEL))
         launch = FakeLaunch.made[-1]

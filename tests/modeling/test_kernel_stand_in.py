@@ -9,10 +9,10 @@ from torch import nn
 from suite.errors import InputError
 from suite.modeling import attach as attach_module
 from suite.modeling.attach import attach
-from suite.modeling.decode import is_magnitude
+from suite.modeling.decode import has_kernel
 from suite.modeling.gated_mlp import find_gated_mlps
 from suite.registry import get_method
-from tests.conftest import decode_state, tiny_model
+from tests.conftest import decode_method, decode_state, tiny_model
 
 METHOD = get_method("m-countdown", sparsity=0.5)
 
@@ -117,6 +117,9 @@ def test_an_mlp_of_another_class_is_masked():
         ("m-countdown-cw", ""),
         ("chess", ""),
         ("d-countdown", "low-rank"),
+        ("md-countdown", "up mlp"),
+        ("md-countdown", "gate block"),
+        ("d-countdown", "gated block"),
     ],
 )
 def test_a_kernel_that_computes_something_else_is_found_at_attach(name, kind, fault, monkeypatch):
@@ -128,10 +131,10 @@ def test_a_kernel_that_computes_something_else_is_found_at_attach(name, kind, fa
             return make(model, method, thresholds + 5, predictor, **options)
         kernels = make(model, method, thresholds, predictor, **options)
         run = kernels.run
-        kernels.run = lambda layer, x: run(layer, x) * (1 + 1e-3 * layer)
+        kernels.run = lambda layer, *x: run(layer, *x) * (1 + 1e-3 * layer)
         return kernels
 
-    model, method, state = tiny_model("llama"), get_method(name, sparsity=0.5), decode_state(name, kind)
+    model, method, state = tiny_model("llama"), decode_method(name, kind), decode_state(name, kind)
     with attach(model, method, state, backend="numba"):  # the right kernels pass
         pass
     monkeypatch.setattr(attach_module, "decode_kernels", broken)
@@ -148,8 +151,8 @@ def test_a_factor_that_is_not_the_one_of_the_score_has_no_kernel():
     model, method, state = tiny_model("llama"), get_method(name, sparsity=0.5), decode_state(name)
     with pytest.raises(InputError, match="do not compute the score of says-another"):
         attach(model, method, state, backend="numba").__enter__()
-    name = "tests.modeling.site_methods:Gated"
-    assert not is_magnitude(get_method(name, sparsity=0.5))
+    name = "tests.modeling.site_methods:Gated"  # does not say that it has one
+    assert not has_kernel(get_method(name, sparsity=0.5))
 
 
 @pytest.mark.parametrize("change", [adapter, lambda mlp: mlp.down_proj.register_forward_hook(lambda m, a, y: 2 * y)])

@@ -13,7 +13,7 @@ from suite.registry import get_method
 from suite.runs.cells.accuracy import expand
 from suite.speed.case import needed_bytes
 from suite.speed.expand import make_cases
-from tests.conftest import D_FF, random_fit, tiny_model
+from tests.conftest import D_FF, predictor_fit, random_fit, tiny_model
 from tests.runs.fakes import FakeWorld
 
 
@@ -98,3 +98,12 @@ def test_moments_that_are_not_finite_fail_before_their_eigenvectors():
 def test_bytes_of_a_speed_case_count_the_factor_of_each_neuron():
     plain, scaled = make_cases(["embedded"], ["m-countdown", "m-countdown-cw"], [0.5])
     assert needed_bytes(scaled, 0.5) - needed_bytes(plain, 0.5) == 4 * scaled.d_ff
+
+
+def test_a_gated_predictor_of_another_activation_is_refused():
+    state = replace(predictor_fit(kind="gated"), activation="gelu_tanh")
+    with (
+        pytest.raises(InputError, match="is for activation gelu_tanh, the model's is silu: fit anew"),
+        attach(tiny_model("llama"), get_method("d-countdown", sparsity=0.5), state),
+    ):
+        pass

@@ -182,23 +182,25 @@ def test_decode_rows_of_real_weights_share_the_fits_of_the_matrix():
     assert sparse[0].key_fields["fit"] == sparse[0].fit_key
 
 
-def test_decode_rows_take_the_first_predictor_that_the_matrix_names_and_the_method_can_have():
+@pytest.mark.parametrize(
+    ("kinds", "methods", "expected"),
+    [
+        (["gated", "low-rank"], ["dejavu", "d-countdown"], ("low-rank", 9, 3, "zero")),  # a row's own by default
+        (["gated"], ["d-countdown"], ("gated", 9, 3, "calibrated")),  # what the matrix has
+    ],
+)
+def test_decode_rows_take_a_predictor_that_the_matrix_names_and_the_method_can_have(kinds, methods, expected):
     from suite.runs.cells.speed import expand_speed
 
-    predictor = {
-        "predictors": ["gated", "low-rank"],
-        "ranks": [9, None],
-        "rounds": 3,
-        "estimators": ["zero", "calibrated"],
-    }
-    speed = {"shapes": ["embedded"], "methods": ["dejavu", "d-countdown"], "sparsities": [0.5], "level": "decode"}
+    predictor = {"predictors": kinds, "ranks": [9, None], "rounds": 3, "estimators": ["zero", "calibrated"]}
+    speed = {"shapes": ["embedded"], "methods": methods, "sparsities": [0.5], "level": "decode"}
     config = matrix(speed=[speed | {"backends": ["numba-cpu"]}], predictor=predictor)
-    found = {cell.case.method: cell for cell in expand_speed(config, FakeWorld()) if cell.fit}
     told = {
-        name: (cell.fit.options.predictor, cell.case.rank, cell.fit.options.rounds, cell.fit.estimator)
-        for name, cell in found.items()
+        cell.case.method: (cell.fit.options.predictor, cell.case.rank, cell.fit.options.rounds, cell.fit.estimator)
+        for cell in expand_speed(config, FakeWorld())
+        if cell.fit
     }
-    assert told == {"dejavu": ("low-rank", 9, 3, "zero"), "d-countdown": ("gated", 9, 3, "calibrated")}
+    assert told == dict.fromkeys(methods, expected)
 
 
 def test_decode_rows_of_random_weights_need_no_fit():
@@ -208,6 +210,35 @@ def test_decode_rows_of_random_weights_need_no_fit():
     cells_ = [c for c in expand_speed(load_config("gpu-decode"), FakeWorld()) if c.case.model_shape != "embedded"]
     assert cells_
     assert {cell.fit_key for cell in cells_} == {None}
+
+
+def test_decode_rows_take_the_fits_of_their_parameters_predictor_and_input():
+    from suite.config import build_config
+    from suite.runs.cells.speed import expand_speed
+
+    md = {"name": "md-countdown", "params": {"rank": 16, "exact": "auto"}}
+    more = {"level": "decode", "shapes": ["embedded"], "sparsities": [0.8], "backends": ["numba-cpu"]}
+    blocks = [
+        more | {"methods": [md, {"name": "md-countdown", "params": {"rank": 32}}, "griffin", "m-countdown"]},
+        more | {"methods": ["d-countdown"], "predictors": ["low-rank", "gated"], "predictor_inputs": ["mlp", "block"]},
+    ]
+    predictor = {"predictors": ["low-rank", "gated"], "ranks": [24], "predictor_inputs": ["mlp", "block"]}
+    config = build_config({"name": "n", "speed": blocks, "predictor": predictor}, "here")
+    found = expand_speed(config, FakeWorld())
+    asked = {
+        (cell.case.method, cell.case.rank, cell.case.predictor, cell.case.predictor_input): cell.fit for cell in found
+    }
+    assert {key: fit and (fit.params, fit.options and fit.options.predictor_input) for key, fit in asked.items()} == {
+        ("md-countdown", 16, None, "mlp"): (md["params"], None),
+        ("md-countdown", 32, None, "mlp"): ({"rank": 32}, None),
+        ("griffin", None, None, None): None,
+        ("m-countdown", None, None, None): ({}, None),
+        ("d-countdown", 24, None, None): ({}, "mlp"),
+        ("d-countdown", 24, "gated", "mlp"): ({}, "mlp"),
+        ("d-countdown", 24, "gated", "block"): ({}, "block"),
+    }
+    assert len({cell.fit_key for cell in found}) == len({cell.key for cell in found}) == len(found) == 7
+    assert {cell.fit.options.predictor for cell in found if cell.case.predictor} == {"gated"}
 
 
 def test_a_method_that_is_added_leaves_the_cells_of_the_others_as_they_are(monkeypatch):

@@ -29,10 +29,10 @@ class Kernel:
     launch_tokens = 8
     extra_bytes = 1 << 20
 
-    def __init__(self, *weights, activation="silu", threshold=None, first="", scale=None):
+    def __init__(self, *weights, activation="silu", threshold=None, first="", scale=None, low_rank=None):
         self.w_gate, self.w_up, self.w_down_t, *self.predictor = weights
         self.activation, self.threshold, self.first, self.scale = activation, threshold, first, scale
-        self.changes, self.kept = {}, None
+        self.changes, self.kept, self.low_rank = {}, None, low_rank
 
     def change_plan(self, **changes):
         self.changes = changes
@@ -62,6 +62,10 @@ class Kernel:
             score = (up if self.first == "up" else act).abs()
             if self.scale is not None:
                 score = score * self.scale
+            if self.low_rank is not None:
+                guess = wide @ self.low_rank.v.double() @ self.low_rank.u.double().T
+                guess = torch.nn.functional.silu(guess) if self.first == "up" else guess
+                score = score * (guess.square() + self.low_rank.residual).sqrt()
             if self.predictor:
                 v, u = self.predictor
                 score = wide @ v.double().T @ u.double().T

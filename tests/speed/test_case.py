@@ -59,12 +59,17 @@ def test_columns_follow_from_the_timings_as_they_are_stored(case):
 
 def test_the_contract_of_a_method_decides_its_kernel():
     third = "tests.contract.third_party:PowerOfUp"
-    found = {name: kernel_of(name) for name in ("dense", "cats", "dejavu", "s-countdown", GIVEN, third)}
+    found = {
+        name: kernel_of(name)
+        for name in ("dense", "cats", "dejavu", "s-countdown", "md-countdown", "griffin", GIVEN, third)
+    }
     assert found == {
         "dense": Kernel.DENSE,
         "cats": Kernel.THRESHOLD,
         "dejavu": Kernel.PREDICTOR,
         "s-countdown": Kernel.PREDICTOR,
+        "md-countdown": Kernel.THRESHOLD,
+        "griffin": Kernel.GATHERED,
         GIVEN: Kernel.GIVEN,
         third: Kernel.THRESHOLD,
     }

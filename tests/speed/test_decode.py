@@ -9,12 +9,14 @@ import torch
 from suite import schema
 from suite.decoding import sparse
 from suite.decoding.shapes import SHAPES, Shape, build_model
+from suite.decoding.step import DecodeModel
 from suite.errors import InputError
+from suite.registry import get_method
 from suite.speed import decode, decode_check
 from suite.speed.bench import run_group
 from suite.speed.clock import Rounds
 from suite.speed.expand import make_cases
-from tests.conftest import D_FF, D_MODEL, decode_state
+from tests.conftest import D_FF, D_MODEL, decode_state, random_fit
 from tests.decoding.test_step import build
 from tests.speed import cuda_stand_in
 
@@ -91,7 +93,7 @@ def spoil(monkeypatch, factor):
     def wrong(*arguments, **named):
         kernels, calls = right(*arguments, **named), itertools.count(1)
         run = kernels.run
-        kernels.run = lambda layer, x: run(layer, x) * factor(layer, next(calls))
+        kernels.run = lambda layer, *x: run(layer, *x) * factor(layer, next(calls))
         return kernels
 
     monkeypatch.setattr(sparse, "decode_kernels", wrong)
@@ -109,7 +111,7 @@ def test_what_a_model_amplifies_excuses_single_steps_alone(tiny, monkeypatch):
     """Rounding that changes the logits a lot lets one step be off as far, but not half of them."""
     wrong_at = []
     spoil(monkeypatch, lambda layer, n: 1.001 if n in wrong_at or not wrong_at else 1.0)
-    monkeypatch.setattr(decode_check, "_shaken", lambda decode, mlp: lambda layer, x: 1.5 * mlp(layer, x))
+    monkeypatch.setattr(decode_check, "_shaken", lambda decode, mlp: lambda *x: 1.5 * mlp(*x))
     row = run_group(cases(("m-countdown",)))[0]
     assert "half of the steps off" in row["reason"]
     wrong_at.append(6)
@@ -120,13 +122,13 @@ def test_what_a_model_amplifies_excuses_single_steps_alone(tiny, monkeypatch):
 
 def test_logits_that_are_not_finite_fail_whatever_the_bound(tiny, monkeypatch):
     spoil(monkeypatch, lambda layer, n: float("nan") if n == 6 else 1.0)
-    monkeypatch.setattr(decode_check, "_shaken", lambda decode, mlp: lambda layer, x: float("nan") * mlp(layer, x))
+    monkeypatch.setattr(decode_check, "_shaken", lambda decode, mlp: lambda *x: float("nan") * mlp(*x))
     row = run_group(cases(("m-countdown",)))[0]
     assert (row["status"], row["check"], row.get("decode_check")) == ("failed", "failed", None)
 
 
 def test_a_wrong_step_gets_no_time(tiny, monkeypatch):
-    monkeypatch.setattr(decode.DecodeModel, "dense", lambda self, layer, x: x)
+    monkeypatch.setattr(decode.DecodeModel, "dense", lambda self, layer, x, block: x)
     row = run_group(cases(("dense",), variants=("eager",)))[0]
     assert (row["status"], row["tokens_per_s"]) == ("failed", None)
 
@@ -244,3 +246,55 @@ def test_on_a_gpu_steps_and_parts_are_graphs(tiny, monkeypatch):
         assert (row["status"], row["device_name"], row["threads"]) == ("ok", "a GPU", None), row["reason"]
         graph = row["variant"] == "graph"
         assert ((row["capture_s"] is not None), (row["peak_memory_mib"] == 3)) == (graph, graph)
+
+
+FACTORS = [
+    ("md-countdown", {"rank": 8, "exact": "up", "predictor_input": "mlp"}),
+    ("md-countdown", {"rank": 8, "exact": "gate", "predictor_input": "block"}),
+]
+
+
+def test_rows_of_factors_gated_predictors_and_fixed_sets(tiny):
+    methods = (*FACTORS, "d-countdown", "dejavu-abs", "griffin", "static")
+    options = {"backends": ["torch", "numba-cpu"], "threads": [1], "contexts": [16]}
+    options |= {"predictors": ["gated"], "predictor_inputs": ["mlp", "block"]}
+    made = make_cases(["tiny"], methods, [0.5, 0.75], level="decode", **options)
+    rows = run_group(made)
+    names = ("method", "backend", "rank", "predictor", "predictor_input", "exact_projection")
+    assert list(dict.fromkeys(tuple(row[name] for name in names) for row in rows)) == [
+        ("md-countdown", "numba-cpu", 8, None, "mlp", "up"),
+        ("md-countdown", "numba-cpu", 8, None, "block", "gate"),
+        *(("d-countdown", "numba-cpu", 8, "gated", read, None) for read in ("mlp", "block")),
+        *(("dejavu-abs", "numba-cpu", 16, "gated", read, None) for read in ("mlp", "block")),
+        *((method, "torch", None, None, None, None) for method in ("griffin", "static")),
+    ]
+    copies, one = 2 * D_MODEL * D_FF, D_MODEL + D_FF
+    for case, row in zip(made, rows, strict=True):
+        assert (row["status"], row["check"]) == ("ok", "passed"), row["reason"]
+        assert row["decode_check"]["top1_agreement"] == 1
+        assert abs(row["sparsity_realized"] - case.sparsity) < (1e-6 if row["backend"] == "torch" else 0.2)
+        kept = D_FF - int(case.sparsity * D_FF)
+        extra = {
+            "md-countdown": copies + 2 * (8 * one + D_FF),
+            "d-countdown": copies + 2 * 2 * (8 * one + D_FF),
+            "dejavu-abs": copies + 2 * (16 * one + D_FF),
+        }.get(row["method"], 2 * 3 * D_MODEL * kept)
+        assert row["extra_memory_mib"] == pytest.approx(4 * extra / 2**20)
+
+
+def test_a_fit_chooses_what_is_exact(tiny):
+    """The key says auto, the row what was chosen."""
+    case = replace(cases((FACTORS[0],))[0], params={"rank": 8, "exact": "auto"}, exact_projection=None)
+    state = random_fit(get_method("md-countdown", sparsity=0.5, rank=8, exact="auto"), thresholds=torch.zeros(2))
+    for chosen in ("up", "gate"):
+        factor = {
+            f"factor.{'up' if chosen == 'gate' else 'gate'}.{part}": state.extras[f"factor.gate.{part}"]
+            for part in ("v", "u", "residual")
+        }
+        (row,) = run_group([case], states={case: replace(state, meta={"chosen": {"exact": chosen}}, extras=factor)})
+        assert (row["status"], row["exact_projection"]) == ("ok", chosen), row["reason"]
+
+
+def test_without_its_prompt_a_set_is_refused():
+    with pytest.raises(InputError, match="method griffin ranks by the prompt"):
+        sparse.SparseMethod(DecodeModel(build("llama"), 64), "griffin")

@@ -17,7 +17,7 @@ from suite.speed.case import DISTURBED, needed_bytes
 from suite.speed.clock import Rounds
 from suite.speed.expand import make_cases
 
-D_MODEL, D_FF = 40, 200
+D_MODEL, D_FF = 72, 200  # above the default rank of factors
 
 
 @pytest.fixture(autouse=True)
@@ -230,8 +230,63 @@ def test_a_predictor_that_names_wrong_neurons_fails_its_check(monkeypatch):
     monkeypatch.setattr(
         layer_cpu.LayerData,
         "logits",
-        lambda self, x, dtype: right(self, x, dtype).roll(int(dtype == torch.float32), -1),
+        lambda self, case, x, dtype: right(self, case, x, dtype).roll(int(dtype == torch.float32), -1),
     )
     row = benchmark(["tiny"], ["s-countdown"], [0.9], threads=1).iloc[0]
     assert (row["check"], row["latency_us_median"]) == ("failed", None)
     assert "wrongly kept or dropped" in row["reason"]
+
+
+FACTORS = [("md-countdown", {"rank": 8}), ("md-countdown", {"rank": 24, "exact": "gate"})]
+FIXED = ("static", "griffin")
+
+
+def test_factors_of_a_low_rank_are_timed_and_counted(monkeypatch):
+    """Two ranks and both projections in one group, with predictors of both kinds beside them."""
+    methods = [*FACTORS, "d-countdown", "dejavu-abs", "dejavu"]
+    cases = tiny_cases(shape="tiny-gelu", methods=methods, predictors=["low-rank", "gated"])
+    rows = run_group(cases)
+    names = ("method", "rank", "predictor", "predictor_input", "exact_projection")
+    assert list(dict.fromkeys(tuple(row[name] for name in names) for row in rows)) == [
+        ("md-countdown", 8, None, "mlp", "up"),
+        ("md-countdown", 24, None, "mlp", "gate"),
+        ("d-countdown", 512, None, None, None),
+        ("d-countdown", 256, "gated", "mlp", None),
+        ("dejavu-abs", 512, None, None, None),
+        ("dejavu-abs", 512, "gated", "mlp", None),
+        ("dejavu", 512, None, None, None),
+    ]
+    for case, row in zip(cases, rows, strict=True):
+        assert (row["status"], row["check"]) == ("ok", "passed"), row["reason"]
+        assert row["sparsity_realized"] == pytest.approx(math.floor(case.sparsity * D_FF) / D_FF, abs=1e-12)
+        n, kept = len(case.predicted), 1 - row["sparsity_realized"]
+        if case.method == "md-countdown":
+            extra = (1 + 2 * kept) * D_MODEL * D_FF + case.rank * (D_MODEL + D_FF) + D_FF
+        else:
+            extra = 3 * kept * D_MODEL * D_FF + max(n, 1) * case.rank * (D_MODEL + D_FF) + n * D_FF
+        assert row["bytes_read_mib"] * 2**20 == pytest.approx(4 * extra)
+    assert len({case.label for case in cases}) == len(cases)
+
+    make = kernels.ThresholdLayer.__init__
+    forgetful = lambda self, *weights, low_rank=None, **options: make(self, *weights, **options)  # noqa: E731
+    monkeypatch.setattr(kernels.ThresholdLayer, "__init__", forgetful)
+    for row in run_group(tiny_cases(methods=FACTORS)):
+        assert (row["check"] == "failed") == (row["sparsity_target"] > 0)
+
+
+@pytest.mark.parametrize("method", FIXED)
+def test_a_fixed_set_is_a_smaller_dense_layer_in_torch(method):
+    cases = tiny_cases(methods=[method, "dense"])
+    for case, row in zip(cases, run_group(cases), strict=True):
+        assert (row["status"], row["check"], row["backend"], row["jit_s"]) == ("ok", "passed", "torch", None)
+        assert row["sparsity_realized"] == pytest.approx(math.floor(case.sparsity * D_FF) / D_FF, abs=1e-12)
+        weights = 3 * (1 - row["sparsity_realized"]) * D_MODEL * D_FF * 4 / 2**20
+        assert row["bytes_read_mib"] == pytest.approx(weights)
+        assert row["extra_memory_mib"] == (pytest.approx(weights) if case.method == method else 0)
+
+
+def test_a_fixed_set_of_wrong_neurons_fails_its_check(monkeypatch):
+    right = layer_cpu.LayerData.gathered
+    monkeypatch.setattr(layer_cpu.LayerData, "gathered", lambda *one: (right(*one)[0].roll(1) // 2, right(*one)[1]))
+    (row,) = run_group(tiny_cases(methods=["static"])[2:])
+    assert row["check"] == "failed"

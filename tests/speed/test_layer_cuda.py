@@ -62,7 +62,8 @@ def rig(monkeypatch):
 
 
 SCALED = ("m-countdown-cw", "chess")  # a factor for each neuron
-METHODS = ["dense", "cats", "m-countdown", *SCALED, "d-countdown", "s-countdown", "given"]
+FACTORS = [("md-countdown", {"rank": 8}), ("md-countdown", {"rank": 24, "exact": "gate"})]
+METHODS = ["dense", "cats", "m-countdown", *SCALED, *FACTORS, "d-countdown", "s-countdown", "given", "griffin"]
 
 
 def timed(methods=tuple(METHODS), **more):
@@ -85,7 +86,7 @@ def timed(methods=tuple(METHODS), **more):
 def test_every_cuda_case_is_checked_and_timed(rig, more):
     found = timed(**more)
     names = {case.method for case, _ in found}
-    assert names == ({"dense", "given"} if more.get("level") == "op" else set(METHODS))
+    assert names == ({"dense", "given"} if more.get("level") == "op" else {*METHODS[:5], "md-countdown", *METHODS[7:]})
     for case, row in found:
         assert (row["status"], row["check"], row["threads"]) == ("ok", "passed", None), row["reason"]
         assert (row["device_name"], row["driver_version"]) == ("a GPU", "1.2")
@@ -94,6 +95,7 @@ def test_every_cuda_case_is_checked_and_timed(rig, more):
         assert row["n_layers"] == 8
         kernel, compiled = case.backend == "numba-cuda", case.variant == "compile"
         assert (row["jit_s"] == 0.25, row["extra_memory_mib"] == 1) == (kernel, kernel)
+        assert (row["extra_memory_mib"] is None) == (case.method == "dense")
         assert (row["jit_s"] is None) == (not kernel and not compiled)
         assert row["peak_memory_mib"] == 3
         assert (row["capture_s"] is None) == (case.clock == "event")
@@ -115,14 +117,15 @@ def test_a_wrong_cuda_kernel_fails_its_check_and_has_no_time(rig, monkeypatch):
 
     monkeypatch.setattr(cuda_stand_in.Kernel, "__call__", wrong)
     for case, row in timed():
-        assert row["check"] == ("passed" if case.method == "dense" else "failed")
-        assert (row["latency_us_median"] is None) == (case.method != "dense")
+        assert row["check"] == ("passed" if case.backend == "torch" else "failed")
+        assert (row["latency_us_median"] is None) == (case.backend != "torch")
 
 
 def test_a_kernel_that_forgets_the_factor_fails_its_check(rig, monkeypatch):
     make = cuda_stand_in.Kernel.__init__
-    monkeypatch.setattr(cuda_stand_in.Kernel, "__init__", lambda self, *w, scale=None, **named: make(self, *w, **named))
-    rows = [row for _, row in timed(SCALED)]
+    forgetful = lambda self, *w, scale=None, low_rank=None, **named: make(self, *w, **named)  # noqa: E731
+    monkeypatch.setattr(cuda_stand_in.Kernel, "__init__", forgetful)
+    rows = [row for _, row in timed([*SCALED, *FACTORS])]
     assert rows
     assert all("wrongly kept or dropped" in row["reason"] for row in rows)
 
@@ -130,3 +133,9 @@ def test_a_kernel_that_forgets_the_factor_fails_its_check(rig, monkeypatch):
 def test_what_the_kernels_cannot_take_is_skipped_with_the_reason(rig):
     reasons = {row["reason"] for _, row in timed(["cats"], batch_sizes=[9])}
     assert reasons == {"batch size 9: the CUDA kernels take 1 to 8 tokens"}
+
+
+def test_a_gated_predictor_is_left_to_decode_rows(rig):
+    ((_, low), (_, gated)) = timed(["d-countdown"], predictors=["low-rank", "gated"])
+    assert (low["status"], gated["status"]) == ("ok", "skipped")
+    assert gated["reason"] == "no kernel computes a gated predictor within a layer: time it at level decode"

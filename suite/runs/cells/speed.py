@@ -50,7 +50,8 @@ def expand_speed(config: MatrixConfig, world: World) -> list[TimedCell]:
     cells: dict[str, TimedCell] = {}
     for number, block in enumerate(config.speed):
         axes = block.model_dump()
-        for case in make_cases(axes.pop("shapes"), axes.pop("methods"), axes.pop("sparsities"), **axes):
+        methods = [(method["name"], method["params"]) for method in axes.pop("methods")]
+        for case in make_cases(axes.pop("shapes"), methods, axes.pop("sparsities"), **axes):
             cell = _timed(case, config, world)
             if cell.key not in cells:
                 cells[cell.key] = cell
