@@ -36,7 +36,8 @@ class PredictorOptions:
         each of a low rank, with what they miss: in closed form, so that of what follows only rank, rounds and
         predictor_input count.
     rank : int, optional
-        Of the low-rank one; default min(512, d_model // 2). Of each projection of the gated one; default half of that.
+        Of the low-rank one; default min(512, d_model // 2). Of each projection of the gated one; default half of that less 2,
+        so that with its residuals it has no more bytes.
     epochs : int
         Passes over the training tokens; 0 leaves the regression as it is.
     loss : {"bce", "bce-abs", "bce-square", "bce-margin", "mass"}
@@ -123,7 +124,8 @@ class PredictorOptions:
             return None
         if self.rank is None:
             most = min(_MOST_RANK, d_model // 2)
-            return max(1, most // 2 if self.predictor == "gated" else most)
+            # an fp32 number a neuron costs as much as 2 d_ff / (d_model + d_ff) < 2 of rank in weights of 2 bytes
+            return max(1, most // 2 - 2) if self.predictor == "gated" else most
         if self.rank > d_model:
             raise InputError(
                 f"rank {self.rank} of a predictor is above the model's d_model {d_model}: give at most that"
@@ -135,6 +137,7 @@ class PredictorOptions:
         found = asdict(self)
         if self.predictor == "gated":
             found = {name: found[name] for name in ("predictor", "rank", "rounds", "predictor_input")}
+            found["version"] = 2  # of the default rank; 1 counted no residuals
         if self.predictor_input == "mlp":
             del found["predictor_input"]
         return found

@@ -14,7 +14,7 @@ from suite.fitting.options import PredictorOptions
 from suite.fitting.predictor import Wanted, fit_predictors
 from suite.fitting.stream import mlp_inputs
 from suite.fitting.windows import make_predictor_windows, make_windows
-from suite.methods.cost import gated_share
+from suite.methods.cost import gated_share, low_rank_share
 from suite.modeling.gated_mlp import find_gated_mlps
 from suite.registry import METHODS, method_class
 from tests.conftest import D_FF, D_MODEL
@@ -172,6 +172,16 @@ def test_the_activation_budget_counts_the_inputs_and_no_scores(tmp_path, text, m
     assert passes[:n_inputs] == [2] * n_inputs
 
 
+@pytest.mark.parametrize(("d_model", "d_ff"), [(576, 1536), (640, 2048), (1536, 8960), (4096, 14336)])
+def test_the_default_rank_has_the_bytes_of_the_default_low_rank_one_and_no_more(d_model, d_ff):
+    rank = dataclasses.replace(GATED, rank=None).rank_for(d_model)
+    most = low_rank_share(PredictorOptions().rank_for(d_model), d_model, d_ff)
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert gated_share(rank, 2, d_model, d_ff, dtype) <= most
+    assert gated_share(rank + 1, 2, d_model, d_ff, "bfloat16") > most
+    assert dataclasses.replace(GATED, rank=None).rank_for(4) == 1
+
+
 def test_keys_depend_on_what_counts_and_only_on_that():
     rest = ("weights", "text", 4096, 0, "float32")
     method = get_method("d-countdown", sparsity=0.5)
@@ -182,7 +192,6 @@ def test_keys_depend_on_what_counts_and_only_on_that():
     keys = {training_key(method, dataclasses.replace(GATED, **changes), *rest) for changes in others}
     assert len(keys | {one}) == 4
     assert GATED.rank_for(64) == RANK
-    assert dataclasses.replace(GATED, rank=None).rank_for(576) == 144  # the bytes of a low-rank one of 288
     assert "predictor_input" not in PredictorOptions().fields()  # keys of earlier fits stay
 
 
