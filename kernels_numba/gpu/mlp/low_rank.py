@@ -167,6 +167,28 @@ def make_fetch(plan: Plan, dev: Any) -> Any:
     return fetch
 
 
+def make_reach(plan: Plan, dev: Any) -> Any:
+    """``reach(...)``: rows of U of the packet that would be the block's i-th if all were dealt out, into L2.
+
+    All blocks together reach all rows of U, some packets before they are used. Copied from memory, behind the ring's copies,
+    a packet's rows take 9 us (H200), which is the time of 6 packets; from L2 less than one.
+    """
+    rows, d_ff, n_blocks, row_bytes = plan.rows, plan.d_ff, plan.n_blocks, plan.rank_pieces * 16
+    lines = -(-rows * row_bytes // 128)
+
+    @dev.device_function
+    def reach(u, residual, i, block, lane):
+        row = (block + i * n_blocks) * rows
+        n_bytes = min(rows, d_ff - row) * row_bytes
+        for line in range(lane, lines, 32):
+            if line * 128 < n_bytes:
+                dev.prefetch(u + row * row_bytes + line * 128)
+        if lane == 31 and n_bytes > 0:
+            dev.prefetch(residual + row * 4)
+
+    return reach
+
+
 def make_factor(plan: Plan, dev: Any) -> Any:
     """``factor(...)``: the factors of the i-th dense packet, told to the threads that choose."""
     tokens, turns, sums = plan.batch, plan.factor_turns, plan.dense_sums
@@ -217,6 +239,7 @@ def make_factor_warp(plan: Plan, dev: Any) -> Any:
     """``serve(...)``: all that the warp of factors does."""
     ahead, packets, overlap, wait = plan.ahead, plan.dense_packets, plan.overlap, dev.make_copy_wait(plan.ahead - 1)
     fetch, factor, receive = make_fetch(plan, dev), make_factor(plan, dev), make_receive_words(plan, dev)
+    reach, reaches = make_reach(plan, dev), plan.reach
     read_epoch, drain, known = make_flags(plan, dev).epoch, dev.make_copy_wait(0), min(plan.ahead, plan.depth)
 
     @dev.device_function
@@ -224,6 +247,8 @@ def make_factor_warp(plan: Plan, dev: Any) -> Any:
         last, i = packets, 0
         for p in range(known):
             last = fetch(shared, u, residual, p, last, block, lane)
+        for p in range(known, known + reaches):
+            reach(u, residual, p, block, lane)
         if overlap:  # before any packet is asked for: the wait for one would spin as long as the kernel in front runs
             dev.grid_dependency_wait()
         epoch = read_epoch(workspace, block)
@@ -232,6 +257,8 @@ def make_factor_warp(plan: Plan, dev: Any) -> Any:
         if last > 0:
             receive(shared, workspace, epoch, lane)
         while i < last:
+            if reaches > 0:
+                reach(u, residual, known + reaches + i, block, lane)
             wait()
             factor(shared, i, lane)
             last = fetch(shared, u, residual, i + ahead, last, block, lane)

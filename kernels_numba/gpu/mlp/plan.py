@@ -67,9 +67,9 @@ class Plan:
     predicted : tuple of (quantity, rank)
         ``predictor``: one or two quantities, each approximated at a rank of its own, that a gated predictor's logit is made
         of; ``act`` is the gate behind the activation function. The ranks add up to ``rank``. None: the logit is U (V x).
-    ahead, behind : int
+    ahead, behind, reach : int
         ``threshold`` with a rank: dense packets whose rows of U are in flight; dense packets used before
-        the choice from one.
+        the choice from one; dense packets further whose rows of U come into L2.
     """
 
     kind: Kind
@@ -96,6 +96,7 @@ class Plan:
     predicted: tuple[tuple[Quantity, int], ...] = ()
     ahead: int = 4
     behind: int = 2
+    reach: int = 12
 
     # geometry of a row ------------------------------------------------------------------------------------------------
     @property

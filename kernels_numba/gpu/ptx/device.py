@@ -31,6 +31,8 @@ from kernels_numba.gpu.ptx.warp import (  # noqa: F401  kernels reach every devi
 syncthreads = cuda.syncthreads
 SPIN_LIMIT = -1  # wait for the other blocks as long as it takes
 
+prefetch = instruction("prefetch.global.L2 [$0];", types.void, types.int64)
+
 # asynchronous copies into the block's shared memory -------------------------------------------------------------------
 copy_commit = instruction("cp.async.commit_group;", types.void)
 launch_dependents = instruction("griddepcontrol.launch_dependents;", types.void)

@@ -86,6 +86,11 @@ def wait_tagged_f32(address: int, tag: int) -> Any:
     return np.int32(wait_tagged_i32(address, tag)).view(np.float32)
 
 
+def prefetch(address: int) -> None:
+    """Only the address is looked at."""
+    view(address, ctypes.c_uint32)
+
+
 def atomic_add(address: int, value: int) -> int:
     """The value before; one claiming thread of one block at a time. The first take a while: others must wait for claims."""
     before = load_i32(address)

@@ -20,6 +20,7 @@ from kernels_numba.gpu.ptx.simulated import (  # noqa: F401  kernels reach every
     make_store_narrow,
     make_zeros,
     narrow,
+    prefetch,
     shared_load_f32,
     shared_load_i32,
     shared_store_f32,
@@ -38,11 +39,6 @@ from kernels_numba.gpu.ptx.simulated_warp import (  # noqa: F401
     thread_index,
 )
 from kernels_numba.gpu.ptx.simulator import shared_memory, syncthreads, view  # noqa: F401
-
-
-def prefetch(address: int) -> None:
-    """Only the address is looked at."""
-    view(address, ctypes.c_uint32)
 
 
 def add_i64(address: int, value: int) -> None:

@@ -23,6 +23,7 @@ from kernels_numba.gpu.ptx.device import (  # noqa: F401  kernels reach every de
     make_load_narrow,
     make_store_narrow,
     make_zeros,
+    prefetch,
     shared_load_f32,
     shared_load_i32,
     shared_memory,
@@ -35,7 +36,6 @@ from kernels_numba.gpu.ptx.device import (  # noqa: F401  kernels reach every de
 from kernels_numba.gpu.ptx.dtypes import elements
 from kernels_numba.gpu.ptx.warp import ballot, device_function, lane_of, lane_xor, match_any, shuffle, sync_warp  # noqa: F401
 
-prefetch = instruction("prefetch.global.L2 [$0];", types.void, types.int64)
 add_i64 = instruction("red.relaxed.gpu.global.add.u64 [$0], $1;", types.void, types.int64, types.int64)
 # What the block wrote before its barrier is seen by whoever finds the count raised.
 atomic_add_acq_rel = instruction("atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;", types.int32, types.int64, types.int32)
