@@ -244,6 +244,7 @@ SPEED = Table(
         Column("predictor", "text", "setting"),
         Column("rank", "whole", "setting"),
         *_columns("predictor_input exact_projection", "text", "setting", since=3),
+        Column("exact_chosen", "text", "fact", since=3),
         *_columns("backend variant", "text", "setting"),
         Column("threads", "whole", "setting"),
         *_columns("batch_size context_tokens", "whole", "setting", "tokens"),

@@ -112,7 +112,7 @@ class SpeedCase:
     rank : of a low-rank predictor, of each projection of a gated one, or of the factors that the method's score asks for
     predictor : "gated" of a predictor of that kind; else None
     predictor_input : "mlp" or "block" where a gated predictor or a factor reads one of them
-    exact_projection : of a method with factors; None where a fit chooses it
+    exact_projection : of a method with factors; "auto" where a fit chooses it
     context_tokens : tokens in the cache, of level "decode" only
     """
 
@@ -291,4 +291,5 @@ class Result:
             found["threads"] = None
         if self.check != "passed":
             return found | self.facts | {"status": self.check, "reason": self.reason}
+        found["exact_chosen"] = self.case.exact_projection  # what a fit chose is among the facts
         return found | self.facts | time_columns(self.latencies_us) | {"timings": list(self.latencies_us)}

@@ -106,7 +106,7 @@ class StepSubject(Subject):
             if (predictor := self._method.predictor) is not None:  # one with random matrices has no kind
                 facts |= {"predictor": getattr(predictor, "predictor", case.predictor or "low-rank")}
             if self._method.method.factors:
-                facts |= {"exact_projection": self._method.method.exact_projection}
+                facts |= {"exact_chosen": self._method.method.exact_projection}
         passed = {} if outcome.reason else {"jit_s": context.jit_s, "decode_check": outcome.row}
         return Check(outcome.error, outcome.reason, facts | passed)
 

@@ -91,8 +91,7 @@ class _Block:
         if not made.factors:
             return [{}]
         _check_factors(made, self.level, shape)
-        exact = None if made.candidates else made.exact_projection
-        rank = max(made.factors.values())
+        rank, exact = max(made.factors.values()), made.exact_projection
         return [{"rank": rank, "predictor_input": made.predictor_input, "exact_projection": exact}]
 
 

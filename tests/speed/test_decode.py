@@ -283,8 +283,8 @@ def test_rows_of_factors_gated_predictors_and_fixed_sets(tiny):
 
 
 def test_a_fit_chooses_what_is_exact(tiny):
-    """The key says auto, the row what was chosen."""
-    case = replace(cases((FACTORS[0],))[0], params={"rank": 8, "exact": "auto"}, exact_projection=None)
+    """The setting stays auto, another column says what was chosen."""
+    case = replace(cases((FACTORS[0],))[0], params={"rank": 8, "exact": "auto"}, exact_projection="auto")
     state = random_fit(get_method("md-countdown", sparsity=0.5, rank=8, exact="auto"), thresholds=torch.zeros(2))
     for chosen in ("up", "gate"):
         factor = {
@@ -292,7 +292,8 @@ def test_a_fit_chooses_what_is_exact(tiny):
             for part in ("v", "u", "residual")
         }
         (row,) = run_group([case], states={case: replace(state, meta={"chosen": {"exact": chosen}}, extras=factor)})
-        assert (row["status"], row["exact_projection"]) == ("ok", chosen), row["reason"]
+        found = tuple(row[name] for name in ("status", "exact_projection", "exact_chosen"))
+        assert found == ("ok", "auto", chosen), row["reason"]
 
 
 def test_without_its_prompt_a_set_is_refused():

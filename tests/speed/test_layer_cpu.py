@@ -247,6 +247,7 @@ def test_factors_of_a_low_rank_are_timed_and_counted(monkeypatch):
     cases = tiny_cases(shape="tiny-gelu", methods=methods, predictors=["low-rank", "gated"])
     rows = run_group(cases)
     names = ("method", "rank", "predictor", "predictor_input", "exact_projection")
+    assert all(row["exact_chosen"] == row["exact_projection"] for row in rows)
     assert list(dict.fromkeys(tuple(row[name] for name in names) for row in rows)) == [
         ("md-countdown", 8, None, "mlp", "up"),
         ("md-countdown", 24, None, "mlp", "gate"),
