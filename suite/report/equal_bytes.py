@@ -19,7 +19,7 @@ import pandas as pd
 from suite import schema
 from suite.evaluation.tasks import DECODE_PERPLEXITY
 from suite.report.quality import Average, Interval, Quality, cell_value
-from suite.report.results import VARIANT, number
+from suite.report.results import CHOICE, VARIANT, number
 from suite.report.speed import PROBES
 from suite.report.task_names import text_order
 
@@ -182,14 +182,15 @@ class _Maker:
         return top * math.expm1(found[0]), low, high
 
     def _speed_up(self, pair: Between) -> float | None:
-        """Of decoding at batch 1 with the shortest context: of the time, which is linear in the bytes."""
+        """Of decoding at batch 1 with the shortest context and the most threads: of the time, which is linear in the bytes."""
         setting, speed = pair.less.setting, self._speed
         rows = speed[(speed["level"] == "decode") & (speed["batch_size"] == "1") & speed["speed_up"].notna()]
         rows = rows[~rows["variant"].isin(PROBES)]
-        for name in ("model", "dtype", "method", "predictor", "rank"):
+        for name in ("model", "dtype", "method", *CHOICE):
             rows = rows[rows[name] == setting[name]]
-        rows = rows.assign(tokens=pd.to_numeric(rows["context_tokens"]))
-        for _, same in rows.groupby(["tokens", "device_name", "variant"]):
+        # a GPU has 0 threads, or an empty cell
+        rows = rows.assign(tokens=pd.to_numeric(rows["context_tokens"]), idle=-pd.to_numeric(rows["threads"]).fillna(0))
+        for _, same in rows.groupby(["tokens", "idle", "device_name", "variant"]):
             times = [
                 1 / same.loc[same["sparsity_target"] == one.setting["sparsity_target"], "speed_up"] for one in pair.ends
             ]

@@ -16,7 +16,7 @@ from suite.report.comparisons import corrected, pair_rows, settled
 from suite.report.material import Material
 from suite.report.methods import dense_rows
 from suite.report.quality import Average, Interval, Quality, are_unequal, cell_value
-from suite.report.results import Results
+from suite.report.results import CHOICE, Results
 from suite.report.speed import PROBES, panel_title, panels, speed_label
 from suite.report.task_names import text_title
 from suite.report.text import markdown_table, percent, perplexity_text, shortened, signed
@@ -190,7 +190,7 @@ def _speed_lines(speed: pd.DataFrame) -> list[str]:
             sparse = sparse[sparse["clock"] == "graph"]
         if sparse.empty:
             continue
-        best = sparse.sort_values("speed_up").groupby(["method", "rank", "backend"], sort=False).tail(1)
+        best = sparse.sort_values("speed_up").groupby(["method", *CHOICE, "backend"], sort=False).tail(1)
         parts = [
             f"{speed_label(row)} {row['speed_up']:.2f}x at {row['sparsity_target']:g}" for _, row in best.iterrows()
         ]

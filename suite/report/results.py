@@ -22,7 +22,8 @@ VARIANT = [column for column in schema.ACCURACY.settings if column not in (*BLOC
 SETTING = [*BLOCK, "method", *VARIANT]
 # Rows of speed.csv that share these are of one shape on one device and may be compared; backend and variant compete.
 SHAPE = ["level", "model_shape", "model", "dtype", "batch_size", "threads", "context_tokens", "cache", "device_name"]
-LINE = ["method", "rank", "predictor", "backend", "variant", "clock"]  # a line over sparsities, within a shape
+CHOICE = ["rank", "predictor", "predictor_input", "exact_projection"]  # by what a method chooses neurons, in both CSVs
+LINE = ["method", *CHOICE, "backend", "variant", "clock"]  # a line over sparsities, within a shape
 DECODED = "model_shape dtype batch_size context_tokens threads device_name".split()  # a model and how it decodes
 
 

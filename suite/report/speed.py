@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 
 from suite.report.methods import dense_rows, method_order
-from suite.report.results import LINE, SHAPE
+from suite.report.results import CHOICE, LINE, SHAPE
 from suite.report.text import MISSING, fixed, microseconds, shortened
 
 PROBES = ("no-overlap", "deterministic", "trace")  # variants that measure what something costs: in tables, not figures
+_USUAL = ("", "low-rank", "mlp")  # a skipped low-rank predictor has no kind: it shares its label with those that ran
 MARK = "~"  # beside a time whose rounds were disturbed, by the row's reason
 
 
@@ -56,13 +57,15 @@ def with_speed_up(speed: pd.DataFrame) -> pd.DataFrame:
 
 
 def speed_label(row: pd.Series) -> str:
-    """Method, with its predictor's rank where it has one."""
-    return f"{row['method']} (r={row['rank']})" if row["rank"] else str(row["method"])
+    """Method, and in brackets by what it chooses, as far as it is not usual: ``md-countdown (r=64, block, up)``."""
+    parts = [f"r={row['rank']}"] if row["rank"] else []
+    parts += [row[name] for name in CHOICE if name != "rank" and row[name] not in _USUAL]
+    return f"{row['method']} ({', '.join(parts)})" if parts else str(row["method"])
 
 
 def speed_labels(rows: pd.DataFrame) -> list[str]:
     """:func:`speed_label` of every row."""
-    return [speed_label(row) for _, row in rows[["method", "rank"]].iterrows()]
+    return [speed_label(row) for _, row in rows[["method", *CHOICE]].iterrows()]
 
 
 def backend_of(row: pd.Series) -> str:

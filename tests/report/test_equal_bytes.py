@@ -102,6 +102,32 @@ def test_the_speed_up_is_that_of_the_time_between_both_and_empty_where_one_was_n
     assert SPEED_UP not in table_text(without, "equal_bytes").partition("###")[2]
 
 
+@pytest.mark.parametrize(
+    ("more", "timed", "value"),
+    [
+        ({"predictor_input": "block"}, [{"predictor_input": "mlp"}], None),
+        ({"exact_projection": "gate"}, [{"exact_projection": "up"}], None),
+        ({"predictor_input": "block"}, [{"predictor_input": "mlp", "slower": 2}, {"predictor_input": "block"}], 100 / 65),
+        ({}, [{"threads": 1, "slower": 2}, {"threads": 2}], 100 / 65),
+    ],
+)
+def test_the_speed_up_is_of_the_same_choice_and_of_the_most_threads(tmp_path, more, timed, value):
+    """Rows of another input or exact projection are another line's; threads are never mixed."""
+    decode = {"level": "decode", "model": MODEL, "context_tokens": 128}
+    speed = []
+    for number, one in enumerate(timed):
+        options = decode | {name: value for name, value in one.items() if name != "slower"}
+        times = (("dense", 0.0, 100.0), ("cats", 0.7, 50.0 * one.get("slower", 1)), ("cats", 0.5, 70.0))
+        speed += [speed_row(method, s, t, **options) | {"cell_id": f"{number}-{method}-{s}"} for method, s, t in times]
+    run = two_settings(tmp_path, speed=speed)
+    rows = pd.read_csv(run / "accuracy.csv", dtype=str, keep_default_na=False)
+    rows.assign(**{name: rows["method"].map({"cats": value}).fillna("") for name, value in more.items()}).to_csv(
+        run / "accuracy.csv", index=False
+    )
+    found_value = found(material(run).equal_bytes, "cats", 0.45, SPEED_UP)["value"]
+    assert math.isnan(found_value) if value is None else found_value == pytest.approx(value)
+
+
 def test_fits_of_one_method_are_lines_of_their_own_and_failed_settings_are_no_neighbours(tmp_path):
     run = two_settings(tmp_path)
     path = run / "accuracy.csv"

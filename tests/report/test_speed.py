@@ -7,7 +7,7 @@ from suite.report.page import write_report
 from suite.report.results import load_results
 from suite.report.speed import plain_table, with_speed_up
 from suite.speed.case import DISTURBED
-from tests.report.parts import table_text
+from tests.report.parts import figure, material, table_text
 from tests.report.synthetic import manifest, speed_row, write_run
 
 
@@ -63,6 +63,37 @@ def test_failed_and_skipped_rows_have_a_reason_and_no_time(tmp_path):
         assert "skipped (numba-cuda): no CUDA device: m-countdown 0.9." in table
         assert "5.00" in table
         assert "| cats" not in table
+
+
+def test_rows_that_choose_in_another_way_are_lines_of_their_own(tmp_path):
+    """One rank, but another exact projection, another input, another kind of predictor: no row is another's."""
+    common = {"rank": 64, "level": "decode", "model": "m", "context_tokens": 128, "tokens_per_s": 1.0}
+    labels = {
+        "md-countdown (r=64, up)": {"predictor_input": "mlp", "exact_projection": "up"},
+        "md-countdown (r=64, block, gate)": {"predictor_input": "block", "exact_projection": "gate"},
+        "md-countdown (r=64, auto)": {"predictor_input": "mlp", "exact_projection": "auto"},
+        "d-countdown (r=64)": {"predictor": "low-rank"},
+        "d-countdown (r=64, gated)": {"predictor": "gated", "predictor_input": "mlp"},
+        "d-countdown (r=64, gated, block)": {"predictor": "gated", "predictor_input": "block"},
+    }
+    rows = [speed_row("dense", 0.0, 100.0, **common | {"rank": ""})]
+    for number, (label, more) in enumerate(labels.items()):
+        times = ((s, 100 / (1.1 + number + s)) for s in (0.5, 0.9))
+        made = [speed_row(label.split()[0], s, time, **common | more) for s, time in times]
+        rows += [row | {"cell_id": f"{number}-{row['sparsity_target']}"} for row in made]
+    frame(tmp_path, *rows)
+    run = tmp_path / "run"
+    by_sparsity = [line for line in table_text(run, "speed").splitlines() if line.startswith(("| md-", "| d-"))]
+    assert len(by_sparsity) == len(labels)
+    for number, label in enumerate(labels):
+        (line,) = [line for line in by_sparsity if line.startswith(f"| {label}, ")]
+        assert all(f"{1.1 + number + s:.2f} (" in line for s in (0.5, 0.9))
+    every = [line for line in table_text(run, "speed_rows").splitlines() if line.startswith(("| md-", "| d-"))]
+    assert {line.split(" | ")[0][2:] for line in every} == set(labels)
+    for name in ("decode_tokens", "break_even"):
+        drawn = figure(name).frame(material(run))
+        assert set(drawn["label"]) - {"dense"} == set(labels)
+    assert all(f"{label} " in write_report(run).read_text() for label in labels)  # the finding names the best of each
 
 
 def test_no_dense_row_no_speed_up(tmp_path):

@@ -14,7 +14,7 @@ from suite.report.figures.speed_up import FEWEST
 from suite.report.material import Material
 from suite.report.methods import dense_rows, is_dense, method_order
 from suite.report.objects import ReportFigure
-from suite.report.results import DECODED
+from suite.report.results import CHOICE, DECODED
 from suite.report.speed import PROBES, speed_label, speed_labels
 from suite.report.style import DENSE, WIDTH, label_ends, look, new_figure
 
@@ -35,7 +35,7 @@ def decode_phases(material: Material) -> pd.DataFrame:
     """Parts of a token's time with the row they belong to."""
     rows = material.speed[material.speed["level"] == "decode"]
     merged = material.results.phases.merge(
-        rows[[*DECODED, "cell_id", "method", "rank", "sparsity_target"]], on="cell_id", how="inner"
+        rows[[*DECODED, "cell_id", "method", *CHOICE, "sparsity_target"]], on="cell_id", how="inner"
     )
     merged["_method"] = merged["method"].map(method_order)
     merged = merged.sort_values([*DECODED, "_method", "sparsity_target"], kind="stable")

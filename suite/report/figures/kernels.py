@@ -15,6 +15,7 @@ from suite.report.figures.speed_up import speed_ups
 from suite.report.material import Material
 from suite.report.methods import dense_rows, method_order
 from suite.report.objects import ReportFigure
+from suite.report.results import CHOICE
 from suite.report.speed import speed_label
 from suite.report.style import WIDTH, new_figure
 
@@ -36,7 +37,7 @@ def efficiencies(material: Material) -> pd.DataFrame:
 def phases(material: Material) -> pd.DataFrame:
     """Phases of every traced kernel, with the row they belong to; none of a kernel whose clock rate was mismeasured (< 0)."""
     layers = material.speed[material.speed["level"] != "decode"]
-    speed = layers[["cell_id", "model_shape", "dtype", "batch_size", "method", "rank", "sparsity_target"]]
+    speed = layers[["cell_id", "model_shape", "dtype", "batch_size", "method", *CHOICE, "sparsity_target"]]
     merged = material.results.phases.merge(speed, on="cell_id", how="inner")
     merged = merged[merged.groupby("cell_id")["us_median"].transform("min") >= 0].copy()
     merged["_order"] = merged.groupby("cell_id", sort=False).cumcount()
