@@ -87,6 +87,11 @@ class _Block:
             if "gated" in self.predictors and made.predicted:  # at the bytes of the low-rank one
                 common = {"rank": max(1, rank // len(made.predicted)), "predictor": "gated"}
                 found += [common | {"predictor_input": read} for read in self.predictor_inputs]
+            if not found:
+                raise InputError(
+                    f"predictors gated of a speed block: method {named[0]} has no such predictor; name low-rank too, or leave "
+                    "it out"
+                )
             return found
         if not made.factors:
             return [{}]
@@ -139,8 +144,8 @@ def make_cases(
     Raises
     ------
     InputError
-        Unknown shape, method, level or backend, sparsity outside [0, 1), parameters that no case of the level has, a case
-        named twice.
+        Unknown shape, method, level or backend, sparsity outside [0, 1), parameters that no case of the level has, predictors
+        or inputs that no case would have, a case named twice.
     """
     named = [(method, {}) if isinstance(method, str) else method for method in methods]
     axes = (
@@ -214,6 +219,11 @@ def _check_names(block: _Block) -> None:
             raise InputError(f"method {GIVEN!r} of a speed case has no parameters: leave out {', '.join(params)}")
     if block.level != "decode" and "block" in block.predictor_inputs:
         raise InputError(f"predictor_input block of level {block.level}: a layer alone has none; use level decode")
+    if "block" in block.predictor_inputs and "gated" not in block.predictors:
+        raise InputError(
+            f"predictor_inputs block of a speed block with predictors {', '.join(block.predictors)}: only gated ones read it; "
+            "name gated too"
+        )
     for sparsity in block.sparsities:
         if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
             raise InputError(f"sparsity {sparsity!r} of a speed case: must be a number in [0, 1)")

@@ -107,7 +107,11 @@ def test_the_speed_up_is_that_of_the_time_between_both_and_empty_where_one_was_n
     [
         ({"predictor_input": "block"}, [{"predictor_input": "mlp"}], None),
         ({"exact_projection": "gate"}, [{"exact_projection": "up"}], None),
-        ({"predictor_input": "block"}, [{"predictor_input": "mlp", "slower": 2}, {"predictor_input": "block"}], 100 / 65),
+        (
+            {"predictor_input": "block"},
+            [{"predictor_input": "mlp", "slower": 2}, {"predictor_input": "block"}],
+            100 / 65,
+        ),
         ({}, [{"threads": 1, "slower": 2}, {"threads": 2}], 100 / 65),
     ],
 )

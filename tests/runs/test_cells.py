@@ -212,6 +212,33 @@ def test_decode_rows_of_random_weights_need_no_fit():
     assert {cell.fit_key for cell in cells_} == {None}
 
 
+def test_speed_settings_that_no_column_tells_apart_are_refused():
+    """In one block or two; what a column shows, the parameters of other levels, and a device of its own are no twins."""
+    from suite.config import build_config
+    from suite.runs.cells.speed import expand_speed
+
+    def found(*params, **more):
+        common = {"shapes": ["phi-4"], "sparsities": [0.8], "backends": ["torch", "numba-cpu", "numba-cuda"]} | more
+        blocks = [common | {"methods": ["dense", {"name": "md-countdown", "params": one}]} for one in params]
+        return expand_speed(build_config({"name": "n", "speed": blocks}, "here"), FakeWorld())
+
+    apart = found({}, {"exact": "gate"}, {"rank": 32})
+    assert len(apart) == 2 * (1 + 3)
+    assert {(c.columns["rank"], c.columns["exact_projection"]) for c in apart if c.case.rank} == {
+        (64, "up"), (64, "gate"), (32, "up"),
+    }  # fmt: skip
+    auto = found({"exact": "auto"}, {"exact": "up"}, level="decode", shapes=["embedded"], backends=["numba-cpu"])
+    assert [c.columns["exact_projection"] for c in auto] == [None, "auto", "up"]
+    for one, name in (({"exact": "up"}, "exact"), ({"fit_rounds": 2}, "fit_rounds")):
+        told = (
+            rf"two settings of phi-4 layer md-countdown {name}=.* differ in {name} alone, which no column of speed\.csv"
+        )
+        with pytest.raises(InputError, match=told):
+            found({}, one)
+    with pytest.raises(InputError, match=r"speed\.1: rank 9999 of method md-countdown"):
+        found({}, {"rank": 9999})
+
+
 def test_decode_rows_take_the_fits_of_their_parameters_predictor_and_input():
     from suite.config import build_config
     from suite.runs.cells.speed import expand_speed

@@ -117,6 +117,16 @@ def test_needed_bytes_of_a_predictor():
         ((["phi-4"], [("md-countdown", {"exact": "auto"})], [0.5]), {"level": "decode"}, "give up or gate"),
         ((["embedded"], [("md-countdown", {"predictor_input": "block"})], [0.5]), {}, "use level decode"),
         ((["embedded"], ["d-countdown"], [0.5]), {"predictor_inputs": ["block"]}, "use level decode"),
+        (
+            (["embedded"], ["d-countdown"], [0.5]),
+            {"level": "decode", "predictor_inputs": ["mlp", "block"]},
+            "predictor_inputs block of a speed block with predictors low-rank: only gated ones read it; name gated too",
+        ),
+        (
+            (["embedded"], ["d-countdown", "dejavu"], [0.5]),
+            {"predictors": ["gated"]},
+            "predictors gated of a speed block: method dejavu has no such predictor; name low-rank too",
+        ),
         ((["embedded"], ["d-countdown"], [0.5]), {"predictors": ["gate"]}, "unknown speed predictor 'gate'; did you"),
         ((["embedded"], [("given", {"rank": 1})], [0.5]), {}, "'given' of a speed case has no parameters"),
         ((["phi-4"], ["given"], [0.5]), {"threads": [10**6]}, "threads 1000000"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,7 @@ from suite.registry import get_method, method_class
 from suite.runs.cells.base import ID_LENGTH, Cell, World
 from suite.runs.cells.guard import refuse_evaluated_text
 from suite.runs.cells.tasks import PreparedTask, prepare_task
+from suite.runs.cells.twins import refuse_twins
 from suite.runs.fits import FitRequest, requests_of
 from suite.runs.store import canonical
 from suite.schema import ACCURACY
@@ -118,24 +119,9 @@ def expand(config: MatrixConfig, world: World) -> list[AccuracyCell]:
             elif cell.mode != "none":
                 raise InputError(f"duplicate cell in {earlier[0]} and {place}: {cell.label}; name each setting once")
     refuse_evaluated_text([cell for cell in cells if not cell.problem])
-    _refuse_twins(cells)
+    refuse_twins(cells, ACCURACY)
     rank = {key: number for number, key in enumerate(dict.fromkeys((*c.load_group, c.seed, c.base) for c in cells))}
     return sorted(cells, key=lambda c: (rank[(*c.load_group, c.seed, c.base)], c.mode != "none"))
-
-
-def _refuse_twins(cells: Sequence[AccuracyCell]) -> None:
-    """Refuse settings that differ in a parameter without a column: tables, intervals and comparisons take them for one."""
-    seen: dict[tuple[object, ...], AccuracyCell] = {}
-    for cell in cells:
-        columns = cell.columns
-        own = (cell.base, *(columns[name] for name in ACCURACY.settings if name in columns))
-        first = seen.setdefault(own, cell)
-        if first is not cell:
-            names = sorted(n for n in {*first.params, *cell.params} if first.params.get(n) != cell.params.get(n))
-            raise InputError(
-                f"two settings of {cell.label} differ in {', '.join(names) or 'their fits'} alone, which no column of "
-                "accuracy.csv shows: run them in two matrices"
-            )
 
 
 def _block_cells(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from suite.config import MatrixConfig
-from suite.errors import InputError
+from suite.errors import InputError, named
 from suite.runs.cells.base import Cell, World
+from suite.runs.cells.twins import refuse_twins
 from suite.runs.fits import request_of_case
+from suite.schema import SPEED
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from suite.speed.case import SpeedCase
 
 
@@ -34,6 +38,22 @@ class TimedCell(Cell):
         case = self.case
         return f"{case.label} {case.dtype} batch {case.batch_size} threads {case.threads}"
 
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """Fields of its method besides sparsity."""
+        return self.case.params
+
+    @property
+    def base(self) -> str:
+        """Rows of one group stand beside each other."""
+        return self.group
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What of its row in speed.csv is known before it is timed."""
+        known = {name: value for name, value in self.key_fields.items() if name in SPEED.names}
+        return known | {"cell_id": self.id, "sparsity_target": self.case.sparsity}
+
 
 def expand_speed(config: MatrixConfig, world: World) -> list[TimedCell]:
     """All speed cells of a matrix, those of one group side by side; the first seed makes weights and inputs.
@@ -41,7 +61,8 @@ def expand_speed(config: MatrixConfig, world: World) -> list[TimedCell]:
     Raises
     ------
     InputError
-        Unknown shape or method, more threads than there are, a case named twice.
+        Unknown shape or method, more threads than there are, a case named twice, settings that no column of speed.csv tells
+        apart.
     """
     if not config.speed:
         return []
@@ -51,12 +72,15 @@ def expand_speed(config: MatrixConfig, world: World) -> list[TimedCell]:
     for number, block in enumerate(config.speed):
         axes = block.model_dump()
         methods = [(method["name"], method["params"]) for method in axes.pop("methods")]
-        for case in make_cases(axes.pop("shapes"), methods, axes.pop("sparsities"), **axes):
+        with named(f"speed.{number}"):
+            cases = make_cases(axes.pop("shapes"), methods, axes.pop("sparsities"), **axes)
+        for case in cases:
             cell = _timed(case, config, world)
             if cell.key not in cells:
                 cells[cell.key] = cell
             elif case.mode != "none":  # the dense case of a group is shared
                 raise InputError(f"duplicate cell in speed.{number}: {cell.label}; name each case once")
+    refuse_twins(cells.values(), SPEED)
     rank = {group: number for number, group in enumerate(dict.fromkeys(cell.group for cell in cells.values()))}
     return sorted(cells.values(), key=lambda cell: rank[cell.group])
 

@@ -208,15 +208,13 @@ class Assembly:
         rows = []
         for cell in self._speed:
             record = self._records[cell.key]
-            common = {"run_id": self._run_id, "cell_id": cell.id}
-            fields = {c: v for c, v in cell.key_fields.items() if c in schema.SPEED.names} | common
-            fields["sparsity_target"] = cell.case.sparsity
+            fields = {"run_id": self._run_id, **cell.columns}
             if record is None:
                 rows.append(fields | _NOT_RUN)
                 continue
             measured = _measured(cell.label, fields, record["rows"][0] if record["rows"] else {})
             status = {"status": record["status"], "reason": self._scrub.text(record["reason"])}
-            rows.append(fields | measured | common | status)
+            rows.append(fields | measured | status)
         return rows
 
     def _parts_of_rows(self, name: str) -> list[Row]:
