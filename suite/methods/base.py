@@ -64,8 +64,14 @@ class Factor:
     residual: Tensor
 
     def apply(self, x: Tensor) -> Tensor:
-        """``(x V) U^T``, shape (n_tokens, d_ff), fp32, of x (n_tokens, d_model)."""
-        return x.float() @ self.v.float() @ self.u.float().T
+        """``(x V) U^T``, shape (n_tokens, d_ff), of x (n_tokens, d_model): in fp64 where x is, else in fp32."""
+        wide = x if x.element_size() == 8 else x.float()
+        return wide @ self.v.to(wide.dtype) @ self.u.to(wide.dtype).T
+
+    def rms(self, x: Tensor, act: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """``sqrt(act(q)^2 + residual)``, the root of the expected square, like ``q`` of `apply`; ``act`` is None for up."""
+        guess = self.apply(x)
+        return ((guess if act is None else act(guess)).square() + self.residual).sqrt()
 
 
 @dataclass(frozen=True)
@@ -174,9 +180,8 @@ class Activations:
             The fit does not hold it, or there is none.
         """
         if self.calibrated is None or name not in self.calibrated.moments:
-            raise InputError(
-                f"{self._place} holds no moments of {name!r}: name them in the method's `moments`, and fit"
-            )
+            place = f"the fit of layer {self.site.layer}"
+            raise InputError(f"{place} holds no moments of {name!r}: name them in the method's `moments`, and fit")
         return self.calibrated.moments[name]
 
     def factor(self, name: Projection) -> Factor:
@@ -188,12 +193,9 @@ class Activations:
             The fit does not hold it, or there is none.
         """
         if self.calibrated is None or name not in self.calibrated.factors:
-            raise InputError(f"{self._place} holds no factor of {name!r}: name it in the method's `factors`, and fit")
+            place = f"the fit of layer {self.site.layer}"
+            raise InputError(f"{place} holds no factor of {name!r}: name it in the method's `factors`, and fit")
         return self.calibrated.factors[name]
-
-    @property
-    def _place(self) -> str:
-        return f"the fit of layer {self.site.layer}"
 
     @cached_property
     def prompt(self) -> Tensor:

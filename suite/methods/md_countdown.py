@@ -65,9 +65,5 @@ class MdCountdown(Method):
         """Root of the expected ``v_i^2``, fp32."""
         seen = activations.block if self.predictor_input == "block" else activations.input
         if self.exact == "gate":
-            low = activations.factor("up")
-            exact, guess = activations.act, low.apply(seen)
-        else:
-            low = activations.factor("gate")
-            exact, guess = activations.up, activations.act_fn(low.apply(seen))
-        return exact.abs().float() * (guess.square() + low.residual).sqrt()
+            return activations.act.abs().float() * activations.factor("up").rms(seen, None)
+        return activations.up.abs().float() * activations.factor("gate").rms(seen, activations.act_fn)

@@ -125,7 +125,8 @@ class ChoosingKernels:
     def run(self, layer: int, x: Tensor, block: Tensor | None = None) -> Tensor:
         """As the protocol."""
         if self._factors and block is not None:
-            self.layers[layer].scale.copy_(low_rank_scale(self._factors[layer], block, self._activation)[0])
+            token = block.reshape(1, -1)
+            self.layers[layer].scale.copy_(self._factors[layer].rms(token, self._activation)[0])
         y: Tensor = self.layers[layer](x.contiguous())
         return y
 
@@ -239,7 +240,7 @@ def has_kernel(method: Method) -> bool:
     low_rank, scale = method.low_rank(calibrated), method.neuron_scale(calibrated)
     if low_rank is not None:
         seen = block if method.predictor_input == "block" else gate
-        scale = low_rank_scale(low_rank, seen, silu if method.exact_projection == "up" else None)
+        scale = low_rank.rms(seen, silu if method.exact_projection == "up" else None)
     expected = magnitude.abs() if scale is None else magnitude.abs() * scale
     keys = torch.arange(4)
     values = {"input": gate, "gate": gate, "act": act, "up": up, "product": act * up, "block": block}
@@ -248,13 +249,3 @@ def has_kernel(method: Method) -> bool:
         site, values, keys, keys, norms=lambda matrix, of: torch.ones(64), act_fn=silu, calibrated=calibrated
     )
     return torch.equal(method.score(made).float(), expected)
-
-
-def low_rank_scale(factor: Factor, seen: Tensor, activation: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """What stands beside the magnitude in a score of `Method.low_rank`, (n_tokens, d_ff), fp32, of what the factor reads.
-
-    ``activation``: where it approximates the gate, the model's.
-    """
-    guess = factor.apply(seen.reshape(-1, seen.shape[-1]))
-    guess = guess if activation is None else activation(guess)
-    return (guess.square() + factor.residual).sqrt()

@@ -127,20 +127,21 @@ class LayerData:
             factors[str(name)] = Factor(v.T, u, self.calibrated.moments["act" if name == "gate" else "up"])
         return replace(self.calibrated, factors=factors)
 
+    def _factor(self, case: SpeedCase) -> Factor | None:
+        return case.made.low_rank(self.known(case)) if case.kernel is Kernel.THRESHOLD else None
+
     def low_rank(self, case: SpeedCase) -> LowRank | None:
         """What makes the factors of the neurons in the case's score, token by token; None if nothing does."""
-        factor = case.made.low_rank(self.known(case)) if case.kernel is Kernel.THRESHOLD else None
+        factor = self._factor(case)
         return None if factor is None else LowRank(factor.v, factor.u, factor.residual)
 
     def scale(self, case: SpeedCase, x: Tensor) -> Tensor | None:
         """Factor of each neuron in the case's score, (d_ff,), fp32, or of each token's by a low rank, (batch, d_ff), wide."""
         if case.kernel is not Kernel.THRESHOLD:
             return None
-        if (low := self.low_rank(case)) is None:
+        if (factor := self._factor(case)) is None:
             return case.made.neuron_scale(self.known(case))
-        guess = x.to(self.wide) @ low.v.to(self.wide) @ low.u.to(self.wide).T
-        guess = activate(guess, self.activation) if case.first_projection == "up" else guess
-        return (guess.square() + low.residual).sqrt()
+        return factor.rms(x.to(self.wide), activation(self.activation) if case.first_projection == "up" else None)
 
     def of_score(self, case: SpeedCase) -> dict[str, Any]:
         """What of a threshold kernel's arguments says how the case scores."""

@@ -401,8 +401,10 @@ def test_a_low_rank_makes_the_score_of_the_first_projection(name, dtype):
         act = "silu" if method.exact_projection == "up" else None
         scale = torch.from_numpy(np.stack([low_rank_scale(low, token, act) for token in seen.double().numpy()]))
         first = {"gate": inputs.act, "up": inputs.up}[method.exact_projection]
-        # fp32 sums of 32 and of 4 products, an activation, a root
-        rounding = (32 + 4 + 8) * torch.finfo(torch.float32).eps
+        # sums of 32 and of 4 products, an activation, a root: in fp32, and where the input is fp64 in fp64
+        rounding, fine = ((32 + 4 + 8) * torch.finfo(wide).eps for wide in (torch.float32, torch.float64))
+        wide = low.rms(seen.double(), inputs.act_fn if act else None)
+        torch.testing.assert_close(wide, scale, rtol=fine, atol=fine)
         torch.testing.assert_close(
             method.score(inputs).double(), first.abs().double() * scale, rtol=rounding, atol=rounding
         )
