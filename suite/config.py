@@ -118,12 +118,6 @@ class PredictorConfig(Section):
     predictor_inputs: list[PredictorInput] = Field(default=["mlp"], min_length=1)
     activation_budget_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
-    @model_validator(mode="after")
-    def _inputs_are_read(self) -> PredictorConfig:
-        if "block" in self.predictor_inputs and "gated" not in self.predictors:
-            raise PydanticCustomError("unread", "predictor_inputs block: only gated predictors read it; name them too")
-        return self
-
     def options(self) -> list[PredictorOptions]:
         """Every kind with every rank and every input that it has."""
         names = ("epochs", "loss", "pos_weight", "start", "schedule", "learning_rate", "batch_tokens", "rounds")
@@ -170,7 +164,8 @@ class AccuracyBlock(Section):
 class SpeedBlock(Section):
     """Cells of speed: shapes x methods x sparsities x dtypes x backends x batch sizes x threads (x contexts of decode).
 
-    ``predictors`` and ``predictor_inputs``: of methods that have a predictor, and what gated ones read.
+    ``predictors`` and ``predictor_inputs``: of methods that have a predictor, and what gated ones read; without, those of the
+    matrix that are timed (low-rank if none is), on the MLP's input.
     """
 
     level: Literal["op", "layer", "decode"] = "layer"
@@ -186,7 +181,7 @@ class SpeedBlock(Section):
     )
     clocks: list[Literal["wall", "event", "graph"]] = Field(default=["wall"], min_length=1)
     contexts: list[Count] = Field(default=[128], min_length=1)
-    predictors: list[Literal["low-rank", "gated"]] = Field(default=["low-rank"], min_length=1)
+    predictors: list[Literal["low-rank", "gated"]] = []
     predictor_inputs: list[PredictorInput] = Field(default=["mlp"], min_length=1)
 
     @field_validator("methods", mode="before")
@@ -225,13 +220,18 @@ class MatrixConfig(Section):
     analysis: AnalysisConfig | None = None
 
     @model_validator(mode="after")
-    def _not_empty(self) -> MatrixConfig:
+    def _means_something(self) -> MatrixConfig:
         if not self.accuracy and not self.speed and self.analysis is None:
             raise PydanticCustomError("empty", "empty matrix: give at least one block under accuracy or speed")
         if self.accuracy and not self.models:
             raise PydanticCustomError("empty", "accuracy blocks need at least one model under models")
         if self.analysis is not None and not self.models:
             raise PydanticCustomError("empty", "analysis needs at least one model under models")
+        if any(block.max_parameters and block.min_parameters >= block.max_parameters for block in self.accuracy):
+            raise PydanticCustomError("empty", "min_parameters of a block: not below its max_parameters, for no model")
+        kinds = {*self.predictor.predictors, *(kind for block in self.accuracy for kind in block.predictors)}
+        if "block" in self.predictor.predictor_inputs and "gated" not in kinds:
+            raise PydanticCustomError("unread", "predictor_inputs block: only gated predictors read it; name them too")
         return self
 
 

@@ -83,6 +83,10 @@ MATRICES: dict[str, tuple[Any, list[str]]] = {
         block() | {"predictor": {"predictor_inputs": ["mlp", "block"]}},
         ["predictor", "predictor_inputs block: only gated predictors read it"],
     ),
+    "block for no model": (
+        block(min_parameters=2e9, max_parameters=1e9),
+        ["min_parameters of a block: not below its max_parameters"],
+    ),
     "mode that a method has not": (block(methods=["random"], modes=["practical"]), ["'random'", "no mode 'practical'"]),
     "unknown mode": (block(modes=["real"]), ["accuracy.0.modes.0", "'real'"]),
     "unknown scope": (block(scopes=["prompt"]), ["accuracy.0.scopes.0", "'prompt'"]),

@@ -52,7 +52,7 @@ class MaskPlan:
 
     @property
     def signature(self) -> Any:
-        """Scores, values, rows, flags; address of the two counts; first row, tokens, width, k, key of the threshold."""
+        """Scores, values, rows, flags; address of the three counts; first row, tokens, width, k, key of the threshold."""
         pointers = [_INTEGERS[self.score_bytes], _INTEGERS[self.value_bytes], types.int64, types.uint8]
         return types.void(*map(types.CPointer, pointers), *[types.int64] * 6)
 
@@ -171,6 +171,7 @@ def make_kernel(plan: MaskPlan, dev: Any) -> Any:
             add_i64(counters, k if k > 0 else n_kept)
             if fault:
                 add_i64(counters + 8, 1)
+            add_i64(counters + 16, 1)
 
     return kernel
 
@@ -243,8 +244,9 @@ def drop(
     score : Tensor on a CUDA device, shape (n_tokens, width), bf16, fp16 or fp32
         Compared in fp32.
     values : Tensor, shape (n_rows, width), contiguous, bf16, fp16 or fp32
-    counters : Tensor, shape (2,), int64
-        To the first what was kept is added; to the second the tokens with a NaN score whose values are all finite.
+    counters : Tensor, shape (3,), int64
+        To the first what was kept is added; to the second the tokens with a NaN score whose values are all finite; to the third the
+        tokens.
     first : int
         Row of ``values`` of the first token; the others follow it.
     rows : Tensor, shape (n_tokens,), int64, optional
@@ -292,6 +294,6 @@ def keep_top_k(score: Tensor, k: int) -> Tensor:
 
     score = _checked(score, k)
     keep = torch.ones(score.shape, dtype=torch.bool, device=score.device)
-    counters = torch.empty(2, dtype=torch.int64, device=score.device)  # nobody reads them
+    counters = torch.empty(3, dtype=torch.int64, device=score.device)  # nobody reads them
     _launch(score, keep, MaskPlan(score.element_size(), 1), 0, 0, counters.data_ptr(), 0, max(1, k), 0)
     return keep

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from suite.errors import InputError
 from suite.methods.base import PredictorInput
+from suite.methods.cost import gated_rank
 from suite.registry import did_you_mean
 
 Predictor = Literal["low-rank", "ternary", "gated"]
@@ -112,8 +113,8 @@ class PredictorOptions:
         """Whether it stands in for projections that a method names in `predicted`; nothing of it is trained."""
         return self.predictor == "gated"
 
-    def rank_for(self, d_model: int) -> int | None:
-        """Rank on a model; None for ternary.
+    def rank_for(self, d_model: int, n_projections: int = 1) -> int | None:
+        """Rank on a model, of a gated predictor that of each of its projections; None for ternary.
 
         Raises
         ------
@@ -124,8 +125,7 @@ class PredictorOptions:
             return None
         if self.rank is None:
             most = min(_MOST_RANK, d_model // 2)
-            # an fp32 number a neuron costs as much as 2 d_ff / (d_model + d_ff) < 2 of rank in weights of 2 bytes
-            return max(1, most // 2 - 2) if self.predictor == "gated" else most
+            return gated_rank(most, n_projections) if self.predictor == "gated" else most
         if self.rank > d_model:
             raise InputError(
                 f"rank {self.rank} of a predictor is above the model's d_model {d_model}: give at most that"
@@ -137,7 +137,7 @@ class PredictorOptions:
         found = asdict(self)
         if self.predictor == "gated":
             found = {name: found[name] for name in ("predictor", "rank", "rounds", "predictor_input")}
-            found["version"] = 2  # of the default rank; 1 counted no residuals
+            found["version"] = 3  # of the default rank: 1 counted no residuals, 2 always two projections
         if self.predictor_input == "mlp":
             del found["predictor_input"]
         return found

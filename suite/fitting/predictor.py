@@ -123,13 +123,13 @@ class _Fitter:
         self._folder, self._say = folder, progress or (lambda line: None)
         self._mlps = find_gated_mlps(loaded.model)
         self._gated = options.predictor == "gated"
-        self._rank = options.rank_for(self._mlps[0].d_model)
         self._budget = _free_bytes(loaded.device) / 2 if budget_gib is None else budget_gib * 2**30
         self._fingerprint = weights_fingerprint(loaded.ref)
         self._told = self._begun = time.monotonic()
         self._work = self._work_done = 0.0
 
     def fit(self, wanted: Sequence[Wanted]) -> list[PredictorFit]:
+        most = 0  # of the ranks of gated ones
         for want in wanted:
             if not want.method.needs_predictor:
                 raise InputError(
@@ -137,6 +137,7 @@ class _Fitter:
                 )
             if self._gated:
                 need_predicted(want.method)
+                most = max(most, self._rank(want.method) or 0)
                 if want.estimator != "calibrated":
                     raise InputError(
                         f"estimator {want.estimator!r} of a gated predictor: it has no logits; use calibrated"
@@ -148,9 +149,9 @@ class _Fitter:
                 f"calibration {self._calibration.source}: {n_train} tokens to train a predictor on; give at least "
                 f"{_LEAST_TOKENS}"
             )
-        if self._gated and n_train < (self._rank or 0):
+        if n_train < most:
             raise InputError(
-                f"rank {self._rank} of a gated predictor is more than the {n_train} tokens it is fitted on: give more "
+                f"rank {most} of a gated predictor is more than the {n_train} tokens it is fitted on: give more "
                 "calibration text"
             )
         trainings: dict[str, _Training] = {}
@@ -230,10 +231,13 @@ class _Fitter:
                 if name not in solved:
                     x = inputs[slot]
                     read = x if seen is inputs else seen[slot]
-                    solved[name] = fit_layer(mlp, training.method, x, read, self._rank or 1)
+                    solved[name] = fit_layer(mlp, training.method, x, read, self._rank(training.method) or 1)
                 training.done.put(number, mlp.layer, *solved[name], time.monotonic() - begun)
                 self._work_done += 1
             self._tell(0.0)
+
+    def _rank(self, method: Method) -> int | None:
+        return self._options.rank_for(self._mlps[0].d_model, max(1, len(method.predicted)))
 
     def _read(self, mlps: list[GatedMLP], inputs: Tensor, windows: Sequence[list[int]]) -> Tensor:
         """What the predictors read where the MLPs' inputs are these: those themselves, or their blocks' normed inputs."""
@@ -279,13 +283,14 @@ class _Fitter:
         """The predictors of a round, in the model's dtype and on its device, with thresholds that keep everything."""
         found = [training.done.get(number, mlp.layer) or {} for mlp in self._mlps]
         dtype = torch_dtype(self._loaded.dtype)
-        ternary = self._rank is None
+        rank = self._rank(training.method)
+        ternary = rank is None
         return PredictorFit(
             method=training.method.name,
             sparsity=training.method.sparsity,
             estimator="calibrated",
             predictor=self._options.predictor,
-            rank=self._rank,
+            rank=rank,
             thresholds=torch.full((len(found),), -torch.inf),
             v=() if ternary else tuple(part["v"].to(dtype) for part in found),
             u=tuple(part["u"] if ternary else part["u"].to(dtype) for part in found),

@@ -64,6 +64,14 @@ def low_rank_share(rank: int, d_model: int, d_ff: int) -> float:
     return low_rank_weights(rank, d_model, d_ff) / (3 * d_model * d_ff)
 
 
+def gated_rank(most: int, n_projections: int) -> int:
+    """Rank of each projection of a gated predictor that reads no more, residuals counted, than a low-rank one of rank ``most``.
+
+    An fp32 number a neuron costs as much as 2 d_ff / (d_model + d_ff) < 2 of rank in weights of 2 bytes.
+    """
+    return max(1, most // n_projections - 2)
+
+
 def gated_share(rank: int, n_projections: int, d_model: int, d_ff: int, dtype: str) -> float:
     """Bytes of a gated predictor, of each projection two matrices and an fp32 vector, over those of a dense layer."""
     vectors = DTYPE_BYTES["float32"] / (3 * d_model * DTYPE_BYTES[dtype])

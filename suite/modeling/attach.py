@@ -256,7 +256,8 @@ def attach(
         W_down: on the CPU (fp32) passes of one token, on a GPU of up to 8, which share the rows of the union of their
         active sets; only one where a choice that reads the block's input is made by torch. All other passes are masked; a
         decode step too wide for the kernels says so once by a warning. Of methods with a fixed set the kept neurons are
-        gathered, once or once a prompt, and torch multiplies them: on any device, in any dtype, at any batch.
+        gathered, once or once a prompt, and torch multiplies them: on any device, in any dtype; sets of each row's own in
+        batches of up to 1 / (1 - sparsity) rows, whose copies are no larger than the dense layers.
         auto: numba where it is possible.
     deterministic : bool
         CUDA kernels whose sums have one order, so that equal inputs give equal bits; slower for methods that select by a

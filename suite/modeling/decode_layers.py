@@ -35,7 +35,7 @@ def decode_kernels(
     """
     mlps = find_gated_mlps(model)
     if method.fixed_set:
-        gathering = GatheredLayers(mlps)
+        gathering = GatheredLayers(mlps, method.sparsity if method.needs_prompt else None)
         if not method.needs_prompt:
             for mlp in mlps:
                 gathering.gather(mlp.layer, _fixed(mlp, method, calibrated[mlp.layer] if calibrated else None))

@@ -18,12 +18,17 @@ class GatheredLayers:
     """Rows of ``W_gate`` and ``W_up`` and columns of ``W_down`` of the kept neurons, side by side as dense matrices.
 
     They serve any device and dtype, and any number of tokens where these share a set.
+
+    Parameters
+    ----------
+    sparsity : float, optional
+        Of sets that every row has of its own. No more rows than 1 / (1 - sparsity) then: their copies would take more memory
+        than the dense layers, and a step would read more.
     """
 
-    most = sys.maxsize
-
-    def __init__(self, mlps: Sequence[GatedMLP]) -> None:
+    def __init__(self, mlps: Sequence[GatedMLP], sparsity: float | None = None) -> None:
         self._mlps = mlps
+        self.most = sys.maxsize if sparsity is None else int(1 / (1 - sparsity) + 1e-9)
         self._keep: dict[int, Tensor] = {}
         self._weights: dict[int, Weights] = {}
 

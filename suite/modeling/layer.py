@@ -58,15 +58,16 @@ class Counter:
 
     def __init__(self, site: Site, device: torch.device) -> None:
         self.site = site
-        self.both = torch.zeros(2, dtype=torch.int64, device=device)  # entries kept; tokens whose scores are NaN
-        self.kept, self.nan_tokens = self.both[0], self.both[1]
+        # entries kept; tokens whose scores are NaN; tokens. All on the device, as a graph may replay what adds to them.
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
+        self.kept, self.nan_tokens, self.n_tokens = self.counts
         self.reset()
 
     def reset(self) -> None:
         """Zero the counters of neurons, which forgets no fault."""
         with torch.inference_mode():  # which the counters may have been made in
             self.kept.zero_()
-        self.n_tokens: int | Tensor = 0
+            self.n_tokens.zero_()
 
 
 class SparseLayer:
@@ -140,9 +141,10 @@ class SparseLayer:
         if n_seen != tokens.total:
             raise InputError(f"{self.mlp.module_name} got {n_seen} tokens where the model got {tokens.total}")
         alive = None if tokens.alive is None else tokens.alive.to(vector.device)
-        counter.n_tokens += len(tokens.documents) if alive is None else alive.sum()
+        n_tokens = len(tokens.documents) if alive is None else alive.sum()
         if self._select is None:
-            counter.kept.copy_(torch.as_tensor(counter.n_tokens * site.width))
+            counter.n_tokens += n_tokens
+            counter.kept += n_tokens * site.width
             return vector
         index = tokens.index if isinstance(tokens.index, slice) else tokens.index.to(vector.device)
         activations = self._activations(site, values, tokens, index, vector.shape)
@@ -153,6 +155,7 @@ class SparseLayer:
             score = self._predictor.logits(site.layer, seen)
         if self._dropped_by_kernel(counter, vector, index, alive, score):
             return vector
+        counter.n_tokens += n_tokens
         counter.nan_tokens += nan_tokens(score, activations)
         keep = self._kept(site, score, activations)
         counter.kept += keep.sum() if alive is None else (keep.sum(-1) * alive).sum()
@@ -206,7 +209,7 @@ class SparseLayer:
         cut = select.cut(counter.site)
         first, rows = (index.start or 0, None) if isinstance(index, slice) else (0, index)
         flat = vector.flatten(0, -2)
-        drop(score, flat, counter.both, k=cut.k, threshold=cut.threshold, first=first, rows=rows, alive=alive)
+        drop(score, flat, counter.counts, k=cut.k, threshold=cut.threshold, first=first, rows=rows, alive=alive)
         return True
 
     def _score(self, activations: Activations) -> Tensor:

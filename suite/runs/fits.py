@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,8 +77,8 @@ def _predictors(predictor: PredictorConfig, method: str) -> list[tuple[Predictor
 def request_of_case(case: SpeedCase, config: MatrixConfig) -> FitRequest | None:
     """What a sparse row of a model with real weights decodes with: the first of the matrix' estimators and texts.
 
-    A predictor is the matrix' first of the case's kind, on the case's input; the matrix' first where it has none of the kind
-    that a case is of by default. None where nothing is fitted.
+    A predictor is of the case's kind and reads the case's input; its rank and training are the matrix' first. None where
+    nothing is fitted.
     """
     from suite.decoding.shapes import has_weights
 
@@ -91,14 +91,8 @@ def request_of_case(case: SpeedCase, config: MatrixConfig) -> FitRequest | None:
     source, max_tokens, options = text.source, text.max_tokens, None
     if method_class(case.method).needs_predictor:
         source, max_tokens = [*predictor.sources, source][0], predictor.max_tokens
-        suited = _predictors(predictor, case.method)
-        kind = case.predictor or "low-rank"
-        found = next((pair for pair in suited if pair[0].predictor == kind), None)
-        if found is None:
-            found = (PredictorOptions(predictor=kind), "calibrated") if case.predictor else suited[0]
-        options, estimator = found
-        if case.predictor_input:
-            options = replace(options, predictor_input=case.predictor_input)
+        own = {"predictors": [case.predictor or "low-rank"], "predictor_inputs": [case.predictor_input or "mlp"]}
+        options, estimator = _predictors(predictor.model_copy(update=own), case.method)[0]
     return FitRequest(
         model=case.model_shape,
         dtype=case.dtype,

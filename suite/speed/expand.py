@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from suite.decoding.shapes import has_weights, shape_of
 from suite.errors import InputError
 from suite.methods.base import Method, PredictorInput
+from suite.methods.cost import gated_rank
 from suite.registry import did_you_mean, get_method
 from suite.speed.case import GIVEN, Kernel, SpeedCase, kernel_of
 
@@ -85,7 +86,7 @@ class _Block:
             rank = min(_RANK, d_model // 2) if self.level == "decode" else _RANK
             found: list[dict[str, Any]] = [{"rank": rank}] if "low-rank" in self.predictors else []
             if "gated" in self.predictors and made.predicted:  # at the bytes of the low-rank one
-                common = {"rank": max(1, rank // len(made.predicted)), "predictor": "gated"}
+                common = {"rank": gated_rank(rank, len(made.predicted)), "predictor": "gated"}
                 found += [common | {"predictor_input": read} for read in self.predictor_inputs]
             if not found:
                 raise InputError(

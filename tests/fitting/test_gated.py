@@ -172,14 +172,15 @@ def test_the_activation_budget_counts_the_inputs_and_no_scores(tmp_path, text, m
     assert passes[:n_inputs] == [2] * n_inputs
 
 
+@pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize(("d_model", "d_ff"), [(576, 1536), (640, 2048), (1536, 8960), (4096, 14336)])
-def test_the_default_rank_has_the_bytes_of_the_default_low_rank_one_and_no_more(d_model, d_ff):
-    rank = dataclasses.replace(GATED, rank=None).rank_for(d_model)
+def test_the_default_rank_has_the_bytes_of_the_default_low_rank_one_and_no_more(d_model, d_ff, n):
+    rank = dataclasses.replace(GATED, rank=None).rank_for(d_model, n)
     most = low_rank_share(PredictorOptions().rank_for(d_model), d_model, d_ff)
     for dtype in ("float32", "bfloat16", "float16"):
-        assert gated_share(rank, 2, d_model, d_ff, dtype) <= most
-    assert gated_share(rank + 1, 2, d_model, d_ff, "bfloat16") > most
-    assert dataclasses.replace(GATED, rank=None).rank_for(4) == 1
+        assert gated_share(rank, n, d_model, d_ff, dtype) <= most
+    assert gated_share(rank + 1, n, d_model, d_ff, "bfloat16") > most
+    assert dataclasses.replace(GATED, rank=None).rank_for(4, n) == 1
 
 
 def test_keys_depend_on_what_counts_and_only_on_that():

@@ -42,7 +42,7 @@ def masked(score, values, rows, alive, k, threshold):
     wanted = values.clone()
     wanted[rows] = torch.where(keep | ~alive[:, None], values[rows], 0)
     faults = score.isnan().any(1) & values[rows].isfinite().all(1) & alive
-    return wanted, [int(keep[alive].sum()), int(faults.sum())]
+    return wanted, [int(keep[alive].sum()), int(faults.sum()), int(alive.sum())]
 
 
 @pytest.mark.parametrize("some", [False, True])
@@ -61,7 +61,7 @@ def test_drops_and_counts_as_the_definition(kinds, gathered, some):
     alive = torch.rand(40, generator=draw) < 0.7 if some else None
     for k, threshold in [(1, 0.0), (400, 0.0), (2048, 0.0), (0, 0.5), (0, float("inf")), (0, -float("inf"))]:
         wanted, counts = masked(score, values, rows, alive, k, threshold)
-        found, counters = values.cuda(), torch.zeros(2, dtype=torch.int64, device="cuda")
+        found, counters = values.cuda(), torch.zeros(3, dtype=torch.int64, device="cuda")
         given = {"rows": rows.cuda()} if gathered else {"first": 7}
         given |= {} if alive is None else {"alive": alive.cuda()}
         drop(score.cuda(), found, counters, k=k, threshold=threshold, **given)
@@ -70,7 +70,7 @@ def test_drops_and_counts_as_the_definition(kinds, gathered, some):
 
 
 def test_refuses_what_it_cannot_drop():
-    score, counters = torch.zeros(2, 8, device="cuda"), torch.zeros(2, dtype=torch.int64, device="cuda")
+    score, counters = torch.zeros(2, 8, device="cuda"), torch.zeros(3, dtype=torch.int64, device="cuda")
     with pytest.raises(ValueError, match=r"values of torch\.float64"):
         drop(score, score.double(), counters, k=1)
     with pytest.raises(ValueError, match="contiguous"):

@@ -44,7 +44,7 @@ def check(
     flags = (np.arange(n) % 2 == 0 if some else np.ones(n)).astype(np.uint8)
     left = np.ones((n + 1, width), np.int16)
     left[rows[0], width - 1] = INFINITE
-    counts = np.zeros(2, np.int64)
+    counts = np.zeros(3, np.int64)
     keep = np.array([top_k(row, k) if k else ~(row < np.float32(threshold)) for row in exact]) | (flags == 0)[:, None]
     wanted = left.copy()
     wanted[rows] *= keep
@@ -55,6 +55,7 @@ def check(
     np.testing.assert_array_equal(left, wanted)
     alive = flags == 1
     assert counts[0] == keep[alive].sum()
+    assert counts[2] == alive.sum()
     assert counts[1] == (np.isnan(exact).any(1) & alive)[1:].sum()  # not token 0, whose NaN its infinity explains
 
 

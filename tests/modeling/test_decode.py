@@ -108,12 +108,12 @@ def test_rows_of_a_batch_have_sets_of_their_own(name, kind, options, llama):
         mask = torch.ones_like(ids)
         mask[1, :3], mask[2, :5] = 0, 0
         found.append((ids * mask, mask))
-    method, logits = get_method(name, sparsity=0.7), {}
+    method, logits = get_method(name, sparsity=0.84), {}  # six rows, with two beams, are the most
     for backend in ("masked", "numba"):
         with attach(llama, method, scope="paper", backend=backend) as attached:
             logits[backend] = [generate(llama, ids, attention_mask=mask, **options)[1] for ids, mask in found]
             logits[backend].append(generate(llama, prompt(8, seed=5))[1])
-            assert attached.realised == pytest.approx(1 - 15 / D_FF)
+            assert attached.realised == pytest.approx(1 - 8 / D_FF)
     for masked, numba in zip(*logits.values(), strict=True):
         torch.testing.assert_close(numba, masked, rtol=1e-4, atol=1e-4)
         assert not torch.equal(numba[1:], masked[1:])

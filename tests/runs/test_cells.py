@@ -100,6 +100,18 @@ def test_a_block_is_for_models_of_its_size():
     }  # fmt: skip
 
 
+PAPER_TASKS = {
+    "arc_easy",
+    "arc_challenge",
+    "winogrande",
+    "piqa",
+    "openbookqa",
+    "hellaswag",
+    "truthfulqa_mc1",
+    "lambada_openai",
+}
+
+
 def test_gpu_profile_has_the_same_documents_for_models_of_every_size():
     from suite.config import load_config
 
@@ -115,6 +127,11 @@ def test_gpu_profile_has_the_same_documents_for_models_of_every_size():
             if c.model == model and (c.mode, c.sparsity, c.scope) == ("practical", 0.8, "scored")
         }
         assert {"cats", "chess", "m-countdown", "m-countdown-cw", "md-countdown", "d-countdown"} <= own
+        by_setting: dict[tuple, set] = {}  # averages are of the tasks that all settings have
+        for c in found:
+            if c.model == model and c.scope == "scored" and c.mode != "none":
+                by_setting.setdefault((c.mode, c.sparsity), set()).add(c.task.name)
+        assert len(set.intersection(*by_setting.values()) & PAPER_TASKS) == 8
 
 
 def test_name_and_title_do_not_change_the_key():
@@ -185,8 +202,9 @@ def test_decode_rows_of_real_weights_share_the_fits_of_the_matrix():
 @pytest.mark.parametrize(
     ("kinds", "methods", "expected"),
     [
-        (["gated", "low-rank"], ["dejavu", "d-countdown"], ("low-rank", 9, 3, "zero")),  # a row's own by default
-        (["gated"], ["d-countdown"], ("gated", 9, 3, "calibrated")),  # what the matrix has
+        (["low-rank"], ["dejavu", "d-countdown"], ("low-rank", 9, 3, "zero")),
+        (["gated"], ["d-countdown"], ("gated", 9, 3, "calibrated")),
+        (["ternary"], ["d-countdown"], ("low-rank", 9, 3, "zero")),  # which no row times
     ],
 )
 def test_decode_rows_take_a_predictor_that_the_matrix_names_and_the_method_can_have(kinds, methods, expected):
@@ -201,6 +219,9 @@ def test_decode_rows_take_a_predictor_that_the_matrix_names_and_the_method_can_h
         if cell.fit
     }
     assert told == dict.fromkeys(methods, expected)
+    for cell in expand_speed(config, FakeWorld()):
+        if cell.fit:  # what is timed, and whose bytes are counted, is what is fitted
+            assert (cell.case.predictor or "low-rank") == cell.fit.options.predictor
 
 
 def test_decode_rows_of_random_weights_need_no_fit():
@@ -301,3 +322,9 @@ def test_how_threads_wait_is_in_the_keys_of_times_on_a_cpu_only():
         kinds.add(passive.case.device)
         assert (passive.key != active.key) == (passive.case.device == "cpu")
     assert "cpu" in kinds
+
+
+def test_the_blocks_input_may_be_for_the_gated_predictors_of_one_block():
+    block = {**SPARSE, "methods": ["d-countdown"], "modes": ["practical"], "predictors": ["gated"]}
+    found = cells(accuracy=[block], predictor={"predictor_inputs": ["mlp", "block"]})
+    assert {cell.fit.options.predictor_input for cell in found if cell.fit} == {"mlp", "block"}

@@ -264,8 +264,8 @@ def test_rows_of_factors_gated_predictors_and_fixed_sets(tiny):
     assert list(dict.fromkeys(tuple(row[name] for name in names) for row in rows)) == [
         ("md-countdown", "numba-cpu", 8, None, "mlp", "up"),
         ("md-countdown", "numba-cpu", 8, None, "block", "gate"),
-        *(("d-countdown", "numba-cpu", 8, "gated", read, None) for read in ("mlp", "block")),
-        *(("dejavu-abs", "numba-cpu", 16, "gated", read, None) for read in ("mlp", "block")),
+        *(("d-countdown", "numba-cpu", 6, "gated", read, None) for read in ("mlp", "block")),
+        *(("dejavu-abs", "numba-cpu", 14, "gated", read, None) for read in ("mlp", "block")),
         *((method, "torch", None, None, None, None) for method in ("griffin", "static")),
     ]
     copies, one = 2 * D_MODEL * D_FF, D_MODEL + D_FF
@@ -276,8 +276,8 @@ def test_rows_of_factors_gated_predictors_and_fixed_sets(tiny):
         kept = D_FF - int(case.sparsity * D_FF)
         extra = {
             "md-countdown": copies + 2 * (8 * one + D_FF),
-            "d-countdown": copies + 2 * 2 * (8 * one + D_FF),
-            "dejavu-abs": copies + 2 * (16 * one + D_FF),
+            "d-countdown": copies + 2 * 2 * (6 * one + D_FF),
+            "dejavu-abs": copies + 2 * (14 * one + D_FF),
         }.get(row["method"], 2 * 3 * D_MODEL * kept)
         assert row["extra_memory_mib"] == pytest.approx(4 * extra / 2**20)
 

@@ -252,9 +252,9 @@ def test_factors_of_a_low_rank_are_timed_and_counted(monkeypatch):
         ("md-countdown", 8, None, "mlp", "up"),
         ("md-countdown", 24, None, "mlp", "gate"),
         ("d-countdown", 512, None, None, None),
-        ("d-countdown", 256, "gated", "mlp", None),
+        ("d-countdown", 254, "gated", "mlp", None),
         ("dejavu-abs", 512, None, None, None),
-        ("dejavu-abs", 512, "gated", "mlp", None),
+        ("dejavu-abs", 510, "gated", "mlp", None),
         ("dejavu", 512, None, None, None),
     ]
     for case, row in zip(cases, rows, strict=True):

@@ -62,8 +62,8 @@ def _block(quality: Quality, key: tuple[str, str, str], own: list[_Sized]) -> Bl
     known = [step[0] for step in closer[1:] if step is not None]
     falls = len(known) == len(own) - 1 and all(step > 0 for step in known)
     settled = falls and all(step is not None and step[1] is not None and step[1] > 0 for step in closer[1:])
-    closes = "comes closer to 5.5 %" + ("" if settled else " (not settled)")
-    note = f"From model to larger model the loss {closes if falls else 'does not always come closer to 5.5 %'}."
+    told = "falls" + " (not settled)" * (not settled) if falls else "does not always fall"
+    note = f"From model to larger model the loss {told}."
     return Block(_COLUMNS, rows, f"{label}, {mode}, scope `{scope}`", [note])
 
 
@@ -91,7 +91,7 @@ TABLES = (
         "The loss at 90 % against the size of the model",
         f"Relative loss of the task average of {C1_METHOD} at sparsity {C1_SPARSITY:g} (the abstract: as low as 5.5 %, "
         "ideally), models by the parameters that their names say. Last column: the loss of the model above minus this one's, "
-        "paired on the same documents, with its 95 % interval; above 0 it comes closer.",
+        "paired on the same documents, with its 95 % interval; above 0 it falls.",
         loss_by_size,
     ),
 )

@@ -66,11 +66,13 @@ def expand_speed(config: MatrixConfig, world: World) -> list[TimedCell]:
     """
     if not config.speed:
         return []
-    from suite.speed.expand import make_cases
+    from suite.speed.expand import PREDICTORS, make_cases
 
+    kinds: list[str] = [kind for kind in PREDICTORS if kind in config.predictor.predictors]
     cells: dict[str, TimedCell] = {}
     for number, block in enumerate(config.speed):
         axes = block.model_dump()
+        axes["predictors"] = block.predictors or kinds or PREDICTORS[:1]
         methods = [(method["name"], method["params"]) for method in axes.pop("methods")]
         with named(f"speed.{number}"):
             cases = make_cases(axes.pop("shapes"), methods, axes.pop("sparsities"), **axes)
@@ -89,7 +91,7 @@ def _timed(case: SpeedCase, config: MatrixConfig, world: World) -> TimedCell:
     device, seed = world.speed_device(case.device), config.seeds[0]
     fit = request_of_case(case, config) if device else None  # where nothing can run, no model need be there
     if fit is not None and fit.options is not None:
-        case = replace(case, rank=fit.options.rank_for(case.d_model))
+        case = replace(case, rank=fit.options.rank_for(case.d_model, max(1, len(case.made.predicted))))
     fit_key = world.fit_key(fit) if fit is not None else None
     return TimedCell(
         case=case,
